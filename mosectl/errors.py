@@ -1,0 +1,59 @@
+"""Every error a user can meet: what is wrong, where, what to do next, and a documented exit code.
+
+| code | class           | meaning                                                       |
+|------|-----------------|---------------------------------------------------------------|
+| 1    | (any other)     | a bug in mosectl; MOSECTL_DEBUG=1 shows the traceback          |
+| 2    | UsageError      | wrong command line                                            |
+| 3    | FactsError      | the facts file cannot be read or a fact is wrong              |
+| 4    | ModelError      | model missing, unsupported or not readable                    |
+| 5    | PatchError      | the patch file is damaged or invalid                          |
+| 6    | BaseMismatch    | the patch was made for another base model                     |
+| 7    | OutputError     | the output exists, cannot be written, or the disk is full     |
+| 8    | EditFailed      | the edit changed nothing, diverged or reached no target       |
+| 9    | HubError        | the Hugging Face Hub cannot be reached or refuses             |
+| 130  | (Ctrl-C)        | interrupted; nothing half-written is left behind              |
+"""
+
+from __future__ import annotations
+
+
+class MosectlError(Exception):
+    """One clear message: ``what`` happened, ``where`` (file:line, layer, tensor), ``fix`` = the next step."""
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
+        self.what, self.where, self.fix = what, where, fix
+        super().__init__(": ".join(part for part in (where, what) if part) + (f"\n  → {fix}" if fix else ""))
+
+
+class UsageError(MosectlError):
+    exit_code = 2
+
+
+class FactsError(MosectlError):
+    exit_code = 3
+
+
+class ModelError(MosectlError):
+    exit_code = 4
+
+
+class PatchError(MosectlError):
+    exit_code = 5
+
+
+class BaseMismatch(PatchError):
+    exit_code = 6
+
+
+class OutputError(MosectlError):
+    exit_code = 7
+
+
+class EditFailed(MosectlError):
+    exit_code = 8
+
+
+class HubError(MosectlError):
+    exit_code = 9
