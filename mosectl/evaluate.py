@@ -1,0 +1,204 @@
+"""Asking a model: greedy answers and probabilities, and what an edit changed in them.
+
+Protocol `generation`: greedy decoding from the bare prompt, the answer cut at the first '.', newline or end of text; it
+counts when it starts with the expected object at a word boundary. Nothing of the answer is shown to the model
+(no teacher forcing); see "The Mirage of Model Editing" (arXiv 2502.11177) for why that matters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mosectl.facts import Fact
+from mosectl.forward import Batch, hooked, input_device
+from mosectl.tokens import encode, render_chat
+
+MAX_NEW_TOKENS = 50
+
+
+@dataclass(frozen=True)
+class FactAnswer:
+    """One fact asked once: greedy text, and the probability of the new target given the prompt."""
+
+    text: str
+    probability: float  # exp of the summed log-probability of the target's tokens
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Shares between 0 and 1 under the protocol `generation`; None where there was nothing to ask."""
+
+    protocol: str
+    reliability: float | None  # edit prompts answered with the new target
+    generalization: float | None  # rephrased prompts answered with the new target
+    locality: float | None  # unrelated prompts answered as before the edit
+    facts: int
+    rephrasings: int
+    locality_prompts: int
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 12,
+    chat: bool = False,
+    batch_size: int = 64,
+    on_step: Callable[[int, int], None] | None = None,
+) -> list[str]:
+    """Greedy continuations, one a prompt, batched with left padding; special tokens are left out."""
+    device = input_device(model)
+    out: list[str] = []
+    pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if t is not None), 0)
+    for start in range(0, len(prompts), batch_size):
+        ids = [list(_prompt_ids(tokenizer, p, chat)) for p in prompts[start : start + batch_size]]
+        width = max(map(len, ids))
+        tokens = torch.tensor([[pad] * (width - len(s)) + s for s in ids], device=device)
+        mask = torch.tensor([[0] * (width - len(s)) + [1] * len(s) for s in ids], device=device)
+        longer = model.generate(  # type: ignore[operator]
+            input_ids=tokens,
+            attention_mask=mask,
+            max_new_tokens=min(max_new_tokens, MAX_NEW_TOKENS),
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=pad,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+        )
+        # Decoding prompt and answer together keeps the space between them right for every tokenizer.
+        for s, row in zip(ids, longer.tolist(), strict=True):
+            before = tokenizer.decode(s, skip_special_tokens=True)
+            out.append(tokenizer.decode(s + row[width:], skip_special_tokens=True)[len(before) :])
+        if on_step:
+            on_step(len(out), len(prompts))
+    return out
+
+
+def _prompt_ids(tokenizer: Any, prompt: str, chat: bool) -> Sequence[int]:
+    if chat:
+        return tokenizer(render_chat(tokenizer, prompt), add_special_tokens=False)["input_ids"]
+    return encode(tokenizer, prompt, None, None).input_ids
+
+
+def answer(text: str) -> str:
+    """A continuation cut at the first full stop, newline or end."""
+    text = text.strip()
+    for end in (". ", ".\n", "\n"):
+        text = text.split(end, 1)[0]
+    return text.removesuffix(".").strip()
+
+
+def says(text: str, expected: str) -> bool:
+    """Does a greedy continuation start with ``expected`` at a word boundary (case counts)?"""
+    text, expected = text.strip(), expected.strip()
+    if not text.startswith(expected):
+        return False
+    following = text[len(expected) : len(expected) + 1]
+    return not (following.isalnum() and expected[-1:].isalnum() and following.isascii())
+
+
+@torch.no_grad()
+def target_probabilities(
+    model: nn.Module, tokenizer: Any, facts: Sequence[Fact], *, chat: bool = False, batch_size: int = 64
+) -> list[float]:
+    """P(target_new | prompt) of each fact, the product over its tokens."""
+    out: list[float] = []
+    for start in range(0, len(facts), batch_size):
+        encoded = [
+            encode(tokenizer, f.prompt, None, f.target_new, chat=chat) for f in facts[start : start + batch_size]
+        ]
+        batch = Batch.of([e.input_ids for e in encoded], input_device(model))
+        first = min(e.target_start for e in encoded) - 1
+        logits = _tail_logits(model, batch, first)  # (B, T - first, V)
+        logp = F.log_softmax(logits.float(), dim=-1)
+        for row, e in enumerate(encoded):
+            at = torch.arange(e.target_start - 1, len(e.input_ids) - 1) - first
+            wanted = torch.tensor(e.input_ids[e.target_start :], device=logp.device)
+            out.append(float(logp[row, at.to(logp.device), wanted].sum().exp()))
+    return out
+
+
+def _tail_logits(model: nn.Module, batch: Batch, first: int) -> Tensor:
+    """Logits from position ``first`` on, without computing those before."""
+
+    def cut(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (args[0][:, first:], *args[1:])
+
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    with hooked([head.register_forward_pre_hook(cut)]):
+        return model(**batch.kwargs()).logits
+
+
+@dataclass(frozen=True)
+class Interview:
+    """Everything asked of one model about some facts: compare two of them with :func:`compare`."""
+
+    answers: tuple[FactAnswer, ...]
+    rephrased: tuple[tuple[str, ...], ...]  # per fact, one continuation a rephrasing
+    local: tuple[tuple[str, ...], ...]  # per fact, one continuation a locality prompt
+
+
+def interview(
+    model: nn.Module,
+    tokenizer: Any,
+    facts: Sequence[Fact],
+    *,
+    chat: bool = False,
+    on_step: Callable[[int, int], None] | None = None,
+) -> Interview:
+    """Ask the edit prompt, the rephrasings and the locality prompts of every fact."""
+    prompts = [f.prompt for f in facts]
+    prompts += [p for f in facts for p in f.rephrase_prompts]
+    prompts += [probe.prompt for f in facts for probe in f.locality]
+    longest = max(
+        (len(tokenizer(" " + t, add_special_tokens=False)["input_ids"]) for f in facts for t in _objects(f)),
+        default=8,
+    )
+    texts = iter(
+        generate(model, tokenizer, prompts, max_new_tokens=longest + 2, chat=chat, on_step=on_step)
+    )
+    asked = [next(texts) for _ in facts]
+    rephrased = tuple(tuple(next(texts) for _ in f.rephrase_prompts) for f in facts)
+    local = tuple(tuple(next(texts) for _ in f.locality) for f in facts)
+    p = target_probabilities(model, tokenizer, facts, chat=chat)
+    return Interview(tuple(map(FactAnswer, asked, p)), rephrased, local)
+
+
+def _objects(fact: Fact) -> list[str]:
+    return [t for t in (fact.target_new, fact.ground_truth, *(p.answer for p in fact.locality)) if t]
+
+
+def compare(facts: Sequence[Fact], before: Interview, after: Interview) -> Scores:
+    """Reliability, generalization and locality under the protocol `generation`."""
+    hits = [says(a.text, f.target_new) for f, a in zip(facts, after.answers, strict=True)]
+    again = [
+        says(t, f.target_new) for f, texts in zip(facts, after.rephrased, strict=True) for t in texts
+    ]
+    kept = [
+        same_answer(old, new, probe.answer)
+        for f, olds, news in zip(facts, before.local, after.local, strict=True)
+        for old, new, probe in zip(olds, news, f.locality, strict=True)
+    ]
+
+    def share(values: list[bool]) -> float | None:
+        return sum(values) / len(values) if values else None
+
+    return Scores(
+        "generation", share(hits), share(again), share(kept), len(hits), len(again), len(kept)
+    )
+
+
+def same_answer(before: str, after: str, known: str | None) -> bool:
+    """Is the answer unchanged? If the model gave the known answer before, it must give it again; else the same text."""
+    if known and says(before, known):
+        return says(after, known)
+    return answer(before) == answer(after)

@@ -1,0 +1,164 @@
+"""Running a part of a model: replay what lies below a layer, stop above one, compute only the logits that are asked.
+
+Everything goes through the model's own forward, so masks, rotary phases, embeddings and soft-capping stay the
+library's business; hooks and temporary replacements are always undone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mosectl.arch import Architecture, Projection
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded token ids: a causal model never looks at what stands to the right."""
+
+    input_ids: Tensor  # (B, T) int64
+    attention_mask: Tensor  # (B, T) int64
+
+    @staticmethod
+    def of(sequences: Sequence[Sequence[int]], device: torch.device | str) -> Batch:
+        longest = max(len(s) for s in sequences)
+        ids = torch.zeros(len(sequences), longest, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, sequence in enumerate(sequences):
+            ids[row, : len(sequence)] = torch.tensor(sequence)
+            mask[row, : len(sequence)] = 1
+        return Batch(ids.to(device), mask.to(device))
+
+    def rows(self, index: Tensor) -> Batch:
+        return Batch(self.input_ids[index], self.attention_mask[index])
+
+    def kwargs(self) -> dict[str, Any]:
+        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask, "use_cache": False}
+
+
+class _Stop(Exception):
+    """Raised inside a hook once the last layer that is needed has run."""
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where token ids must be for this model, also when it is split over several devices."""
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    return embedding.weight.device
+
+
+def layer_modules(model: nn.Module, arch: Architecture) -> nn.ModuleList:
+    """The model's decoder layers."""
+    return model.get_submodule(arch.layers_path)  # type: ignore[return-value]
+
+
+def ffn_output(out: Tensor, module: nn.Module, batch_size: int) -> Tensor:
+    """W k of a projection's output W k + b, as (B, T, d): the bias does not turn with W."""
+    out = out if out.dim() == 3 else out.view(batch_size, -1, out.shape[-1])  # OPT flattens its tokens
+    return out if module.bias is None else out - module.bias
+
+
+@contextmanager
+def hooked(handles: Sequence[Any]) -> Iterator[None]:
+    """Remove hook handles whatever happens."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def outputs_at(
+    model: nn.Module, projections: Sequence[Projection], batch: Batch, positions: Tensor
+) -> list[Tensor]:
+    """What each FFN writes, W k, at one token a row: a list of (B, d) float32; the forward stops at the last one.
+
+    Args:
+        positions: (B,) token index in each row.
+    """
+    found: dict[str, Tensor] = {}
+    last = max(projections, key=lambda p: p.layer)
+    rows = torch.arange(len(positions))
+
+    def record(projection: Projection) -> Callable[..., None]:
+        def hook(module: nn.Module, _: Any, out: Tensor) -> None:
+            y = ffn_output(out, module, len(positions))
+            found[projection.name] = y[rows.to(y.device), positions.to(y.device)].float()
+            if projection is last:
+                raise _Stop
+
+        return hook
+
+    run_until_stopped(model, batch, [(p.name, record(p)) for p in projections])
+    return [found[p.name] for p in projections]
+
+
+@torch.no_grad()
+def run_until_stopped(
+    model: nn.Module, batch: Batch, hooks: Sequence[tuple[str, Callable[..., None]]]
+) -> None:
+    """One forward with forward hooks on named modules; a hook may raise to stop it."""
+    with hooked([model.get_submodule(name).register_forward_hook(hook) for name, hook in hooks]):
+        try:
+            model(**batch.kwargs())
+        except _Stop:
+            pass
+
+
+stop = _Stop
+
+
+class Suffix:
+    """The layers from ``first`` upward, run many times on one batch whose lower states are computed once.
+
+    Below ``first`` every layer is skipped and layer first−1's recorded output is handed up instead, for the rows asked.
+    """
+
+    def __init__(self, model: nn.Module, arch: Architecture, first: int, batch: Batch) -> None:
+        self.model, self.batch, self.first = model, batch, first
+        self.layers = layer_modules(model, arch)
+        self.cached: Any = None
+        if first > 0:
+
+            def record(_: nn.Module, __: Any, out: Any) -> None:
+                self.cached = out
+                raise _Stop
+
+            run_until_stopped(model, batch, [(f"{arch.layers_path}.{first - 1}", record)])
+
+    def logits(self, rows: Tensor, positions: Tensor) -> Tensor:
+        """Logits (len(rows), m, vocabulary) in float32 at ``positions`` (len(rows), m) of the rows ``rows`` (int64)."""
+
+        def gather(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            hidden = args[0]  # (B, T, d)
+            index = positions.to(hidden.device)[..., None].expand(-1, -1, hidden.shape[-1])
+            return (hidden.gather(1, index), *args[1:])
+
+        head = self.model.get_output_embeddings()  # type: ignore[operator]
+        with self._skipping(rows), hooked([head.register_forward_pre_hook(gather)]):
+            return self.model(**self.batch.rows(rows).kwargs()).logits.float()
+
+    @contextmanager
+    def _skipping(self, rows: Tensor) -> Iterator[None]:
+        def take(value: Any) -> Any:
+            return value[rows.to(value.device)] if isinstance(value, Tensor) else value
+
+        cached = self.cached
+        replay = tuple(map(take, cached)) if isinstance(cached, tuple) else take(cached)
+        skipped = list(self.layers)[: self.first]
+        # Only an own `forward` (accelerate's) has to come back; a plain layer's is its class's.
+        own = [layer.__dict__.get("forward") for layer in skipped]
+        try:
+            for layer in skipped:
+                layer.forward = lambda *_, **__: replay  # type: ignore[method-assign, assignment]
+            yield
+        finally:
+            for layer, forward in zip(skipped, own, strict=True):
+                if forward is None:
+                    layer.__dict__.pop("forward", None)
+                else:
+                    layer.forward = forward  # type: ignore[method-assign]

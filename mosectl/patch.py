@@ -1,0 +1,267 @@
+"""The patch file, `mosectl-patch` format 1: a safetensors file of rotations with one canonical JSON record.
+
+Specified in patches/FORMAT.md. Everything is checked on reading: a patch comes from strangers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor
+
+from mosectl.errors import PatchError
+from mosectl.files import write_tensors
+from mosectl.rotation import is_rotation, orthogonality_error, orthogonality_tolerance
+
+FORMAT = 1
+KEY = "mosectl"
+_NAME = re.compile(r"[A-Za-z_]\w*(?:\.\w+)*\.R", re.ASCII)
+_MAX_HEADER = 100_000_000  # safetensors' own limit
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class BaseTensor:
+    """What one edited weight was before the edit."""
+
+    tensor: str  # weight name in the model, e.g. "model.layers.5.mlp.down_proj.weight"
+    shape: tuple[int, ...]
+    dtype: str  # safetensors' name: "BF16", "F16", "F32"
+    sha256: str  # of the raw bytes
+    sample: tuple[float, ...]  # evenly spaced entries: recognises the same weights in another dtype
+
+
+@dataclass(frozen=True)
+class PatchFact:
+    """One edited fact with what the model said before and after."""
+
+    prompt: str
+    subject: str
+    target_new: str
+    before: str
+    after: str
+    probability_before: float
+    probability_after: float
+    status: str  # "changed", "already known", "not reached", "not finite"
+
+
+@dataclass(frozen=True)
+class Patch:
+    """Rotations R (d, d) float32 by module path, and how they came about. W' = R W at every listed module."""
+
+    rotations: Mapping[str, Tensor]
+    method: str
+    side: str
+    options: dict[str, Any]
+    model: str
+    revision: str | None
+    model_type: str
+    base: Mapping[str, BaseTensor]  # by module path, same keys as rotations
+    facts: tuple[PatchFact, ...]
+    metrics: dict[str, Any]
+    seed: int
+    versions: dict[str, str]
+    parents: tuple[str, ...] = field(default=())  # ids of the patches it was computed on top of
+
+    @property
+    def record(self) -> str:
+        """Everything but the tensors as canonical JSON: sorted keys, no spaces, no dates."""
+        content = {k: v for k, v in vars(self).items() if k != "rotations"}
+        content["base"] = {name: asdict(t) for name, t in self.base.items()}
+        content["facts"] = [asdict(f) for f in self.facts]
+        return json.dumps(
+            {"format": FORMAT, **content}, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+        )
+
+    @property
+    def id(self) -> str:
+        """sha256 over the record and every tensor's name, shape and little-endian bytes, in name order."""
+        digest = hashlib.sha256(self.record.encode())
+        for name, R in sorted(self.rotations.items()):
+            digest.update(f"\0{name}.R{list(R.shape)}\0".encode())
+            digest.update(R.contiguous().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    def save(self, path: str | Path) -> None:
+        """Write the patch atomically; the same patch gives the same bytes.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        tensors = {f"{name}.R": R.cpu() for name, R in self.rotations.items()}
+        write_tensors(Path(path), tensors, {KEY: self.record})
+
+    @staticmethod
+    def load(path: str | Path) -> Patch:
+        """Read and check a patch file.
+
+        Raises:
+            PatchError: anything in it is not as patches/FORMAT.md says; the message names what and where.
+        """
+        path = Path(path)
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError as e:
+            raise PatchError("no such patch file", where=str(path), fix="check the path") from e
+        except OSError as e:
+            raise PatchError(f"cannot read the patch: {e.strerror}", where=str(path), fix="give a patch file") from e
+        try:
+            return parse(data)
+        except PatchError as e:
+            raise type(e)(e.what, where=f"{path}: {e.where}" if e.where else str(path), fix=e.fix) from e
+
+
+def parse(data: bytes) -> Patch:
+    """Check every byte of a patch file and return the patch.
+
+    Raises:
+        PatchError: with the tensor or record field that is wrong.
+    """
+    header = _header(data)
+    metadata = header.pop("__metadata__", None)
+    if not isinstance(metadata, dict) or set(metadata) != {KEY} or not isinstance(metadata[KEY], str):
+        raise PatchError("not a mosectl patch", where="__metadata__", fix="give a file made by mosectl edit")
+    record = _json(metadata[KEY].encode(), "record")
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        found = record.get("format") if isinstance(record, dict) else None
+        raise PatchError(f"unknown patch format {found!r}", where="record", fix="update mosectl")
+    _check_layout(header, len(data) - 8 - int.from_bytes(data[:8], "little"))
+    try:
+        tensors = load(data)
+    except (SafetensorError, ValueError, RuntimeError) as e:
+        raise PatchError(f"damaged file: {e}", fix="fetch the patch again") from e
+    patch = _from_record(record, {name.removesuffix(".R"): R for name, R in tensors.items()})
+    for name, R in patch.rotations.items():
+        _check_rotation(f"{name}.R", R)
+    return patch
+
+
+def _header(data: bytes) -> dict[str, Any]:
+    size = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or not 2 <= size <= min(_MAX_HEADER, len(data) - 8):
+        raise PatchError("not a safetensors file, or cut short", fix="fetch the patch again")
+    header = _json(data[8 : 8 + size], "header")
+    if not isinstance(header, dict):
+        raise PatchError("not a safetensors file", where="header", fix="fetch the patch again")
+    return header
+
+
+def _json(raw: bytes, where: str) -> Any:
+    """Strict JSON: no duplicate keys, no NaN, no bottomless nesting."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [k for k, _ in pairs]
+        if len(set(keys)) != len(keys):
+            twice = next(k for k in keys if keys.count(k) > 1)
+            raise PatchError(f"the name '{twice}' stands twice", where=where, fix="do not use this patch")
+        return dict(pairs)
+
+    def refuse(constant: str) -> None:
+        raise PatchError(f"{constant} is not a number", where=where, fix="do not use this patch")
+
+    try:
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, ValueError) as e:
+        raise PatchError(f"damaged JSON: {e}", where=where, fix="fetch the patch again") from e
+
+
+def _check_layout(header: dict[str, Any], data_size: int) -> None:
+    """Names, dtypes, shapes and offsets of every tensor: whole, square, float32, without holes or overlaps."""
+    end = 0
+    spans = []
+    for name, entry in header.items():
+        if not _NAME.fullmatch(name):
+            raise PatchError(
+                f"tensor name {name!r} is not allowed", where="header", fix="a patch holds only '<module>.R' tensors"
+            )
+        if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+            raise PatchError("malformed tensor entry", where=name, fix="fetch the patch again")
+        shape, offsets = entry["shape"], entry["data_offsets"]
+        if entry["dtype"] != "F32" or not _integers(shape, 2) or shape[0] != shape[1] or shape[0] < 1:
+            raise PatchError(f"R must be a square F32 matrix, found {entry['dtype']} {shape}", where=name)
+        if not _integers(offsets, 2) or offsets[1] - offsets[0] != 4 * shape[0] * shape[1]:
+            raise PatchError(f"data offsets {offsets} do not fit shape {shape}", where=name)
+        spans.append((*offsets, name))
+    for start, stop, name in sorted(spans):
+        if start != end:
+            raise PatchError("tensors overlap or leave a hole", where=name, fix="do not use this patch")
+        end = stop
+    if not spans:
+        raise PatchError("the patch holds no rotation", fix="fetch the patch again")
+    if end != data_size:
+        raise PatchError(f"the file holds {data_size} bytes of tensors, its header says {end}", fix="fetch it again")
+
+
+def _integers(value: Any, n: int) -> bool:
+    return isinstance(value, list) and len(value) == n and all(type(v) is int and 0 <= v < 2**48 for v in value)
+
+
+def _check_rotation(name: str, R: Tensor) -> None:
+    if not bool(torch.isfinite(R).all()):
+        raise PatchError("R holds NaN or infinite numbers", where=name, fix="do not use this patch")
+    if not is_rotation(R):
+        error, limit = orthogonality_error(R), orthogonality_tolerance(len(R))
+        why = f"‖RᵀR−I‖/√d = {error:.1e}, allowed {limit:.1e}" if error > limit else "a reflection, det R = −1"
+        raise PatchError(f"R is not a rotation ({why})", where=name, fix="do not use this patch")
+
+
+def _from_record(record: dict[str, Any], rotations: dict[str, Tensor]) -> Patch:
+    """Build the patch, checking every field's type."""
+    fields = {k: v for k, v in record.items() if k != "format"}
+    expected = {
+        "method": str, "side": str, "options": dict, "model": str, "revision": (str, type(None)), "model_type": str,
+        "base": dict, "facts": list, "metrics": dict, "seed": int, "versions": dict, "parents": list,
+    }  # fmt: skip
+    _check_fields(fields, expected, "record")
+    if fields["side"] != "output":
+        raise PatchError(f"side '{fields['side']}' is not known", where="record.side", fix="update mosectl")
+    if set(fields["base"]) != set(rotations):
+        raise PatchError("base tensors and rotations do not match", where="record.base", fix="do not use this patch")
+    if not all(isinstance(p, str) and _SHA256.fullmatch(p) for p in fields["parents"]):
+        raise PatchError("a parent is not a patch id", where="record.parents", fix="do not use this patch")
+    base = {name: _base_tensor(entry, name, len(rotations[name])) for name, entry in fields["base"].items()}
+    facts = tuple(_patch_fact(entry, i) for i, entry in enumerate(fields["facts"]))
+    return Patch(rotations, **{**fields, "base": base, "facts": facts, "parents": tuple(fields["parents"])})
+
+
+def _check_fields(found: Any, expected: Mapping[str, Any], where: str) -> None:
+    if not isinstance(found, dict) or set(found) != set(expected):
+        names = set(found) ^ set(expected) if isinstance(found, dict) else expected
+        raise PatchError(f"fields missing or unknown: {', '.join(sorted(names))}", where=where, fix="update mosectl")
+    for name, kind in expected.items():
+        value = found[name]
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise PatchError(f"'{name}' has the wrong type", where=where, fix="fetch the patch again")
+
+
+def _base_tensor(entry: Any, name: str, d: int) -> BaseTensor:
+    where = f"record.base.{name}"
+    _check_fields(entry, {"tensor": str, "shape": list, "dtype": str, "sha256": str, "sample": list}, where)
+    if not _integers(entry["shape"], 2) or d not in entry["shape"]:
+        raise PatchError(f"shape {entry['shape']} does not fit R ({d}×{d})", where=where)
+    if not _SHA256.fullmatch(entry["sha256"]) or not entry["sample"] or not all(map(_is_number, entry["sample"])):
+        raise PatchError("malformed fingerprint", where=where, fix="fetch the patch again")
+    if entry["tensor"] != f"{name}.weight":
+        raise PatchError(f"tensor '{entry['tensor']}' does not belong to this module", where=where)
+    return BaseTensor(**{**entry, "shape": tuple(entry["shape"]), "sample": tuple(map(float, entry["sample"]))})
+
+
+def _patch_fact(entry: Any, i: int) -> PatchFact:
+    text = ("prompt", "subject", "target_new", "before", "after", "status")
+    numbers = ("probability_before", "probability_after")
+    _check_fields(entry, {**dict.fromkeys(text, str), **dict.fromkeys(numbers, (int, float))}, f"record.facts[{i}]")
+    return PatchFact(**entry)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

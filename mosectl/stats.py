@@ -1,0 +1,203 @@
+"""Second moments S = E[y yᵀ] of FFN outputs y = W k over a corpus: d×d a layer, however wide the FFN is.
+
+MOSE's solver needs no p×p key covariance: with S' = R S Rᵀ after an edit, sequential edits need no new statistics either
+(arXiv 2601.07873, eqs. 15-20, in the outputs' space).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from mosectl.arch import Projection
+from mosectl.errors import UsageError
+from mosectl.files import write_tensors
+from mosectl.forward import Batch, ffn_output, input_device, run_until_stopped, stop
+
+MAX_LENGTH = 512  # tokens a text: statistics do not need long contexts, and memory grows with them
+MAX_TOKENS = 200_000
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Texts for statistics and for prefix contexts."""
+
+    name: str
+    texts: tuple[str, ...]
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256("\0".join(self.texts).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Second moment of each edited layer's outputs, by module path."""
+
+    S: dict[str, Tensor]  # (d, d) float32
+    tokens: int
+    cached: bool
+
+
+def read_corpus(path: str | Path | None) -> Corpus:
+    """The embedded corpus, a text file (one text a line) or a .jsonl file with a "text" field.
+
+    Raises:
+        UsageError: the file is missing, not UTF-8, or holds no text.
+    """
+    if path is None:
+        text = resources.files("mosectl").joinpath("data/corpus.txt").read_text("utf-8")
+        return Corpus("embedded", tuple(line for line in text.splitlines() if line.strip()))
+    path = Path(path)
+    try:
+        lines = [line for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
+        texts = [json.loads(line)["text"] for line in lines] if path.suffix == ".jsonl" else lines
+    except OSError as e:
+        raise UsageError(f"cannot read the corpus: {e.strerror}", where=str(path)) from e
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as e:
+        raise UsageError(
+            f"not a corpus ({e})", where=str(path), fix='give UTF-8 text, or .jsonl with a "text" field'
+        ) from e
+    if not texts or not all(isinstance(t, str) for t in texts):
+        raise UsageError("the corpus holds no text", where=str(path), fix="give a file with one text a line")
+    return Corpus(path.name, tuple(texts))
+
+
+def second_moments(
+    model: nn.Module,
+    tokenizer: Any,
+    projections: Sequence[Projection],
+    corpus: Corpus,
+    *,
+    max_tokens: int = MAX_TOKENS,
+    batch_tokens: int = 8192,
+    cache: bool = True,
+    on_step: Callable[[int, int], None] | None = None,
+) -> Moments:
+    """S = E[y yᵀ] for each projection over at most ``max_tokens`` tokens of ``corpus``.
+
+    Each layer is cached under the hash of the model's weights, so a changed model never meets old statistics. Under
+    ``accelerate launch`` every process takes its share of the texts and the sums are added up.
+    """
+    key = f"{model_hash(model)}-{corpus.sha256[:16]}-{max_tokens}" if cache else ""
+    files = {p.name: cache_dir() / "stats" / f"{key}-{p.name}.safetensors" for p in projections}
+    found = {name: _load(file) for name, file in files.items()} if cache else {}
+    if found and all(found.values()):
+        loaded = {name: stored for name, stored in found.items() if stored}
+        return Moments({k: v["S"] for k, v in loaded.items()}, int(next(iter(loaded.values()))["tokens"]), True)
+    batches = _batches(tokenizer, corpus, max_tokens, batch_tokens)
+    sums, tokens = _accumulate(model, projections, batches, on_step)
+    S = {name: (total / max(tokens, 1)).float().cpu() for name, total in sums.items()}
+    if cache and os.environ.get("RANK", "0") == "0":
+        for name, file in files.items():
+            write_tensors(file, {"S": S[name], "tokens": torch.tensor(tokens)})
+    return Moments(S, tokens, False)
+
+
+def _accumulate(
+    model: nn.Module,
+    projections: Sequence[Projection],
+    batches: list[list[list[int]]],
+    on_step: Callable[[int, int], None] | None,
+) -> tuple[dict[str, Tensor], int]:
+    """Sums of y yᵀ in float64 and the number of tokens, over all processes."""
+    distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    mine = batches
+    if distributed:
+        from accelerate import PartialState
+
+        state = PartialState()
+        mine = batches[state.process_index :: state.num_processes]
+    device = input_device(model)
+    last = max(projections, key=lambda p: p.layer)
+    sums: dict[str, Tensor] = {
+        p.name: torch.zeros(p.d, p.d, dtype=torch.float64, device=model.get_submodule(p.name).weight.device)
+        for p in projections
+    }
+    tokens = 0
+    for done, sequences in enumerate(mine):
+        batch = Batch.of(sequences, device)
+        mask = batch.attention_mask.bool()
+
+        def add(p: Projection, mask: Tensor = mask) -> Callable[..., None]:
+            def hook(module: nn.Module, _: Any, out: Tensor) -> None:
+                y = ffn_output(out, module, len(mask))[mask.to(out.device)].float()  # (tokens, d)
+                sums[p.name] += (y.T @ y).double()
+                if p is last:
+                    raise stop
+
+            return hook
+
+        run_until_stopped(model, batch, [(p.name, add(p)) for p in projections])
+        tokens += int(mask.sum())
+        if on_step:
+            on_step(done + 1, len(mine))
+    if distributed:
+        from accelerate.utils import reduce
+
+        sums = {name: reduce(total, "sum") for name, total in sums.items()}
+        tokens = int(reduce(torch.tensor(tokens, device=device), "sum"))
+    return sums, tokens
+
+
+def _batches(tokenizer: Any, corpus: Corpus, max_tokens: int, batch_tokens: int) -> list[list[list[int]]]:
+    """Token sequences of at most MAX_LENGTH, grouped by length so that little is padded."""
+    sequences: list[list[int]] = []
+    total = 0
+    for text in corpus.texts:
+        ids = tokenizer(text, truncation=True, max_length=MAX_LENGTH)["input_ids"]
+        if not ids:
+            continue
+        sequences.append(ids)
+        total += len(ids)
+        if total >= max_tokens:
+            break
+    sequences.sort(key=len)
+    batches: list[list[list[int]]] = [[]]
+    for ids in sequences:
+        if batches[-1] and (len(batches[-1]) + 1) * len(ids) > batch_tokens:
+            batches.append([])
+        batches[-1].append(ids)
+    return batches
+
+
+def model_hash(model: nn.Module) -> str:
+    """sha256 over every parameter's name, dtype, shape and bytes (first 32 hex digits)."""
+
+    def digest(item: tuple[str, nn.Parameter]) -> str:
+        name, p = item
+        raw = p.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        return f"{name} {p.dtype} {tuple(p.shape)} {hashlib.sha256(raw).hexdigest()}"
+
+    with ThreadPoolExecutor(4) as pool:  # hashlib lets other threads run
+        lines = sorted(pool.map(digest, model.named_parameters()))
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
+
+
+def cache_dir() -> Path:
+    """$MOSECTL_CACHE, else $XDG_CACHE_HOME/mosectl, else ~/.cache/mosectl."""
+    if own := os.environ.get("MOSECTL_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mosectl"
+
+
+def _load(file: Path) -> dict[str, Tensor] | None:
+    """A cached moment, or None when there is none that can be read."""
+    try:
+        stored = load_file(file)
+    except (OSError, SafetensorError):
+        return None
+    good = {"S", "tokens"} <= stored.keys() and bool(torch.isfinite(stored["S"]).all())
+    return stored if good else None

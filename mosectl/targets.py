@@ -1,0 +1,291 @@
+"""What each edited layer should write at a fact's subject so that the model says the new object.
+
+ROME/MEMIT find a displacement of the hidden state by gradient descent (Meng et al. 2022, arXiv 2202.05262 §3.1, and
+arXiv 2210.07229). A rotation cannot change a length, so here the FFN outputs W k of all edited layers move on their own
+spheres, v = ‖W k‖·(u + δ)/‖u + δ‖ with u = W k/‖W k‖: every target found is one a norm-preserving update can reach.
+δ is in units of the output's own length, so one step size fits models whose activations differ a hundredfold.
+All facts of a batch are optimised together; facts are independent, and one that has converged leaves the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mosectl.arch import Architecture, Projection
+from mosectl.facts import Fact
+from mosectl.forward import Batch, Suffix, ffn_output, hooked, input_device
+from mosectl.tokens import encode
+
+
+@dataclass(frozen=True)
+class TargetOptions:
+    """Settings of the target optimiser; lengths are relative to ‖W k‖."""
+
+    steps: int = 40
+    step_size: float = 0.25  # Adam's, in units of the output's root mean square
+    margin: float = 3.0  # nats by which every target token must lead before a fact counts as converged
+    kl_weight: float = 0.0625  # keeps what the model says after "{subject} is a" (ROME's factor)
+    decay: float = 0.02  # on ‖δ‖²
+    reach: float = 1.5  # largest ‖δ‖ per layer
+    max_rows: int = 256  # sequences run at once
+
+
+@dataclass(frozen=True)
+class Contexts:
+    """One batch of facts as token rows: for each fact its prompt behind every prefix, then "{subject} is a"."""
+
+    batch: Batch
+    fact: Tensor  # (B,) which fact a row belongs to
+    subject: Tensor  # (B,) position of the subject's last token
+    positions: Tensor  # (B, m) where logits are read
+    targets: Tensor  # (B, m) the token expected there, −1 = nothing (padding and KL rows)
+    is_edit: Tensor  # (B,) True for prompt rows, False for KL rows
+
+    @property
+    def edit_rows(self) -> Tensor:
+        return self.is_edit.nonzero().flatten()
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Result of the optimisation for n facts on L layers; rows are the edit rows of the contexts, in order."""
+
+    V: list[Tensor]  # per layer (rows, d) float32: what the layer should write
+    loss: Tensor  # (n,) negative log likelihood of the target, nats per token, mean over prefixes
+    margin: Tensor  # (n,) smallest lead of a target token over its best rival, nats
+    converged: Tensor  # (n,) bool
+    steps: Tensor  # (n,) optimiser steps used
+
+
+def build_contexts(
+    model: nn.Module, tokenizer: Any, facts: Sequence[Fact], prefixes: Sequence[str], *, chat: bool = False
+) -> Contexts:
+    """Tokenise ``facts`` behind each prefix ("" first) and add one "{subject} is a" row a fact."""
+    rows: list[tuple[Sequence[int], int, int, int, int | None]] = []  # ids, fact, subject, first target, last
+    for i, fact in enumerate(facts):
+        for prefix in prefixes:
+            e = encode(tokenizer, fact.prompt, fact.subject, fact.target_new, chat=chat, prefix=prefix)
+            rows.append((e.input_ids, i, e.subject_last, e.target_start, len(e.input_ids)))
+        e = encode(tokenizer, f"{fact.subject} is a", fact.subject, None, chat=chat)
+        rows.append((e.input_ids, i, e.subject_last, len(e.input_ids), None))
+    width = max(end - start if end is not None else 1 for _, _, _, start, end in rows)
+    positions = torch.zeros(len(rows), width, dtype=torch.long)
+    targets = torch.full_like(positions, -1)
+    for r, (ids, _, _, start, end) in enumerate(rows):
+        m = end - start if end is not None else 1
+        positions[r, :m] = torch.arange(start - 1, start - 1 + m)
+        if end is not None:
+            targets[r, :m] = torch.tensor(ids[start:end])
+    device = input_device(model)
+    return Contexts(
+        batch=Batch.of([r[0] for r in rows], device),
+        fact=torch.tensor([r[1] for r in rows], device=device),
+        subject=torch.tensor([r[2] for r in rows], device=device),
+        positions=positions.to(device),
+        targets=targets.to(device),
+        is_edit=torch.tensor([r[4] is not None for r in rows], device=device),
+    )
+
+
+def on_sphere(h: Tensor, delta: Tensor) -> Tensor:
+    """‖h‖·(u + δ)/‖u + δ‖ with u = h/‖h‖, row by row; h and delta (rows, d)."""
+    length = h.norm(dim=-1, keepdim=True)
+    return length * F.normalize(h / length.clamp_min(torch.finfo(h.dtype).tiny) + delta, dim=-1)
+
+
+def optimise_targets(
+    model: nn.Module,
+    arch: Architecture,
+    projections: Sequence[Projection],
+    contexts: Contexts,
+    options: TargetOptions,
+    on_step: Callable[[int, int], None] | None = None,
+) -> Targets:
+    """Find reachable targets for all facts of ``contexts`` at once.
+
+    Args:
+        projections: the edited layers, lowest first.
+        on_step: called with (facts done, facts in all) after each step.
+    Returns:
+        Targets; a fact that already leads by the margin converges at step 0 and keeps v = W k.
+    """
+    n = int(contexts.fact.max()) + 1
+    per_fact = len(contexts.fact) // n
+    group = max(1, options.max_rows // per_fact)
+    parts = []
+    with _frozen(model):
+        for start in range(0, n, group):
+            done = start
+
+            def report(finished: int, done: int = done) -> None:
+                if on_step:
+                    on_step(done + finished, n)
+
+            rows = ((contexts.fact >= start) & (contexts.fact < start + group)).nonzero().flatten()
+            part = _rows_of(contexts, rows, start)
+            parts.append(_Optimiser(model, arch, projections, part, options).run(report))
+    if len(parts) == 1:
+        return parts[0]
+    return Targets(
+        V=[torch.cat([p.V[i] for p in parts]) for i in range(len(projections))],
+        loss=torch.cat([p.loss for p in parts]),
+        margin=torch.cat([p.margin for p in parts]),
+        converged=torch.cat([p.converged for p in parts]),
+        steps=torch.cat([p.steps for p in parts]),
+    )
+
+
+def _rows_of(c: Contexts, rows: Tensor, first_fact: int) -> Contexts:
+    return Contexts(
+        batch=c.batch.rows(rows),
+        fact=c.fact[rows] - first_fact,
+        subject=c.subject[rows],
+        positions=c.positions[rows],
+        targets=c.targets[rows],
+        is_edit=c.is_edit[rows],
+    )
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No gradients for the weights, no dropout; both restored afterwards."""
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    training = model.training
+    model.eval()
+    for p in wanted:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in wanted:
+            p.requires_grad_(True)
+        model.train(training)
+
+
+class _Optimiser:
+    """One group of facts, few enough to run in a single batch."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        arch: Architecture,
+        projections: Sequence[Projection],
+        contexts: Contexts,
+        options: TargetOptions,
+    ) -> None:
+        self.model, self.projections, self.c, self.options = model, projections, contexts, options
+        self.n = int(contexts.fact.max()) + 1
+        self.suffix = Suffix(model, arch, projections[0].layer, contexts.batch)
+        # One parameter a fact: Adam skips those whose gradient is None, which is what leaving the batch means.
+        self.deltas = [
+            torch.zeros(len(projections), p.d, device=contexts.fact.device, requires_grad=True)
+            for p in projections[:1]
+            for _ in range(self.n)
+        ]
+        self.adam = torch.optim.Adam(self.deltas, lr=options.step_size / projections[0].d ** 0.5)
+        self.written: list[Tensor | None] = [None] * len(projections)
+        self.reference: Tensor | None = None  # (B, V) log-probabilities of the KL rows before any step
+
+    def run(self, report: Callable[[int], None]) -> Targets:
+        c, o, device = self.c, self.options, self.c.fact.device
+        active = torch.ones(self.n, dtype=torch.bool, device=device)
+        loss = torch.full((self.n,), torch.inf, device=device)
+        margin = torch.full((self.n,), -torch.inf, device=device)
+        converged, steps = torch.zeros_like(active), torch.zeros(self.n, dtype=torch.long, device=device)
+        V: list[Tensor] | None = None
+        for step in range(o.steps + 1):
+            rows = active[c.fact].nonzero().flatten()
+            nll, lead, kl = self._forward(rows)
+            finite = torch.isfinite(nll.detach()) & torch.isfinite(kl.detach())
+            # Facts with a non-finite loss keep the last finite target and are reported by their infinite loss.
+            usable = active & finite
+            if V is None:
+                V = [torch.zeros(len(c.fact), p.d, device=device) for p in self.projections]
+            keep = usable[c.fact[rows]]
+            for v, new in zip(V, self.written, strict=True):
+                assert new is not None
+                v[rows[keep]] = new.to(device)[keep]
+            loss = torch.where(usable, nll.detach(), loss)
+            margin = torch.where(usable, lead.detach(), margin)
+            loss[active & ~finite] = torch.inf
+            converged |= usable & (lead.detach() >= o.margin)
+            active = usable & ~converged
+            report(int((~active).sum()))
+            if step == o.steps or not active.any():
+                break
+            steps[active] += 1
+            self._step(nll + o.kl_weight * kl, active)
+        assert V is not None
+        edit = c.edit_rows
+        return Targets([v[edit] for v in V], loss.cpu(), margin.cpu(), converged.cpu(), steps.cpu())
+
+    def _step(self, objective: Tensor, active: Tensor) -> None:
+        chosen = active.nonzero().flatten().tolist()
+        total = objective[active].sum() + self.options.decay * sum(
+            self.deltas[i].square().sum() for i in chosen
+        )
+        self.adam.zero_grad(set_to_none=True)
+        gradients = torch.autograd.grad(total, [self.deltas[i] for i in chosen])
+        for i, g in zip(chosen, gradients, strict=True):
+            self.deltas[i].grad = g
+        self.adam.step()
+        with torch.no_grad():
+            for i in chosen:
+                length = self.deltas[i].norm(dim=-1, keepdim=True)
+                self.deltas[i] *= (self.options.reach / length.clamp_min(self.options.reach)).clamp(max=1)
+
+    def _forward(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Per fact (n,): target NLL, smallest lead, KL to the unedited model; infinite for facts without rows."""
+        c = self.c
+        deltas = torch.stack(self.deltas)[c.fact[rows]]  # (rows, L, d)
+        handles = [
+            self.model.get_submodule(p.name).register_forward_hook(self._mover(i, rows, deltas[:, i]))
+            for i, p in enumerate(self.projections)
+        ]
+        with hooked(handles), torch.enable_grad():
+            logits = self.suffix.logits(rows, c.positions[rows]).to(c.fact.device)  # (rows, m, V)
+        logp = F.log_softmax(logits, dim=-1)
+        targets, edit, fact = c.targets[rows], c.is_edit[rows], c.fact[rows]
+        wanted = targets >= 0
+        index = targets.clamp_min(0)[..., None]
+        token_logp = logp.gather(-1, index).squeeze(-1)
+        rival = logp.scatter(-1, index, -torch.inf).amax(-1)
+        row_nll = -(token_logp * wanted).sum(-1) / wanted.sum(-1).clamp_min(1)
+        row_lead = torch.where(wanted, token_logp - rival, torch.inf).amin(-1)
+        if self.reference is None:
+            self.reference = torch.zeros(len(c.fact), logp.shape[-1], device=logp.device)
+            self.reference[rows] = logp[:, 0].detach()
+        before = self.reference[rows]
+        row_kl = (before.exp() * (before - logp[:, 0])).sum(-1)
+        nll = _mean_by_fact(row_nll[edit], fact[edit], self.n)
+        kl = _mean_by_fact(row_kl[~edit], fact[~edit], self.n)
+        lead = torch.full((self.n,), torch.inf, device=logp.device)
+        lead = lead.scatter_reduce(0, fact[edit], row_lead[edit].detach(), "amin")
+        return nll, lead, kl
+
+    def _mover(self, layer: int, rows: Tensor, delta: Tensor) -> Callable[..., Tensor]:
+        at = self.c.subject[rows]
+
+        def hook(module: nn.Module, _: Any, out: Tensor) -> Tensor:
+            y = ffn_output(out, module, len(rows))
+            r, s = torch.arange(len(rows), device=y.device), at.to(y.device)
+            moved = on_sphere(y[r, s].float(), delta.to(y.device))
+            self.written[layer] = moved.detach()
+            y = y.index_put((r, s), moved.to(y.dtype))
+            return (y if module.bias is None else y + module.bias).view_as(out)
+
+        return hook
+
+
+def _mean_by_fact(values: Tensor, fact: Tensor, n: int) -> Tensor:
+    """Mean of row values (rows,) over each fact's rows, (n,); infinite where a fact has none."""
+    total = torch.zeros(n, device=values.device).index_add(0, fact, values)
+    count = torch.zeros(n, device=values.device).index_add(0, fact, torch.ones_like(values))
+    return torch.where(count > 0, total / count.clamp_min(1), torch.inf)
