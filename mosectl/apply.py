@@ -1,0 +1,377 @@
+"""apply and revert on a checkpoint folder: one way, `_rebuild`, computes any stack of patches from the base tensors.
+
+W is rounded once from the base, however many patches there are, and undoing is leaving a patch out of the product. Only
+when the base tensors are gone is a patch undone by multiplying with Rᵀ, which is exact up to rounding.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import Tensor
+
+from mosectl.arch import Architecture, Projection, disk_names, resolve, skeleton
+from mosectl.checkpoint import JOURNAL, SIDECAR, Checkpoint, open_checkpoint, write_shard
+from mosectl.errors import BaseMismatch, HubError, ModelError, OutputError, PatchError
+from mosectl.files import link_or_copy, new_folder, output_errors, write_tensors
+from mosectl.fingerprint import match, sha256
+from mosectl.journal import Applied, EditedTensor, Journal, read_journal
+from mosectl.metrics import Stability, stability
+from mosectl.patch import Patch
+from mosectl.rotation import compose, rotate
+
+KEPT_BASE = f"{SIDECAR}/base.safetensors"
+OnStep = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """What happened to one weight."""
+
+    tensor: str
+    dtype: str
+    note: str  # how the base was recognised, or how far the restored weight is from it
+    exact: bool  # computed from the base tensor itself
+    stability: Stability | None  # on the stored dtype, base against result; None when restored or base unknown
+
+
+@dataclass(frozen=True)
+class ApplyReport:
+    """What a rebuild wrote."""
+
+    folder: Path
+    stack: tuple[str, ...]  # patch ids now applied
+    tensors: tuple[TensorReport, ...]
+    bytes_written: int
+    restored: bool  # no patch is left and every tensor has its original sha256
+
+
+def apply(
+    patches: Sequence[Patch],
+    model: str | Path,
+    out: str | Path,
+    *,
+    revision: str | None = None,
+    base: str | Path | None = None,
+    keep_base: bool = True,
+    force: bool = False,
+    on_step: OnStep | None = None,
+) -> ApplyReport:
+    """Write ``model`` with ``patches`` on top (and on top of those it already has) to the new folder ``out``.
+
+    Args:
+        keep_base: store the original tensors in ``out/mosectl/base.safetensors`` so that revert is always bit for bit.
+        force: skip the check that each patch was made for this base.
+    Raises:
+        BaseMismatch: a patch was made for another base. ModelError, OutputError, HubError.
+    """
+    source = _Source(open_checkpoint(model, revision), base)
+    for patch in patches:
+        if patch.id in source.ids:
+            raise PatchError(f"patch {patch.id[:12]} is already applied", where=str(model), fix="see mosectl.json there")
+    stack = [*source.stack, *patches]
+    notes = {} if force else _check_bases(source, patches)
+    with new_folder(Path(out)) as folder:
+        return _rebuild(source, stack, folder, Path(out), keep_base, notes, on_step)
+
+
+def revert(
+    patch: Patch | str,
+    model: str | Path,
+    out: str | Path | None = None,
+    *,
+    base: str | Path | None = None,
+    force: bool = False,
+    on_step: OnStep | None = None,
+) -> ApplyReport:
+    """Take one patch out of an edited folder: in place (``out`` None, exchanged in one step) or into a new folder.
+
+    Args:
+        patch: the patch, or the beginning of its id (at least 6 digits).
+        base: where the unedited model is, if the edited folder has not kept its base tensors.
+        force: undo with Rᵀ although the result is not recognised as the patch's base.
+    Raises:
+        PatchError: the patch is not in the folder's stack. ModelError, BaseMismatch, OutputError.
+    """
+    checkpoint = open_checkpoint(model)
+    if out is None and not Path(model).is_dir():
+        raise OutputError("a hub model cannot be reverted in place", where=str(model), fix="give -o")
+    source = _Source(checkpoint, base)
+    if source.journal is None:
+        if isinstance(patch, str):
+            raise ModelError(f"no {JOURNAL}: nothing was applied here", where=str(model), fix="give the patch file")
+        source = _Source(checkpoint, base, unrecorded=patch)
+        notes = _check_unrecorded(source, patch, force)
+        wanted = patch.id
+    else:
+        notes = {}
+        wanted = _find(patch if isinstance(patch, str) else patch.id, source.ids, str(model))
+    stack = [p for p in source.stack if p.id != wanted]
+    target = Path(model).resolve() if out is None else Path(out)
+    with new_folder(target, replace=out is None) as folder:
+        keep = source.journal is not None and source.journal.kept_base
+        return _rebuild(source, stack, folder, target, keep, notes, on_step)
+
+
+class _Source:
+    """A checkpoint to start from: its layers, the patches it holds and, where they can be reached, its base tensors."""
+
+    def __init__(self, checkpoint: Checkpoint, base: str | Path | None, unrecorded: Patch | None = None) -> None:
+        self.checkpoint = checkpoint
+        self.journal = read_journal(checkpoint.folder)
+        self.arch: Architecture = resolve(skeleton(checkpoint.config))
+        self.names = disk_names(self.arch, checkpoint.tensors)
+        self.projections = {p.name: p for p in self.arch.projections}
+        self.stack = [unrecorded] if unrecorded else [self._stored_patch(a) for a in self._applied]
+        self.unrecorded = unrecorded is not None
+        self.base_path = base
+        self._other: Checkpoint | None | bool = False  # not looked for yet
+
+    @property
+    def _applied(self) -> Sequence[Applied]:
+        return self.journal.patches if self.journal else ()
+
+    @property
+    def ids(self) -> list[str]:
+        return [p.id for p in self.stack]
+
+    def _stored_patch(self, applied: Applied) -> Patch:
+        patch = Patch.load(self.checkpoint.folder / applied.file)
+        if patch.id != applied.id:
+            raise PatchError("not the patch the journal names", where=applied.file, fix="start again from the base")
+        return patch
+
+    def projection(self, module: str) -> Projection:
+        if module not in self.projections:
+            raise BaseMismatch(
+                f"no module '{module}' in this {self.arch.model_type} model ({len(self.projections)} layers)",
+                where=self.checkpoint.model,
+                fix="give the model the patch was made for",
+            )
+        return self.projections[module]
+
+    def disk_name(self, module: str) -> str:
+        return self.names[self.projection(module).weight_name]
+
+    def base_tensor(self, name: str) -> Tensor | None:
+        """The weight as it was before any patch, checked by hash; None when it is out of reach."""
+        edited = self.journal.tensors.get(name) if self.journal else None
+        if edited is None:
+            return None if self.unrecorded and not self.base_path else self._given(name)
+        for candidate in self._candidates(name):
+            if sha256(candidate) == edited.base_sha256:
+                return candidate
+        return None
+
+    def _given(self, name: str) -> Tensor:
+        return open_checkpoint(self.base_path).read(name) if self.unrecorded else self.checkpoint.read(name)  # type: ignore[arg-type]
+
+    def _candidates(self, name: str) -> Iterator[Tensor]:
+        kept = self.checkpoint.folder / KEPT_BASE
+        if kept.is_file():
+            with safe_open(kept, framework="pt") as file:
+                if name in file.keys():  # noqa: SIM118  (not a dict)
+                    yield file.get_tensor(name)
+        if self._other is False:
+            self._other = self._find_base()
+        if isinstance(self._other, Checkpoint) and name in self._other.tensors:
+            yield self._other.read(name)
+
+    def _find_base(self) -> Checkpoint | None:
+        assert self.journal is not None
+        if self.base_path:
+            return open_checkpoint(self.base_path)
+        for place in (self.journal.base_path, self.journal.model):
+            try:
+                return open_checkpoint(place, self.journal.revision)
+            except (ModelError, HubError):
+                continue
+        return None
+
+
+def _check_bases(source: _Source, patches: Sequence[Patch]) -> dict[str, str]:
+    """Refuse a patch made for other weights; otherwise say per tensor how the base was recognised."""
+    notes: dict[str, str] = {}
+    before = list(source.ids)
+    for patch in patches:
+        for module, made_for in patch.base.items():
+            name = source.disk_name(module)
+            if patch.parents:
+                if list(patch.parents) != before:
+                    needed = ", ".join(p[:12] for p in patch.parents)
+                    raise BaseMismatch(
+                        f"patch {patch.id[:12]} was computed on top of {needed}, which is not the stack here",
+                        where=source.checkpoint.model,
+                        fix="apply those first, in that order",
+                    )
+                notes[name] = "on top of the patches it was computed on"
+                continue
+            weight = source.base_tensor(name)
+            if weight is None:
+                raise BaseMismatch(f"the base of '{name}' is out of reach", fix="give --base, or --force to skip")
+            found = match(made_for, weight)
+            if not found.same:
+                raise BaseMismatch(
+                    f"patch {patch.id[:12]} is for {patch.model}: {found.note}",
+                    where=f"{source.checkpoint.model}: {name}",
+                    fix=f"give the model it was made for ({patch.model}), or --force to skip this check",
+                )
+            notes[name] = found.note
+        before.append(patch.id)
+    return notes
+
+
+def _check_unrecorded(source: _Source, patch: Patch, force: bool) -> dict[str, str]:
+    """Without a journal, Rᵀ W must look like the patch's base before we believe the patch was applied."""
+    notes: dict[str, str] = {}
+    for module, made_for in patch.base.items():
+        projection, name = source.projection(module), source.disk_name(module)
+        W = source.checkpoint.read(name)
+        if match(made_for, W).same:
+            raise BaseMismatch("this patch is not applied here", where=name, fix="nothing to revert")
+        restored = projection.stored(rotate(patch.rotations[module].T, projection.oriented(W)))
+        error = _sampled_error(made_for.sample, restored)
+        if error > 0.05 and not force:
+            raise BaseMismatch(
+                f"Rᵀ W is {error:.0%} away from the patch's base", where=name, fix="is the patch applied here? --force"
+            )
+        notes[name] = f"undone by Rᵀ, {error:.1e} from the base (64 sampled entries, relative to their size)"
+    return notes
+
+
+def _sampled_error(sample: Sequence[float], weight: Tensor) -> float:
+    import torch
+
+    from mosectl.fingerprint import _sample
+
+    ours, theirs = torch.tensor(_sample(weight)), torch.tensor(sample)
+    return float((ours - theirs).norm() / theirs.norm().clamp_min(1e-30))
+
+
+def _find(wanted: str, ids: Sequence[str], where: str) -> str:
+    found = [i for i in ids if i.startswith(wanted)] if len(wanted) >= 6 else []
+    if len(found) != 1:
+        have = ", ".join(i[:12] for i in ids) or "none"
+        raise PatchError(f"patch {wanted[:12]} is not applied here", where=where, fix=f"applied are: {have}")
+    return found[0]
+
+
+def _rebuild(
+    source: _Source,
+    stack: Sequence[Patch],
+    folder: Path,
+    final: Path,
+    keep_base: bool,
+    notes: Mapping[str, str],
+    on_step: OnStep | None,
+) -> ApplyReport:
+    """Write the checkpoint with exactly ``stack`` applied into ``folder`` (which becomes ``final``)."""
+    checkpoint = source.checkpoint
+    modules = sorted({m for p in [*source.stack, *stack] for m in p.rotations}, key=lambda m: source.projection(m).layer)
+    reports: list[TensorReport] = []
+    changed: dict[str, Tensor] = {}
+    bases: dict[str, Tensor] = {}
+    edited: dict[str, EditedTensor] = {}
+    for done, module in enumerate(modules):
+        name = source.disk_name(module)
+        W0 = source.base_tensor(name)
+        weight = _weight(source, module, W0, stack)
+        rotated = any(module in p.rotations for p in stack)
+        report = _report(source, module, W0, weight, rotated, notes.get(name, ""))
+        reports.append(report)
+        changed[name] = weight
+        if rotated:
+            old = source.journal.tensors.get(name) if source.journal else None
+            base_sha = sha256(W0) if W0 is not None else (old.base_sha256 if old else "")
+            edited[name] = EditedTensor(base_sha, sha256(weight))
+            if W0 is not None:
+                bases[name] = W0
+        if on_step:
+            on_step(done + 1, len(modules))
+    written = _write(source, stack, folder, final, changed, bases if keep_base else {}, edited)
+    exact = all(r.exact for r in reports)
+    return ApplyReport(final, tuple(p.id for p in stack), tuple(reports), written, restored=not stack and exact)
+
+
+def _weight(source: _Source, module: str, W0: Tensor | None, stack: Sequence[Patch]) -> Tensor:
+    """The module's weight under ``stack``, in its stored orientation and dtype."""
+    projection = source.projection(module)
+    new = [p.rotations[module] for p in stack if module in p.rotations]
+    if W0 is not None:
+        return projection.stored(rotate(compose(new), projection.oriented(W0))).contiguous() if new else W0
+    old = [p.rotations[module] for p in source.stack if module in p.rotations]
+    turn = compose(old).T
+    if new:
+        turn = compose(new) @ turn
+    W = source.checkpoint.read(source.disk_name(module))
+    return projection.stored(rotate(turn, projection.oriented(W))).contiguous()
+
+
+def _report(
+    source: _Source, module: str, W0: Tensor | None, weight: Tensor, rotated: bool, note: str
+) -> TensorReport:
+    projection, name = source.projection(module), source.disk_name(module)
+    dtype = source.checkpoint.entry(name).dtype
+    if W0 is None:
+        note = note or "the base is out of reach: undone by Rᵀ, exact up to rounding"
+    elif not rotated:
+        note = f"restored bit for bit, sha256 {sha256(weight)[:12]}"
+    drift = None
+    if W0 is not None and rotated:
+        drift = stability(name, projection.oriented(W0), projection.oriented(weight))
+    return TensorReport(name, dtype, note, W0 is not None, drift)
+
+
+def _write(
+    source: _Source,
+    stack: Sequence[Patch],
+    folder: Path,
+    final: Path,
+    changed: Mapping[str, Tensor],
+    bases: Mapping[str, Tensor],
+    edited: Mapping[str, EditedTensor],
+) -> int:
+    """All files of the new folder: changed shards, links to the rest, patches, kept base tensors, journal."""
+    checkpoint = source.checkpoint
+    shards = {checkpoint.entry(name).file for name in changed}
+    size = sum(f.stat().st_size for f in shards) + sum(t.nbytes for t in bases.values())
+    size += sum(R.nbytes for p in stack for R in p.rotations.values())
+    with output_errors(final):
+        free = shutil.disk_usage(folder).free
+        if free < size + 2**20:
+            raise OutputError(
+                f"needs {size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free", where=str(final), fix="free some space"
+            )
+        skip = {f.name for f in shards} | {SIDECAR, JOURNAL, ".git", ".cache"}
+        shutil.copytree(
+            checkpoint.folder,
+            folder,
+            ignore=lambda where, names: skip & set(names) if Path(where) == checkpoint.folder else set(),
+            copy_function=lambda a, b: link_or_copy(Path(a), Path(b)),
+            dirs_exist_ok=True,
+        )
+        for shard in shards:
+            changes = {n: (checkpoint.entry(n), t) for n, t in changed.items() if checkpoint.entry(n).file == shard}
+            write_shard(shard, folder / shard.name, changes)
+        applied = []
+        for patch in stack:
+            file = f"{SIDECAR}/{patch.id[:16]}.safetensors"
+            patch.save(folder / file)
+            applied.append(Applied(patch.id, file, len(patch.facts)))
+        if bases and stack:
+            write_tensors(folder / KEPT_BASE, bases)
+        if stack:
+            old = source.journal
+            Journal(
+                model=old.model if old else checkpoint.model,
+                revision=old.revision if old else checkpoint.revision,
+                base_path=old.base_path if old else str(checkpoint.folder.resolve()),
+                kept_base=bool(bases),
+                patches=tuple(applied),
+                tensors=dict(edited),
+            ).write(folder)
+    return size

@@ -1,0 +1,139 @@
+"""Loaded models: load one, patch it in memory, ask it with a patch on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mosectl.arch import Projection, resolve
+from mosectl.checkpoint import Checkpoint, open_checkpoint
+from mosectl.errors import BaseMismatch, ModelError, UsageError
+from mosectl.fingerprint import match
+from mosectl.patch import Patch
+from mosectl.rotation import rotate
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model with its tokenizer and the checkpoint it came from."""
+
+    model: Any
+    tokenizer: Any
+    checkpoint: Checkpoint
+
+
+def load(model: str | Path, *, revision: str | None = None, device: str = "auto", dtype: str = "auto") -> Loaded:
+    """Load a causal language model for editing or asking.
+
+    Args:
+        device: "auto" (CUDA, else MPS, else CPU), "cpu", "cuda:1", …, or "balanced" to spread it over all GPUs.
+        dtype: "auto" keeps the checkpoint's type on a GPU and takes float32 on a CPU, where half precision is slow.
+    Raises:
+        ModelError, HubError, UsageError.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    checkpoint = open_checkpoint(model, revision)
+    device = _device(device)
+    if dtype not in (*DTYPES, "auto"):
+        raise UsageError(f"--dtype {dtype}", fix=f"choose auto, {', '.join(DTYPES)}")
+    kind = DTYPES.get(dtype, torch.float32 if device == "cpu" else "auto")
+    placed = {"device_map": device if device == "balanced" else {"": device}}
+    logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            checkpoint.folder, dtype=kind, trust_remote_code=False, use_safetensors=True, **placed
+        )
+    except (OSError, ValueError, KeyError, ImportError, json.JSONDecodeError) as e:
+        first = str(e).strip().split("\n")[0]
+        raise ModelError(f"cannot be loaded: {first}", where=str(model), fix="run: mosectl doctor MODEL") from e
+    finally:
+        logging.enable_progress_bar()
+    return Loaded(loaded.eval(), tokenizer, checkpoint)
+
+
+def _device(device: str) -> str:
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    kind = device.split(":")[0]
+    known = {"cpu": True, "balanced": torch.cuda.is_available(), "cuda": torch.cuda.is_available()}
+    known["mps"] = torch.backends.mps.is_available()
+    if kind not in known:
+        raise UsageError(f"--device {device}", fix="choose auto, cpu, cuda, cuda:1, mps or balanced")
+    if not known[kind]:
+        raise UsageError(f"--device {device}: there is none here", fix="choose --device cpu")
+    return device
+
+
+def weight_of(model: nn.Module, projection: Projection) -> Tensor:
+    """The live weight of one projection.
+
+    Raises:
+        ModelError: it is offloaded, where a change in place would be lost.
+    """
+    weight = model.get_submodule(projection.name).weight
+    if weight.is_meta:
+        raise ModelError("the weight is offloaded", where=projection.name, fix="load the model without offloading")
+    return weight  # type: ignore[return-value]
+
+
+def turn(model: nn.Module, projection: Projection, R: Tensor, W0: Tensor) -> None:
+    """Set a live weight to R W0, rounded once; R (d, d), W0 the base weight as stored."""
+    weight = weight_of(model, projection)
+    with torch.no_grad():
+        weight.copy_(projection.stored(rotate(R, projection.oriented(W0))))
+
+
+@contextmanager
+def patched(model: nn.Module, *patches: Patch, force: bool = False) -> Iterator[nn.Module]:
+    """The model with ``patches`` applied in order inside the block; afterwards every weight is bit for bit what it was.
+
+    Args:
+        force: skip the check that the patches were made for this model.
+    Raises:
+        BaseMismatch: a patch was made for other weights.
+    """
+    projections = {p.name: p for p in resolve(model).projections}  # type: ignore[arg-type]
+    before: dict[str, Tensor] = {}
+    turned: dict[str, Tensor] = {}
+    try:
+        for patch in patches:
+            for module, R in patch.rotations.items():
+                if module not in projections:
+                    raise BaseMismatch(f"no module '{module}' in this model", fix="give the model the patch is for")
+                weight = weight_of(model, projections[module])
+                before.setdefault(module, weight.detach().clone())
+                if not force:
+                    _check(patch, module, before[module] if not patch.parents else None)
+                turned[module] = R.double() @ turned[module] if module in turned else R.double()
+        for module, R in turned.items():
+            turn(model, projections[module], R, before[module])
+        yield model
+    finally:
+        with torch.no_grad():
+            for module, weight in before.items():
+                weight_of(model, projections[module]).copy_(weight)
+
+
+def _check(patch: Patch, module: str, weight: Tensor | None) -> None:
+    found = match(patch.base[module], weight) if weight is not None else None
+    if found and not found.same:
+        raise BaseMismatch(
+            f"the patch is for {patch.model}: {found.note}", where=module, fix="give that model, or force=True"
+        )
+
+
+def load_patches(paths: Sequence[str | Path]) -> list[Patch]:
+    """Read patch files in the order given."""
+    return [Patch.load(p) for p in paths]
