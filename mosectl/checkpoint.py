@@ -48,7 +48,7 @@ class Checkpoint:
 
     @property
     def config(self) -> dict[str, Any]:
-        return json.loads((self.folder / "config.json").read_text("utf-8"))
+        return read_config(self.folder)
 
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU."""
@@ -78,26 +78,53 @@ def open_checkpoint(model: str | Path, revision: str | None = None) -> Checkpoin
         ModelError: no such folder, no config.json, weights missing, pickled or damaged.
         HubError: the Hub cannot be reached, or refuses.
     """
+    folder, name, commit = locate(model, revision)
+    return Checkpoint(folder, name, commit, index_tensors(folder))
+
+
+def locate(
+    model: str | Path, revision: str | None = None, *, weights: bool = True
+) -> tuple[Path, str, str | None]:
+    """The model's folder, its name (hub id, or the folder's name) and its commit; fetched from the Hub if need be.
+
+    Args:
+        weights: False fetches only config and tokenizer.
+    Raises:
+        ModelError, HubError: as :func:`open_checkpoint`.
+    """
     path = Path(model)
     if path.is_dir():
-        return Checkpoint(path, _folder_name(path), None, index_tensors(path))
+        return path, path.resolve().name or "model", None
     from mosectl.hub import fetch_model, looks_like_repo
 
     if path.exists() or not looks_like_repo(str(model)):
         what = "is a file, not a model folder" if path.exists() else "no such model folder"
         raise ModelError(what, where=str(model), fix="give a folder with config.json, or a hub id such as user/model")
-    folder, commit = fetch_model(str(model), revision)
-    return Checkpoint(folder, str(model), commit, index_tensors(folder))
+    folder, commit = fetch_model(str(model), revision, weights=weights)
+    return folder, str(model), commit
 
 
-def _folder_name(path: Path) -> str:
-    return path.resolve().name or "model"
+def read_config(folder: Path) -> dict[str, Any]:
+    """The folder's config.json.
+
+    Raises:
+        ModelError: there is none, or it is not a JSON object.
+    """
+    file = folder / "config.json"
+    try:
+        config = json.loads(file.read_text("utf-8"))
+    except OSError as e:
+        raise ModelError("no config.json", where=str(folder), fix="give a model folder in Hugging Face layout") from e
+    except ValueError as e:
+        raise ModelError(f"damaged: {e}", where=str(file), fix="fetch the model again") from e
+    if not isinstance(config, dict):
+        raise ModelError("not a JSON object", where=str(file), fix="fetch the model again")
+    return config
 
 
 def index_tensors(folder: Path) -> dict[str, Entry]:
     """Every tensor of a checkpoint folder, from the shards' headers alone."""
-    if not (folder / "config.json").is_file():
-        raise ModelError("no config.json", where=str(folder), fix="give a model folder in Hugging Face layout")
+    read_config(folder)
     tensors: dict[str, Entry] = {}
     for file in shard_files(folder):
         tensors |= _header(file)

@@ -31,6 +31,12 @@ def _sample(weight: Tensor) -> tuple[float, ...]:
     return tuple(flat[index.to(flat.device)].double().tolist())
 
 
+def distance(base: BaseTensor, weight: Tensor) -> float:
+    """‖sample of weight − the base's sample‖ / ‖the base's sample‖."""
+    ours, theirs = torch.tensor(_sample(weight)), torch.tensor(base.sample)
+    return float((ours - theirs).norm() / theirs.norm().clamp_min(1e-30))
+
+
 @dataclass(frozen=True)
 class Match:
     """Result of comparing a weight with the base a patch was made for."""

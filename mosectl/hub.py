@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from mosectl.errors import HubError, ModelError
 
 # Weights as safetensors, and what loads them; no pickles, no code.
-_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+_SMALL = ["*.json", "*.txt", "*.model", "*.jinja"]
+_WEIGHTS = ["*.safetensors"]
 
 
 def looks_like_repo(name: str) -> bool:
@@ -16,14 +19,46 @@ def looks_like_repo(name: str) -> bool:
     return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name, re.ASCII) is not None and not name.startswith(".")
 
 
-def fetch_model(repo: str, revision: str | None = None) -> tuple[Path, str]:
+def fetch_model(repo: str, revision: str | None = None, *, weights: bool = True) -> tuple[Path, str]:
     """Download a model (or find it in the cache) and return its folder and the commit it was resolved to.
 
+    Args:
+        weights: False fetches only config and tokenizer.
     Raises:
         ModelError: no such model or revision. HubError: gated, unauthorised, offline or unreachable.
     """
-    import httpx
     from huggingface_hub import snapshot_download
+
+    patterns = _SMALL + _WEIGHTS if weights else _SMALL
+    with _hub_errors(repo, revision):
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, library_name="mosectl"))
+    return folder, folder.name
+
+
+def remote_tensors(repo: str, revision: str | None = None) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name → (dtype, shape) of every tensor of a hub model, read from the files' headers by range requests.
+
+    Raises:
+        ModelError: no safetensors there. HubError: the Hub cannot be reached or refuses.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
+
+    with _hub_errors(repo, revision):
+        try:
+            found = HfApi(library_name="mosectl").get_safetensors_metadata(repo, revision=revision)
+        except (NotASafetensorsRepoError, SafetensorsParsingError) as e:
+            fix = "mosectl reads safetensors only: convert with from_pretrained(...).save_pretrained(folder)"
+            raise ModelError("no safetensors weights", where=repo, fix=fix) from e
+    return {
+        name: (str(t.dtype), tuple(t.shape)) for file in found.files_metadata.values() for name, t in file.tensors.items()
+    }
+
+
+@contextmanager
+def _hub_errors(repo: str, revision: str | None) -> Iterator[None]:
+    """The client's many exceptions as one clear error with the next step."""
+    import httpx
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -35,7 +70,7 @@ def fetch_model(repo: str, revision: str | None = None) -> tuple[Path, str]:
     )
 
     try:
-        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=_FILES, library_name="mosectl"))
+        yield
     except GatedRepoError as e:
         fix = f"accept its terms at https://huggingface.co/{repo} and run: hf auth login"
         raise HubError("this model is gated", where=repo, fix=fix) from e
@@ -49,4 +84,3 @@ def fetch_model(repo: str, revision: str | None = None) -> tuple[Path, str]:
         raise HubError("not a local folder, not in the cache, and the Hub is out of reach", where=repo, fix=fix) from e
     except (HfHubHTTPError, httpx.HTTPError) as e:
         raise HubError("the Hub cannot be reached", where=repo, fix="check the network and try again") from e
-    return folder, folder.name

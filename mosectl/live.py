@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mosectl.arch import Projection, resolve
 from mosectl.checkpoint import Checkpoint, open_checkpoint
 from mosectl.errors import BaseMismatch, ModelError, UsageError
+from mosectl.evaluate import generate
 from mosectl.fingerprint import match
 from mosectl.patch import Patch
 from mosectl.rotation import rotate
@@ -28,7 +29,7 @@ class Loaded:
 
     model: Any
     tokenizer: Any
-    checkpoint: Checkpoint
+    checkpoint: Checkpoint | None  # None for a model that was handed over in memory
 
 
 def load(model: str | Path, *, revision: str | None = None, device: str = "auto", dtype: str = "auto") -> Loaded:
@@ -44,10 +45,8 @@ def load(model: str | Path, *, revision: str | None = None, device: str = "auto"
     from transformers.utils import logging
 
     checkpoint = open_checkpoint(model, revision)
-    device = _device(device)
-    if dtype not in (*DTYPES, "auto"):
-        raise UsageError(f"--dtype {dtype}", fix=f"choose auto, {', '.join(DTYPES)}")
-    kind = DTYPES.get(dtype, torch.float32 if device == "cpu" else "auto")
+    device = pick_device(device)
+    kind = pick_dtype(dtype, device)
     placed = {"device_map": device if device == "balanced" else {"": device}}
     logging.disable_progress_bar()
     try:
@@ -63,7 +62,19 @@ def load(model: str | Path, *, revision: str | None = None, device: str = "auto"
     return Loaded(loaded.eval(), tokenizer, checkpoint)
 
 
-def _device(device: str) -> str:
+def pick_dtype(dtype: str, device: str) -> torch.dtype | str:
+    """The type to load weights in: a torch dtype, or "auto" for the checkpoint's own."""
+    if dtype not in (*DTYPES, "auto"):
+        raise UsageError(f"--dtype {dtype}", fix=f"choose auto, {', '.join(DTYPES)}")
+    return DTYPES.get(dtype, torch.float32 if device == "cpu" else "auto")
+
+
+def pick_device(device: str) -> str:
+    """Resolve "auto" and refuse a device that is not here.
+
+    Raises:
+        UsageError.
+    """
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     kind = device.split(":")[0]
@@ -137,3 +148,41 @@ def _check(patch: Patch, module: str, weight: Tensor | None) -> None:
 def load_patches(paths: Sequence[str | Path]) -> list[Patch]:
     """Read patch files in the order given."""
     return [Patch.load(p) for p in paths]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One prompt and its greedy continuations."""
+
+    prompt: str
+    before: str
+    after: str | None  # with the patches on; None when there are none
+
+
+def ask(
+    prompts: Sequence[str],
+    model: str | Path,
+    patches: Sequence[Patch] = (),
+    *,
+    revision: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    chat: bool = False,
+    max_new_tokens: int = 20,
+    force: bool = False,
+) -> list[Asked]:
+    """Greedy continuations of ``prompts`` without and with ``patches``.
+
+    Raises:
+        ModelError, BaseMismatch, HubError, UsageError.
+    """
+    loaded = load(model, revision=revision, device=device, dtype=dtype)
+
+    def answers() -> list[str]:
+        return generate(loaded.model, loaded.tokenizer, prompts, max_new_tokens=max_new_tokens, chat=chat)
+
+    before, after = answers(), None
+    if patches:
+        with patched(loaded.model, *patches, force=force):
+            after = answers()
+    return [Asked(p, before[i], after[i] if after else None) for i, p in enumerate(prompts)]

@@ -54,8 +54,8 @@ def compose(rotations: Sequence[Tensor]) -> Tensor:
 
 
 def rotate(R: Tensor, W: Tensor) -> Tensor:
-    """R W, computed in float64 and rounded once to W's dtype. R (d, d), W (d, p)."""
-    return (R.to(W.device, torch.float64) @ W.double()).to(W.dtype)
+    """R W, computed in float64 on R's device and rounded once to W's dtype, on W's device. R (d, d), W (d, p)."""
+    return (R.double() @ W.to(R.device).double()).to(W.device, W.dtype)
 
 
 def angles(R: Tensor) -> Tensor:

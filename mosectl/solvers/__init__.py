@@ -14,7 +14,8 @@ from mosectl.errors import UsageError
 class LayerProblem:
     """One layer's part of an edit, in the y = W k orientation, all on one device."""
 
-    S: Tensor  # (d, d) second moment of the layer's outputs W k over a corpus, E[y yᵀ], plus protected edits
+    S: Tensor  # (d, d) second moment of the layer's outputs W k over a corpus, E[y yᵀ]
+    P: Tensor  # (d, d) sum of h hᵀ over the outputs of earlier edits, which must keep still
     H: Tensor  # (d, m) what the layer writes now at the facts' subjects, one column a context
     V: Tensor  # (d, m) what it should write
     weight: Tensor  # (m,) weight of each column; a fact's columns sum to 1

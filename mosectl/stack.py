@@ -18,7 +18,7 @@ from mosectl.arch import Architecture, Projection, disk_names, resolve, skeleton
 from mosectl.checkpoint import JOURNAL, SIDECAR, Checkpoint, open_checkpoint, write_shard
 from mosectl.errors import BaseMismatch, HubError, ModelError, OutputError, PatchError
 from mosectl.files import link_or_copy, new_folder, output_errors, write_tensors
-from mosectl.fingerprint import match, sha256
+from mosectl.fingerprint import distance, match, sha256
 from mosectl.journal import Applied, EditedTensor, Journal, read_journal
 from mosectl.metrics import Stability, stability
 from mosectl.patch import Patch
@@ -155,20 +155,18 @@ class _Source:
         return self.projections[module]
 
     def disk_name(self, module: str) -> str:
-        return self.names[self.projection(module).weight_name]
+        return self.names[self.projection(module).name]
 
-    def base_tensor(self, name: str) -> Tensor | None:
+    def base_tensor(self, module: str) -> Tensor | None:
         """The weight as it was before any patch, checked by hash; None when it is out of reach."""
+        name = self.disk_name(module)
+        if self.unrecorded:
+            given = open_checkpoint(self.base_path).read(name) if self.base_path else None
+            return given if given is not None and match(self.stack[0].base[module], given).same else None
         edited = self.journal.tensors.get(name) if self.journal else None
-        if edited is None:
-            return None if self.unrecorded and not self.base_path else self._given(name)
-        for candidate in self._candidates(name):
-            if sha256(candidate) == edited.base_sha256:
-                return candidate
-        return None
-
-    def _given(self, name: str) -> Tensor:
-        return open_checkpoint(self.base_path).read(name) if self.unrecorded else self.checkpoint.read(name)  # type: ignore[arg-type]
+        if edited is None:  # no patch has touched it
+            return self.checkpoint.read(name)
+        return next((t for t in self._candidates(name) if sha256(t) == edited.base_sha256), None)
 
     def _candidates(self, name: str) -> Iterator[Tensor]:
         kept = self.checkpoint.folder / KEPT_BASE
@@ -210,7 +208,7 @@ def _check_bases(source: _Source, patches: Sequence[Patch]) -> dict[str, str]:
                     )
                 notes[name] = "on top of the patches it was computed on"
                 continue
-            weight = source.base_tensor(name)
+            weight = source.base_tensor(module)
             if weight is None:
                 raise BaseMismatch(f"the base of '{name}' is out of reach", fix="give --base, or --force to skip")
             found = match(made_for, weight)
@@ -234,22 +232,13 @@ def _check_unrecorded(source: _Source, patch: Patch, force: bool) -> dict[str, s
         if match(made_for, W).same:
             raise BaseMismatch("this patch is not applied here", where=name, fix="nothing to revert")
         restored = projection.stored(rotate(patch.rotations[module].T, projection.oriented(W)))
-        error = _sampled_error(made_for.sample, restored)
+        error = distance(made_for, restored)
         if error > 0.05 and not force:
             raise BaseMismatch(
                 f"Rᵀ W is {error:.0%} away from the patch's base", where=name, fix="is the patch applied here? --force"
             )
         notes[name] = f"undone by Rᵀ, {error:.1e} from the base (64 sampled entries, relative to their size)"
     return notes
-
-
-def _sampled_error(sample: Sequence[float], weight: Tensor) -> float:
-    import torch
-
-    from mosectl.fingerprint import _sample
-
-    ours, theirs = torch.tensor(_sample(weight)), torch.tensor(sample)
-    return float((ours - theirs).norm() / theirs.norm().clamp_min(1e-30))
 
 
 def _find(wanted: str, ids: Sequence[str], where: str) -> str:
@@ -278,7 +267,7 @@ def _rebuild(
     edited: dict[str, EditedTensor] = {}
     for done, module in enumerate(modules):
         name = source.disk_name(module)
-        W0 = source.base_tensor(name)
+        W0 = source.base_tensor(module)
         weight = _weight(source, module, W0, stack)
         rotated = any(module in p.rotations for p in stack)
         report = _report(source, module, W0, weight, rotated, notes.get(name, ""))

@@ -1,0 +1,400 @@
+"""Facts to patch: the whole edit, told in :func:`edit`.
+
+Batches of facts are edited one after the other. For each batch, rounds of: find what the edited layers should write so
+that the model says the new objects (targets.py), then turn every edited layer, lowest first, towards it (solvers/); what
+a layer could not reach is handed to the next, and the next round starts from the model as it then is. The live weight is
+always R W₀, rounded once from the base, and is put back when the edit is done.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mosectl import __version__
+from mosectl.arch import Architecture, Projection, disk_names, resolve
+from mosectl.errors import EditFailed, UsageError
+from mosectl.evaluate import Interview, Scores, answer, compare, interview, says
+from mosectl.facts import Fact, fact_from_dict, read_facts
+from mosectl.fingerprint import fingerprint
+from mosectl.forward import outputs_at
+from mosectl.journal import read_journal
+from mosectl.layers import LayerScore, choose_layers, parse_layers, score_layers
+from mosectl.live import Loaded, load, turn, weight_of
+from mosectl.metrics import Stability, stability
+from mosectl.patch import BaseTensor, Patch, PatchFact
+from mosectl.rotation import rotate
+from mosectl.solvers import LayerProblem, method
+from mosectl.stats import Corpus, read_corpus, second_moments
+from mosectl.targets import Contexts, TargetOptions, Targets, build_contexts, optimise_targets
+
+OnStep = Callable[[str, int, int], None]  # phase, done, total
+
+
+@dataclass(frozen=True)
+class EditOptions:
+    """How to edit; the defaults are the measured ones (docs/LOG.md)."""
+
+    method: str = "mose"
+    layers: str = "auto"  # "auto" or "3,4,5"
+    batch_size: int = 0  # facts edited together; 0 = all
+    rounds: int = 6  # times targets and solve alternate in a batch
+    prefixes: int = 4  # pieces of text put before the prompt, besides none
+    protect: float = 1.0  # weight of each earlier fact against a new one
+    seed: int = 0
+    chat: bool = False
+    corpus: str | None = None  # None = embedded
+    solver: Mapping[str, float] = field(default_factory=dict)  # the method's own options
+    targets: TargetOptions = field(default_factory=TargetOptions)
+
+
+@dataclass(frozen=True)
+class FactResult:
+    """What became of one fact."""
+
+    fact: Fact
+    before: str
+    after: str
+    probability_before: float
+    probability_after: float
+    status: str  # "changed", "already known", "not reached", "not finite"
+    loss: float  # of the last target, nats a token
+
+
+@dataclass(frozen=True)
+class EditResult:
+    """The patch, and everything measured while it was made."""
+
+    patch: Patch
+    facts: tuple[FactResult, ...]
+    scores: Scores
+    stability: tuple[Stability, ...]  # R W against W, both in float32
+    layers: tuple[LayerScore, ...]
+    corpus_tokens: int
+    seconds: dict[str, float]  # by phase
+
+
+def edit(
+    facts: str | Path | Sequence[Fact | Mapping[str, Any]],
+    model: Any,
+    tokenizer: Any = None,
+    *,
+    options: EditOptions | None = None,
+    revision: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    on_step: OnStep | None = None,
+) -> EditResult:
+    """Compute a patch that makes ``model`` say each fact's new object. The model itself is left as it was.
+
+    Args:
+        facts: a facts file, or facts, or dicts with the fields of one.
+        model: a folder, a hub id, or a loaded causal language model with its ``tokenizer``.
+        on_step: called with (phase, done, total) as the work goes on.
+    Raises:
+        FactsError, ModelError, UsageError, HubError; EditFailed if no answer changed or a number was not finite.
+    """
+    options = options or EditOptions()
+    solver = method(options.method)
+    if unknown := set(options.solver) - set(solver.defaults):
+        raise UsageError(f"method '{solver.name}' has no option '{min(unknown)}'", fix=f"it has: {', '.join(solver.defaults)}")
+    checked = _facts(facts)
+    clock = _Clock(on_step)
+    with clock("load"):
+        loaded = load(model, revision=revision, device=device, dtype=dtype) if isinstance(model, str | Path) else model
+        loaded = loaded if isinstance(loaded, Loaded) else Loaded(loaded, tokenizer, None)
+        if loaded.tokenizer is None:
+            raise UsageError("a loaded model needs its tokenizer", fix="call edit(facts, model, tokenizer)")
+        arch = resolve(loaded.model)
+        corpus = read_corpus(options.corpus)
+    scores: list[LayerScore] = []
+    with clock("layers"):
+        projections, scores = _choose(loaded, arch, checked, options)
+    with clock("statistics") as step:
+        moments = second_moments(loaded.model, loaded.tokenizer, projections, corpus, on_step=step)
+    with clock("ask before") as step:
+        before = interview(loaded.model, loaded.tokenizer, checked, chat=options.chat, on_step=step)
+    run = _Run(loaded, arch, projections, moments.S, options)
+    with run.restored():
+        losses = run.edit(checked, _prefixes(corpus, options), clock)
+        with clock("ask after") as step:
+            after = interview(loaded.model, loaded.tokenizer, checked, chat=options.chat, on_step=step)
+    results = _results(checked, before, after, losses)
+    _refuse_failure(results)
+    with clock("check"):
+        drifts = tuple(run.stability())
+        scored = compare(checked, before, after)
+        patch = _patch(loaded, arch, run, results, scored, drifts, options, corpus)
+    return EditResult(patch, results, scored, drifts, tuple(scores), moments.tokens, clock.seconds)
+
+
+def _facts(facts: str | Path | Sequence[Fact | Mapping[str, Any]]) -> list[Fact]:
+    if isinstance(facts, str | Path):
+        return list(read_facts(facts).facts)
+    out = [f if isinstance(f, Fact) else fact_from_dict(dict(f), f"fact {i + 1}") for i, f in enumerate(facts)]
+    if not out:
+        raise UsageError("there is no fact to edit", fix="give at least one")
+    return out
+
+
+class _Clock:
+    """Seconds spent in each phase, and the progress callback bound to it."""
+
+    def __init__(self, on_step: OnStep | None) -> None:
+        self.seconds: dict[str, float] = {}
+        self._on_step = on_step
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[Callable[[int, int], None]]:
+        def step(done: int, total: int) -> None:
+            if self._on_step:
+                self._on_step(phase, done, total)
+
+        start = time.perf_counter()
+        step(0, 1)
+        try:
+            yield step
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+def _choose(
+    loaded: Loaded, arch: Architecture, facts: Sequence[Fact], options: EditOptions
+) -> tuple[list[Projection], list[LayerScore]]:
+    chosen, scores = parse_layers(options.layers, len(arch.projections)), []
+    if chosen is None:
+        contexts = build_contexts(loaded.model, loaded.tokenizer, facts[:64], [""], chat=options.chat)
+        rows = contexts.edit_rows
+        scores = score_layers(loaded.model, arch, contexts.batch.rows(rows), contexts.subject[rows])
+        chosen = choose_layers(scores)
+    return [p for p in arch.projections if p.layer in chosen], scores
+
+
+def _prefixes(corpus: Corpus, options: EditOptions) -> list[str]:
+    """No prefix, and the opening words of some texts: an edit must hold wherever the subject stands."""
+    chance = random.Random(options.seed)
+    texts = [t for t in corpus.texts if len(t.split()) >= 4] or list(corpus.texts)
+    picked = chance.sample(texts, min(options.prefixes, len(texts)))
+    openings = [" ".join(t.split()[: chance.randint(4, 12)]).rstrip(" .,;:") for t in picked]
+    return ["", *(f"{text}. " for text in openings)]
+
+
+class _Run:
+    """The edited layers of one live model: base weight, rotation so far, statistics turned along with it."""
+
+    def __init__(
+        self, loaded: Loaded, arch: Architecture, projections: list[Projection], S: Mapping[str, Tensor], options: EditOptions
+    ) -> None:
+        self.loaded, self.arch, self.projections, self.options = loaded, arch, projections, options
+        self.solver = method(options.method)
+        self.solver_options = {**self.solver.defaults, **options.solver}
+        self.W0 = {p.name: weight_of(loaded.model, p).detach().clone() for p in projections}
+        device = {p.name: _solve_device(self.W0[p.name].device) for p in projections}
+        self.S = {p.name: S[p.name].to(device[p.name], torch.float64) for p in projections}
+        self.P = {p.name: torch.zeros_like(self.S[p.name]) for p in projections}
+        self.R = {p.name: torch.eye(p.d, dtype=torch.float64, device=device[p.name]) for p in projections}
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Put the base weights back at the end, whatever happened."""
+        try:
+            yield
+        finally:
+            for p in self.projections:
+                with torch.no_grad():
+                    weight_of(self.loaded.model, p).copy_(self.W0[p.name])
+
+    def edit(self, facts: Sequence[Fact], prefixes: Sequence[str], clock: _Clock) -> list[float]:
+        """Edit all facts batch by batch; returns the last target loss of each, nats a token."""
+        size = self.options.batch_size or len(facts)
+        losses: list[float] = []
+        for start in range(0, len(facts), size):
+            batch = facts[start : start + size]
+            contexts = build_contexts(
+                self.loaded.model, self.loaded.tokenizer, batch, prefixes, chat=self.options.chat
+            )
+            losses += self._batch(contexts, clock, start, len(facts)).loss.tolist()
+            self._protect(contexts)
+        return losses
+
+    def _batch(self, contexts: Contexts, clock: _Clock, first: int, total: int) -> Targets:
+        """Alternate targets and solve until every fact holds without help, or the rounds are used up."""
+        best: Targets | None = None
+        n, rounds = int(contexts.fact.max()) + 1, self.options.rounds
+        for r in range(rounds):
+            with clock("targets") as step:
+
+                def on_step(done: int, of: int, r: int = r, step: Callable[[int, int], None] = step) -> None:
+                    step(first * rounds + r * n + done * n // of, total * rounds)
+
+                model, options = self.loaded.model, self.options.targets
+                best = optimise_targets(model, self.arch, self.projections, contexts, options, on_step)
+            if bool((best.steps == 0).all()):
+                break
+            with clock("solve"):
+                self._solve(contexts, best)
+        assert best is not None
+        return best
+
+    def _solve(self, contexts: Contexts, targets: Targets) -> None:
+        """Turn every edited layer, lowest first, towards its targets."""
+        rows = contexts.edit_rows
+        batch, subject, fact = contexts.batch.rows(rows), contexts.subject[rows], contexts.fact[rows]
+        usable = torch.isfinite(targets.loss).to(fact.device)[fact]
+        weight = 1.0 / torch.bincount(fact).double()[fact] * usable
+        missing: Tensor | None = None
+        for p, wanted in zip(self.projections, targets.V, strict=True):
+            device = self.S[p.name].device
+            H = outputs_at(self.loaded.model, [p], batch, subject)[0].to(device, torch.float64)  # (rows, d)
+            V = wanted.to(device, torch.float64)
+            if missing is not None:  # what lower layers could not reach is asked of this one
+                V = V + missing.to(device)
+            V = H.norm(dim=-1, keepdim=True) * torch.nn.functional.normalize(V, dim=-1)
+            keep = usable.to(device)
+            problem = LayerProblem(
+                self.S[p.name], self.P[p.name], H[keep].T, V[keep].T, weight.to(device)[keep], self.solver_options
+            )
+            R = self.solver.solve(problem)
+            if not bool(torch.isfinite(R).all()):
+                raise EditFailed("the solve gave numbers that are not finite", where=p.name, fix="try --dtype float32")
+            missing = V - H @ R.T
+            self._turn(p, R)
+
+    def _turn(self, p: Projection, R: Tensor) -> None:
+        """Put R on top of what the layer has: weight, statistics and earlier edits turn together (S' = R S Rᵀ)."""
+        name = p.name
+        self.R[name] = R @ self.R[name]
+        self.S[name] = R @ self.S[name] @ R.T
+        self.P[name] = R @ self.P[name] @ R.T
+        turn(self.loaded.model, p, self.R[name], self.W0[name])
+
+    def _protect(self, contexts: Contexts) -> None:
+        """From now on these facts' outputs keep still."""
+        rows = contexts.edit_rows
+        per_fact = len(rows) / (int(contexts.fact.max()) + 1)
+        found = outputs_at(self.loaded.model, self.projections, contexts.batch.rows(rows), contexts.subject[rows])
+        for p, h in zip(self.projections, found, strict=True):
+            h = h.to(self.P[p.name])  # (rows, d)
+            self.P[p.name] += self.options.protect / per_fact * h.T @ h
+
+    def stability(self) -> Iterator[Stability]:
+        """Norm, condition number and spectrum of R W against W, as float32 matrices."""
+        for p in self.projections:
+            W = p.oriented(self.W0[p.name]).float()
+            yield stability(p.weight_name, W, rotate(self.R[p.name].float(), W))
+
+
+def _solve_device(device: torch.device) -> torch.device:
+    """Where float64 exists: Apple's GPUs have none."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def _results(facts: Sequence[Fact], before: Interview, after: Interview, losses: Sequence[float]) -> tuple[FactResult, ...]:
+    out = []
+    for fact, old, new, loss in zip(facts, before.answers, after.answers, losses, strict=True):
+        if not torch.isfinite(torch.tensor(loss)):
+            status = "not finite"
+        elif not says(new.text, fact.target_new):
+            status = "not reached"
+        else:
+            status = "already known" if says(old.text, fact.target_new) else "changed"
+        out.append(
+            FactResult(fact, answer(old.text), answer(new.text), old.probability, new.probability, status, loss)
+        )
+    return tuple(out)
+
+
+def _refuse_failure(results: Sequence[FactResult]) -> None:
+    """An edit that changed nothing is an error, not a patch."""
+    if any(r.status == "changed" for r in results):
+        return
+    if all(r.status == "already known" for r in results):
+        raise EditFailed("nothing changed: the model already says every new target", fix="no patch is needed")
+    if any(r.status == "not finite" for r in results):
+        raise EditFailed("nothing changed: the loss is not finite", fix="try --dtype float32")
+    raise EditFailed(
+        f"nothing changed: none of {len(results)} facts reached its target",
+        fix="try other --layers, more --rounds, or see: mosectl check FACTS --model MODEL",
+    )
+
+
+def _patch(
+    loaded: Loaded,
+    arch: Architecture,
+    run: _Run,
+    results: Sequence[FactResult],
+    scores: Scores,
+    drifts: Sequence[Stability],
+    options: EditOptions,
+    corpus: Corpus,
+) -> Patch:
+    import transformers
+
+    journal = read_journal(loaded.checkpoint.folder) if loaded.checkpoint else None
+    recorded = asdict(options)
+    recorded["solver"] = run.solver_options
+    recorded["layers"] = [p.layer for p in run.projections]
+    recorded["corpus"] = {"name": corpus.name, "sha256": corpus.sha256}
+    recorded["dtype"] = str(next(iter(run.W0.values())).dtype).removeprefix("torch.")
+    for key in ("method", "seed"):  # these stand in the record itself
+        del recorded[key]
+    return Patch(
+        rotations={name: R.float().cpu().contiguous() for name, R in run.R.items()},
+        method=run.solver.name,
+        side=run.solver.side,
+        options=recorded,
+        model=loaded.checkpoint.model if loaded.checkpoint else _model_name(loaded.model),
+        revision=loaded.checkpoint.revision if loaded.checkpoint else None,
+        model_type=arch.model_type,
+        base=_bases(loaded, arch, run),
+        facts=tuple(_patch_fact(r) for r in results),
+        metrics={"scores": _rounded(asdict(scores)), "stability": [_rounded(asdict(s)) for s in drifts]},
+        seed=options.seed,
+        versions={
+            "mosectl": __version__,
+            "torch": torch.__version__.split("+")[0],
+            "transformers": transformers.__version__,
+        },
+        parents=tuple(p.id for p in journal.patches) if journal else (),
+    )
+
+
+def _model_name(model: Any) -> str:
+    return Path(str(getattr(model.config, "_name_or_path", "") or "model")).name
+
+
+def _bases(loaded: Loaded, arch: Architecture, run: _Run) -> dict[str, BaseTensor]:
+    """Fingerprints of the weights as the checkpoint stores them; of the live ones where there is no checkpoint."""
+    names = disk_names(arch, loaded.checkpoint.tensors) if loaded.checkpoint else {}
+    return {
+        p.name: fingerprint(
+            p.weight_name, loaded.checkpoint.read(names[p.name]) if loaded.checkpoint else run.W0[p.name]
+        )
+        for p in run.projections
+    }
+
+
+def _patch_fact(r: FactResult) -> PatchFact:
+    return PatchFact(
+        prompt=r.fact.prompt,
+        subject=r.fact.subject,
+        target_new=r.fact.target_new,
+        before=r.before,
+        after=r.after,
+        probability_before=round(r.probability_before, 6),
+        probability_after=round(r.probability_after, 6),
+        status=r.status,
+    )
+
+
+def _rounded(values: dict[str, Any]) -> dict[str, Any]:
+    """Six significant digits: more would be noise."""
+    return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}

@@ -1,0 +1,219 @@
+"""Before any weight is loaded: what would be edited, what it would need, and whether anything stands in the way."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mosectl.arch import Architecture, disk_names, resolve, skeleton
+from mosectl.checkpoint import index_tensors, locate, read_config
+from mosectl.editor import EditOptions
+from mosectl.errors import MosectlError
+from mosectl.facts import Fact
+from mosectl.layers import parse_layers
+from mosectl.live import DTYPES, pick_device, pick_dtype
+from mosectl.solvers import method
+from mosectl.stats import MAX_TOKENS, read_corpus
+
+_STEPS = 12  # optimiser steps a round and fact, as seen in practice
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What an edit will take; seconds are rough (a matrix product is timed on this device), bytes are not."""
+
+    model: str
+    model_type: str
+    parameters: int
+    device: str
+    dtype: str
+    layers: tuple[int, ...]  # "auto" is counted as the middle three
+    model_bytes: int
+    peak_bytes: int
+    patch_bytes: int
+    seconds: dict[str, float]  # by phase
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What `mosectl doctor` found."""
+
+    model: str
+    revision: str | None
+    architecture: Architecture
+    parameters: int
+    tensors: tuple[tuple[str, str, tuple[int, ...]], ...]  # (name on disk, dtype, shape) of each projection
+    memory: dict[str, int]  # bytes to load the model, by dtype
+    problems: tuple[str, ...]  # what stands in the way of editing
+    notes: tuple[str, ...]
+
+
+def estimate(
+    model: str | Path,
+    facts: Sequence[Fact],
+    options: EditOptions,
+    *,
+    revision: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> Estimate:
+    """Time, memory and patch size of an edit, from config.json and the facts alone.
+
+    Raises:
+        ModelError, HubError, UsageError.
+    """
+    method(options.method)
+    folder, name, _ = locate(model, revision, weights=False)
+    config = read_config(folder)
+    bones = skeleton(config)
+    arch = resolve(bones)
+    device = pick_device(device)
+    kind = pick_dtype(dtype, device)
+    stored = DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")), torch.float32)
+    kind = stored if kind == "auto" else kind
+    n = len(arch.projections)
+    layers = parse_layers(options.layers, n) or tuple(range(max(0, n // 2 - 1), min(n, n // 2 + 2)))
+    work = _Work(bones, arch, layers, facts, options)
+    model_bytes = work.parameters * kind.itemsize
+    return Estimate(
+        model=name,
+        model_type=arch.model_type,
+        parameters=work.parameters,
+        device=device,
+        dtype=str(kind).removeprefix("torch."),
+        layers=layers,
+        model_bytes=model_bytes,
+        peak_bytes=model_bytes + work.extra_bytes(kind.itemsize),
+        patch_bytes=sum(4 * p.d * p.d for p in arch.projections if p.layer in layers),
+        seconds=work.seconds(device, kind, model_bytes),
+    )
+
+
+class _Work:
+    """Counts of tokens and operations of one edit."""
+
+    def __init__(
+        self, bones: Any, arch: Architecture, layers: Sequence[int], facts: Sequence[Fact], options: EditOptions
+    ) -> None:
+        self.options, self.layers, self.arch = options, layers, arch
+        self.parameters = sum(p.numel() for p in bones.parameters())
+        self.projection = arch.projections[0]
+        self.vocabulary = bones.get_output_embeddings().weight.shape[0]
+        n = len(arch.projections)
+        per_layer = sum(p.numel() for p in bones.get_submodule(arch.layers_path).parameters()) / n
+        self.below, self.above = per_layer * (max(layers) + 1), per_layer * (n - min(layers))
+        self.whole = per_layer * n + self.projection.d * self.vocabulary
+        self.facts = len(facts)
+        # English text in common vocabularies: about 1.4 tokens a word.
+        self.prompt = 2 + 1.4 * sum(len(f.prompt.split()) for f in facts) / max(1, len(facts))
+        self.asked = sum(1 + len(f.rephrase_prompts) + len(f.locality) for f in facts)
+        self.rows = options.prefixes + 2
+        self.row_tokens = self.prompt + 8 + 3
+
+    def extra_bytes(self, itemsize: int) -> int:
+        """Beyond the weights: activations for the backward pass, logits, and the float64 matrices of each layer."""
+        d, p = self.projection.d, self.projection.p
+        rows = min(self.options.targets.max_rows, self.rows * (self.options.batch_size or self.facts))
+        depth = len(self.arch.projections) - min(self.layers)
+        activations = rows * self.row_tokens * depth * (10 * d + 4 * p) * itemsize
+        logits = rows * 3 * self.vocabulary * 4 * 4
+        matrices = len(self.layers) * (3 * 8 * d * d + d * p * itemsize) + 2 * 8 * d * p
+        return int(activations + logits + matrices)
+
+    def seconds(self, device: str, dtype: torch.dtype, model_bytes: int) -> dict[str, float]:
+        fast, exact = _speed(device, dtype), _speed("cpu" if device == "mps" else device, torch.float64)
+        d, p = self.projection.d, self.projection.p
+        corpus = min(MAX_TOKENS, sum(len(t) for t in read_corpus(self.options.corpus).texts) / 4)
+        asking = self.asked * (self.prompt + 12) * 2 * self.whole
+        steps = self.options.rounds * (_STEPS + 1) * self.facts * self.rows * self.row_tokens
+        batches = -(-self.facts // (self.options.batch_size or max(1, self.facts)))
+        solve = batches * self.options.rounds * len(self.layers) * (60 * d**3 + 2 * d * d * p)
+        return {
+            "load": 2 + model_bytes / 1e9,
+            "statistics": corpus * 2 * self.below / fast,
+            "ask before and after": 2 * asking / fast,
+            "targets": steps * 4 * self.above / fast,
+            "solve": solve / exact,
+        }
+
+
+def _speed(device: str, dtype: torch.dtype) -> float:
+    """Operations per second of a 1024³ product; models reach about a third of it."""
+    device = "cuda" if device == "balanced" else device
+    a = torch.randn(1024, 1024).to(device, dtype)
+    times = []
+    for _ in range(4):
+        start = time.perf_counter()
+        (a @ a).sum().item()
+        times.append(time.perf_counter() - start)
+    return 2 * 1024**3 / min(times) / 3
+
+
+def diagnose(model: str | Path, revision: str | None = None) -> Diagnosis:
+    """Look at config and tensor names (for a hub model by range requests: no weight is downloaded).
+
+    Raises:
+        ModelError: unknown, mixture-of-experts or quantised model, or no safetensors. HubError.
+    """
+    folder, name, commit = locate(model, revision, weights=False)
+    bones = skeleton(read_config(folder))
+    arch = resolve(bones)
+    if Path(model).is_dir():
+        found = {n: (e.dtype, e.shape) for n, e in index_tensors(folder).items()}
+    else:
+        from mosectl.hub import remote_tensors
+
+        found = remote_tensors(str(model), revision)
+    on_disk = disk_names(arch, found)
+    parameters = sum(p.numel() for p in bones.parameters())
+    tensors = tuple((on_disk[p.name], *found[on_disk[p.name]]) for p in arch.projections)
+    return Diagnosis(
+        model=name,
+        revision=commit,
+        architecture=arch,
+        parameters=parameters,
+        tensors=tensors,
+        memory={kind: parameters * d.itemsize for kind, d in DTYPES.items()},
+        problems=tuple(_problems(tensors, folder)),
+        notes=tuple(_notes(arch, folder)),
+    )
+
+
+def _problems(tensors: Sequence[tuple[str, str, tuple[int, ...]]], folder: Path) -> list[str]:
+    out = [f"{name} is stored as {dtype}: use an unquantised checkpoint" for name, dtype, _ in tensors[:1] if dtype not in ("F32", "F16", "BF16")]
+    try:
+        _tokenizer(folder)
+    except (MosectlError, OSError, ValueError) as e:
+        out.append(f"the tokenizer cannot be loaded: {str(e).splitlines()[0]}")
+    return out
+
+
+def _notes(arch: Architecture, folder: Path) -> list[str]:
+    from mosectl.journal import read_journal
+    from mosectl.tokens import check_tokenizer
+
+    out = []
+    if not arch.listed:
+        out.append(f"'{arch.model_type}' is not in mosectl's table; its layers were found by their structure")
+    if arch.post_norm:
+        out.append(f"a norm follows the FFN ({arch.post_norm}): it sees the turned output at its old length")
+    if arch.tied_embeddings:
+        out.append("input and output embeddings are tied (they are not edited)")
+    if journal := read_journal(folder):
+        out.append(f"already edited: {len(journal.patches)} patches are applied (mosectl.json)")
+    try:
+        out += check_tokenizer(_tokenizer(folder))
+    except (MosectlError, OSError, ValueError):
+        pass  # reported as a problem
+    return out
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
