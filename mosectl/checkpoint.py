@@ -82,9 +82,7 @@ def open_checkpoint(model: str | Path, revision: str | None = None) -> Checkpoin
     return Checkpoint(folder, name, commit, index_tensors(folder))
 
 
-def locate(
-    model: str | Path, revision: str | None = None, *, weights: bool = True
-) -> tuple[Path, str, str | None]:
+def locate(model: str | Path, revision: str | None = None, *, weights: bool = True) -> tuple[Path, str, str | None]:
     """The model's folder, its name (hub id, or the folder's name) and its commit; fetched from the Hub if need be.
 
     Args:

@@ -12,7 +12,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +47,38 @@ class EditOptions:
     layers: str = "auto"  # "auto" or "3,4,5"
     batch_size: int = 0  # facts edited together; 0 = all
     rounds: int = 6  # times targets and solve alternate in a batch
-    prefixes: int = 4  # pieces of text put before the prompt, besides none
+    prefixes: int = 2  # pieces of text put before the prompt, besides none
     protect: float = 1.0  # weight of each earlier fact against a new one
     seed: int = 0
     chat: bool = False
     corpus: str | None = None  # None = embedded
     solver: Mapping[str, float] = field(default_factory=dict)  # the method's own options
     targets: TargetOptions = field(default_factory=TargetOptions)
+
+
+def options_from(settings: Sequence[str], **given: Any) -> EditOptions:
+    """EditOptions from "name=number" settings of the solver, the targets or the edit; None among ``given`` = default.
+
+    Raises:
+        UsageError: an unknown name, or not a number.
+    """
+    solver = method(given.get("method") or "mose")
+    known = {f.name: f.type for f in fields(TargetOptions)}
+    own = {"prefixes": "int", "protect": "float"}
+    found: dict[str, dict[str, Any]] = {"solver": {}, "targets": {}, "edit": {}}
+    for setting in settings:
+        name, _, text = setting.partition("=")
+        try:
+            number = int(text) if "int" in (known.get(name), own.get(name)) else float(text)
+        except ValueError:
+            raise UsageError(f"--set {setting}: not a number", fix="write --set name=number") from None
+        place = "solver" if name in solver.defaults else "targets" if name in known else "edit" if name in own else None
+        if place is None or number < 0 or number != number:
+            names = ", ".join((*solver.defaults, *known, *own))
+            raise UsageError(f"--set {setting}: no such setting, or out of range", fix=f"settings: {names}")
+        found[place][name] = number
+    given = {k: v for k, v in given.items() if v is not None} | found["edit"]
+    return EditOptions(**given, solver=found["solver"], targets=TargetOptions(**found["targets"]))
 
 
 @dataclass(frozen=True)
@@ -105,7 +130,9 @@ def edit(
     options = options or EditOptions()
     solver = method(options.method)
     if unknown := set(options.solver) - set(solver.defaults):
-        raise UsageError(f"method '{solver.name}' has no option '{min(unknown)}'", fix=f"it has: {', '.join(solver.defaults)}")
+        raise UsageError(
+            f"method '{solver.name}' has no option '{min(unknown)}'", fix=f"it has: {', '.join(solver.defaults)}"
+        )
     checked = _facts(facts)
     clock = _Clock(on_step)
     with clock("load"):
@@ -181,9 +208,9 @@ def _choose(
 def _prefixes(corpus: Corpus, options: EditOptions) -> list[str]:
     """No prefix, and the opening words of some texts: an edit must hold wherever the subject stands."""
     chance = random.Random(options.seed)
-    texts = [t for t in corpus.texts if len(t.split()) >= 4] or list(corpus.texts)
+    texts = [t for t in corpus.texts if len(t.split()) >= 3] or list(corpus.texts)
     picked = chance.sample(texts, min(options.prefixes, len(texts)))
-    openings = [" ".join(t.split()[: chance.randint(4, 12)]).rstrip(" .,;:") for t in picked]
+    openings = [" ".join(t.split()[: chance.randint(3, 7)]).rstrip(" .,;:") for t in picked]
     return ["", *(f"{text}. " for text in openings)]
 
 
@@ -191,7 +218,12 @@ class _Run:
     """The edited layers of one live model: base weight, rotation so far, statistics turned along with it."""
 
     def __init__(
-        self, loaded: Loaded, arch: Architecture, projections: list[Projection], S: Mapping[str, Tensor], options: EditOptions
+        self,
+        loaded: Loaded,
+        arch: Architecture,
+        projections: list[Projection],
+        S: Mapping[str, Tensor],
+        options: EditOptions,
     ) -> None:
         self.loaded, self.arch, self.projections, self.options = loaded, arch, projections, options
         self.solver = method(options.method)
@@ -218,9 +250,7 @@ class _Run:
         losses: list[float] = []
         for start in range(0, len(facts), size):
             batch = facts[start : start + size]
-            contexts = build_contexts(
-                self.loaded.model, self.loaded.tokenizer, batch, prefixes, chat=self.options.chat
-            )
+            contexts = build_contexts(self.loaded.model, self.loaded.tokenizer, batch, prefixes, chat=self.options.chat)
             losses += self._batch(contexts, clock, start, len(facts)).loss.tolist()
             self._protect(contexts)
         return losses
@@ -297,7 +327,9 @@ def _solve_device(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type == "mps" else device
 
 
-def _results(facts: Sequence[Fact], before: Interview, after: Interview, losses: Sequence[float]) -> tuple[FactResult, ...]:
+def _results(
+    facts: Sequence[Fact], before: Interview, after: Interview, losses: Sequence[float]
+) -> tuple[FactResult, ...]:
     out = []
     for fact, old, new, loss in zip(facts, before.answers, after.answers, losses, strict=True):
         if not torch.isfinite(torch.tensor(loss)):
@@ -306,9 +338,7 @@ def _results(facts: Sequence[Fact], before: Interview, after: Interview, losses:
             status = "not reached"
         else:
             status = "already known" if says(old.text, fact.target_new) else "changed"
-        out.append(
-            FactResult(fact, answer(old.text), answer(new.text), old.probability, new.probability, status, loss)
-        )
+        out.append(FactResult(fact, answer(old.text), answer(new.text), old.probability, new.probability, status, loss))
     return tuple(out)
 
 

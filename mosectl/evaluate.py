@@ -163,9 +163,7 @@ def interview(
         (len(tokenizer(" " + t, add_special_tokens=False)["input_ids"]) for f in facts for t in _objects(f)),
         default=8,
     )
-    texts = iter(
-        generate(model, tokenizer, prompts, max_new_tokens=longest + 2, chat=chat, on_step=on_step)
-    )
+    texts = iter(generate(model, tokenizer, prompts, max_new_tokens=longest + 2, chat=chat, on_step=on_step))
     asked = [next(texts) for _ in facts]
     rephrased = tuple(tuple(next(texts) for _ in f.rephrase_prompts) for f in facts)
     local = tuple(tuple(next(texts) for _ in f.locality) for f in facts)
@@ -180,9 +178,7 @@ def _objects(fact: Fact) -> list[str]:
 def compare(facts: Sequence[Fact], before: Interview, after: Interview) -> Scores:
     """Reliability, generalization and locality under the protocol `generation`."""
     hits = [says(a.text, f.target_new) for f, a in zip(facts, after.answers, strict=True)]
-    again = [
-        says(t, f.target_new) for f, texts in zip(facts, after.rephrased, strict=True) for t in texts
-    ]
+    again = [says(t, f.target_new) for f, texts in zip(facts, after.rephrased, strict=True) for t in texts]
     kept = [
         same_answer(old, new, probe.answer)
         for f, olds, news in zip(facts, before.local, after.local, strict=True)
@@ -192,9 +188,7 @@ def compare(facts: Sequence[Fact], before: Interview, after: Interview) -> Score
     def share(values: list[bool]) -> float | None:
         return sum(values) / len(values) if values else None
 
-    return Scores(
-        "generation", share(hits), share(again), share(kept), len(hits), len(again), len(kept)
-    )
+    return Scores("generation", share(hits), share(again), share(kept), len(hits), len(again), len(kept))
 
 
 def same_answer(before: str, after: str, known: str | None) -> bool:

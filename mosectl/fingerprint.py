@@ -17,7 +17,7 @@ SAMPLE = 64
 def sha256(tensor: Tensor) -> str:
     """sha256 of a tensor's raw bytes."""
     raw = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-    return hashlib.sha256(raw).hexdigest()
+    return hashlib.sha256(raw.data).hexdigest()
 
 
 def fingerprint(name: str, weight: Tensor) -> BaseTensor:
@@ -53,12 +53,16 @@ def match(base: BaseTensor, weight: Tensor) -> Match:
     dtype = DTYPES.get(weight.dtype, str(weight.dtype))
     if dtype == base.dtype:
         same = sha256(weight) == base.sha256
-        return Match(same, same, "sha256 matches" if same else f"sha256 differs from the patch's base {base.sha256[:12]}")
+        return Match(
+            same, same, "sha256 matches" if same else f"sha256 differs from the patch's base {base.sha256[:12]}"
+        )
     eps = max(torch.finfo(d).eps for d, n in DTYPES.items() if n in (dtype, base.dtype))
     ours, theirs = torch.tensor(_sample(weight)), torch.tensor(base.sample)
     # Half an eps of relative rounding, and fp16's subnormals below it.
     allowed = 0.51 * eps * torch.maximum(ours.abs(), theirs.abs()) + 2.0**-24
     same = bool(((ours - theirs).abs() <= allowed).all())
     if same:
-        return Match(True, False, f"the same weights as {dtype}, made for {base.dtype}: exact within {eps / 2:.0e} relative")
+        return Match(
+            True, False, f"the same weights as {dtype}, made for {base.dtype}: exact within {eps / 2:.0e} relative"
+        )
     return Match(False, False, f"{dtype} weights that are not a rounding of the patch's {base.dtype} base")

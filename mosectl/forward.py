@@ -7,7 +7,7 @@ library's business; hooks and temporary replacements are always undone.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +59,8 @@ def layer_modules(model: nn.Module, arch: Architecture) -> nn.ModuleList:
 def ffn_output(out: Tensor, module: nn.Module, batch_size: int) -> Tensor:
     """W k of a projection's output W k + b, as (B, T, d): the bias does not turn with W."""
     out = out if out.dim() == 3 else out.view(batch_size, -1, out.shape[-1])  # OPT flattens its tokens
-    return out if module.bias is None else out - module.bias
+    bias = module.bias
+    return out - bias if isinstance(bias, Tensor) else out
 
 
 @contextmanager
@@ -72,9 +73,7 @@ def hooked(handles: Sequence[Any]) -> Iterator[None]:
             handle.remove()
 
 
-def outputs_at(
-    model: nn.Module, projections: Sequence[Projection], batch: Batch, positions: Tensor
-) -> list[Tensor]:
+def outputs_at(model: nn.Module, projections: Sequence[Projection], batch: Batch, positions: Tensor) -> list[Tensor]:
     """What each FFN writes, W k, at one token a row: a list of (B, d) float32; the forward stops at the last one.
 
     Args:
@@ -98,15 +97,10 @@ def outputs_at(
 
 
 @torch.no_grad()
-def run_until_stopped(
-    model: nn.Module, batch: Batch, hooks: Sequence[tuple[str, Callable[..., None]]]
-) -> None:
+def run_until_stopped(model: nn.Module, batch: Batch, hooks: Sequence[tuple[str, Callable[..., None]]]) -> None:
     """One forward with forward hooks on named modules; a hook may raise to stop it."""
-    with hooked([model.get_submodule(name).register_forward_hook(hook) for name, hook in hooks]):
-        try:
-            model(**batch.kwargs())
-        except _Stop:
-            pass
+    with hooked([model.get_submodule(name).register_forward_hook(hook) for name, hook in hooks]), suppress(_Stop):
+        model(**batch.kwargs())
 
 
 stop = _Stop

@@ -15,7 +15,7 @@ _WEIGHTS = ["*.safetensors"]
 
 
 def looks_like_repo(name: str) -> bool:
-    """"user/model" or "gpt2", as opposed to a path."""
+    """ "user/model" or "gpt2", as opposed to a path."""
     return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name, re.ASCII) is not None and not name.startswith(".")
 
 
@@ -51,7 +51,9 @@ def remote_tensors(repo: str, revision: str | None = None) -> dict[str, tuple[st
             fix = "mosectl reads safetensors only: convert with from_pretrained(...).save_pretrained(folder)"
             raise ModelError("no safetensors weights", where=repo, fix=fix) from e
     return {
-        name: (str(t.dtype), tuple(t.shape)) for file in found.files_metadata.values() for name, t in file.tensors.items()
+        name: (str(t.dtype), tuple(t.shape))
+        for file in found.files_metadata.values()
+        for name, t in file.tensors.items()
     }
 
 

@@ -44,9 +44,7 @@ class Inspection:
     rotations: tuple[RotationReport, ...]
 
 
-def inspect(
-    path: str | Path, *, model: str | Path | None = None, revision: str | None = None
-) -> Inspection:
+def inspect(path: str | Path, *, model: str | Path | None = None, revision: str | None = None) -> Inspection:
     """Read and check a patch; with ``model`` compare norms, condition numbers and spectra before and after.
 
     Raises:
@@ -82,7 +80,9 @@ def _effects(patch: Patch, checkpoint: Checkpoint) -> Iterator[tuple[str, tuple[
     for module, R in patch.rotations.items():
         if module not in projections:
             raise BaseMismatch(
-                f"no module '{module}' in this {arch.model_type} model", where=checkpoint.model, fix=f"the patch is for {patch.model}"
+                f"no module '{module}' in this {arch.model_type} model",
+                where=checkpoint.model,
+                fix=f"the patch is for {patch.model}",
             )
         W = checkpoint.read(names[module])
         found = match(patch.base[module], W)

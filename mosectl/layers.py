@@ -62,8 +62,7 @@ def score_layers(model: nn.Module, arch: Architecture, batch: Batch, subject: Te
     residual = {i: float((written[i] / hidden[i].to(written[i].device)).mean()) for i in inner}
     top_inner, top_residual = max(inner.values()), max(residual.values())
     return [
-        LayerScore(i, inner[i], residual[i], inner[i] / top_inner * residual[i] / top_residual)
-        for i in sorted(inner)
+        LayerScore(i, inner[i], residual[i], inner[i] / top_inner * residual[i] / top_residual) for i in sorted(inner)
     ]
 
 
@@ -81,7 +80,7 @@ def choose_layers(scores: Sequence[LayerScore], width: int = 3) -> tuple[int, ..
 
 
 def parse_layers(text: str, n: int) -> tuple[int, ...] | None:
-    """"auto" → None; "19,20,21" or "19-21" → layer indices, sorted.
+    """ "auto" → None; "19,20,21" or "19-21" → layer indices, sorted.
 
     Raises:
         UsageError: not a list of layers, or a layer the model does not have.

@@ -20,10 +20,9 @@ class Spectrum:
     def of(W: Tensor) -> Spectrum:
         W = W.double()
         W = W if W.shape[0] <= W.shape[1] else W.T
-        if len(W) <= 1024:
-            sigma = torch.linalg.svdvals(W)
-        else:  # the Gram matrix's eigenvalues: relative error eps·κ², far below what is reported, at a tenth of the time
-            sigma = torch.linalg.eigvalsh(W @ W.T).clamp_min(0).sqrt().flip(0)
+        # Large matrices by the Gram matrix's eigenvalues: relative error eps·κ², negligible here, at a tenth of the time.
+        small = len(W) <= 1024
+        sigma = torch.linalg.svdvals(W) if small else torch.linalg.eigvalsh(W @ W.T).clamp_min(0).sqrt().flip(0)
         return Spectrum(float(torch.linalg.norm(sigma)), float(sigma[0] / sigma[-1].clamp_min(1e-300)), sigma)
 
 

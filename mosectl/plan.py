@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from mosectl.arch import Architecture, disk_names, resolve, skeleton
 from mosectl.checkpoint import index_tensors, locate, read_config
 from mosectl.editor import EditOptions
-from mosectl.errors import MosectlError
+from mosectl.errors import ModelError, MosectlError
 from mosectl.facts import Fact
 from mosectl.layers import parse_layers
 from mosectl.live import DTYPES, pick_device, pick_dtype
@@ -73,9 +74,9 @@ def estimate(
     bones = skeleton(config)
     arch = resolve(bones)
     device = pick_device(device)
-    kind = pick_dtype(dtype, device)
+    asked = pick_dtype(dtype, device)
     stored = DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")), torch.float32)
-    kind = stored if kind == "auto" else kind
+    kind = asked if isinstance(asked, torch.dtype) else stored
     n = len(arch.projections)
     layers = parse_layers(options.layers, n) or tuple(range(max(0, n // 2 - 1), min(n, n // 2 + 2)))
     work = _Work(bones, arch, layers, facts, options)
@@ -185,7 +186,11 @@ def diagnose(model: str | Path, revision: str | None = None) -> Diagnosis:
 
 
 def _problems(tensors: Sequence[tuple[str, str, tuple[int, ...]]], folder: Path) -> list[str]:
-    out = [f"{name} is stored as {dtype}: use an unquantised checkpoint" for name, dtype, _ in tensors[:1] if dtype not in ("F32", "F16", "BF16")]
+    out = [
+        f"{name} is stored as {dtype}: use an unquantised checkpoint"
+        for name, dtype, _ in tensors[:1]
+        if dtype not in ("F32", "F16", "BF16")
+    ]
     try:
         _tokenizer(folder)
     except (MosectlError, OSError, ValueError) as e:
@@ -206,11 +211,23 @@ def _notes(arch: Architecture, folder: Path) -> list[str]:
         out.append("input and output embeddings are tied (they are not edited)")
     if journal := read_journal(folder):
         out.append(f"already edited: {len(journal.patches)} patches are applied (mosectl.json)")
-    try:
+    with suppress(MosectlError, OSError, ValueError):  # reported as a problem
         out += check_tokenizer(_tokenizer(folder))
-    except (MosectlError, OSError, ValueError):
-        pass  # reported as a problem
     return out
+
+
+def load_tokenizer(model: str | Path, revision: str | None = None) -> Any:
+    """The model's tokenizer, without its weights.
+
+    Raises:
+        ModelError: there is none that can be loaded. HubError.
+    """
+    folder, name, _ = locate(model, revision, weights=False)
+    try:
+        return _tokenizer(folder)
+    except (OSError, ValueError, KeyError, ImportError) as e:
+        first = str(e).strip().split("\n")[0]
+        raise ModelError(f"its tokenizer cannot be loaded: {first}", where=name, fix="check the model folder") from e
 
 
 def _tokenizer(folder: Path) -> Any:

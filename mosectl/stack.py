@@ -72,7 +72,9 @@ def apply(
     source = _Source(open_checkpoint(model, revision), base)
     for patch in patches:
         if patch.id in source.ids:
-            raise PatchError(f"patch {patch.id[:12]} is already applied", where=str(model), fix="see mosectl.json there")
+            raise PatchError(
+                f"patch {patch.id[:12]} is already applied", where=str(model), fix="see mosectl.json there"
+            )
     stack = [*source.stack, *patches]
     notes = {} if force else _check_bases(source, patches)
     with new_folder(Path(out)) as folder:
@@ -129,7 +131,7 @@ class _Source:
         self.stack = [unrecorded] if unrecorded else [self._stored_patch(a) for a in self._applied]
         self.unrecorded = unrecorded is not None
         self.base_path = base
-        self._other: Checkpoint | None | bool = False  # not looked for yet
+        self._other: Checkpoint | bool | None = False  # not looked for yet
 
     @property
     def _applied(self) -> Sequence[Applied]:
@@ -259,8 +261,9 @@ def _rebuild(
     on_step: OnStep | None,
 ) -> ApplyReport:
     """Write the checkpoint with exactly ``stack`` applied into ``folder`` (which becomes ``final``)."""
-    checkpoint = source.checkpoint
-    modules = sorted({m for p in [*source.stack, *stack] for m in p.rotations}, key=lambda m: source.projection(m).layer)
+    modules = sorted(
+        {m for p in [*source.stack, *stack] for m in p.rotations}, key=lambda m: source.projection(m).layer
+    )
     reports: list[TensorReport] = []
     changed: dict[str, Tensor] = {}
     bases: dict[str, Tensor] = {}
@@ -300,9 +303,7 @@ def _weight(source: _Source, module: str, W0: Tensor | None, stack: Sequence[Pat
     return projection.stored(rotate(turn, projection.oriented(W))).contiguous()
 
 
-def _report(
-    source: _Source, module: str, W0: Tensor | None, weight: Tensor, rotated: bool, note: str
-) -> TensorReport:
+def _report(source: _Source, module: str, W0: Tensor | None, weight: Tensor, rotated: bool, note: str) -> TensorReport:
     projection, name = source.projection(module), source.disk_name(module)
     dtype = source.checkpoint.entry(name).dtype
     if W0 is None:

@@ -106,6 +106,36 @@ def second_moments(
     return Moments(S, tokens, False)
 
 
+def prepare(
+    model: str | Path,
+    layers: str = "all",
+    corpus: str | None = None,
+    *,
+    revision: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    on_step: Callable[[int, int], None] | None = None,
+) -> Moments:
+    """Load a model and fill the cache for some layers; under ``accelerate launch`` each process takes its own GPU.
+
+    Raises:
+        ModelError, HubError, UsageError.
+    """
+    from mosectl.arch import resolve
+    from mosectl.layers import parse_layers
+    from mosectl.live import load
+
+    if device == "auto" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from accelerate import PartialState
+
+        device = str(PartialState().device)
+    loaded = load(model, revision=revision, device=device, dtype=dtype)
+    projections = resolve(loaded.model).projections
+    chosen = parse_layers("auto" if layers == "all" else layers, len(projections))
+    wanted = [p for p in projections if chosen is None or p.layer in chosen]
+    return second_moments(loaded.model, loaded.tokenizer, wanted, read_corpus(corpus), on_step=on_step)
+
+
 def _accumulate(
     model: nn.Module,
     projections: Sequence[Projection],
@@ -113,6 +143,8 @@ def _accumulate(
     on_step: Callable[[int, int], None] | None,
 ) -> tuple[dict[str, Tensor], int]:
     """Sums of y yᵀ in float64 and the number of tokens, over all processes."""
+    from mosectl.live import weight_of
+
     distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
     mine = batches
     if distributed:
@@ -122,10 +154,10 @@ def _accumulate(
         mine = batches[state.process_index :: state.num_processes]
     device = input_device(model)
     last = max(projections, key=lambda p: p.layer)
-    sums: dict[str, Tensor] = {
-        p.name: torch.zeros(p.d, p.d, dtype=torch.float64, device=model.get_submodule(p.name).weight.device)
-        for p in projections
-    }
+    sums: dict[str, Tensor] = {}
+    for p in projections:
+        weight = weight_of(model, p)
+        sums[p.name] = torch.zeros(p.d, p.d, dtype=torch.float64, device=weight.device)
     tokens = 0
     for done, sequences in enumerate(mine):
         batch = Batch.of(sequences, device)
@@ -179,7 +211,7 @@ def model_hash(model: nn.Module) -> str:
     def digest(item: tuple[str, nn.Parameter]) -> str:
         name, p = item
         raw = p.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-        return f"{name} {p.dtype} {tuple(p.shape)} {hashlib.sha256(raw).hexdigest()}"
+        return f"{name} {p.dtype} {tuple(p.shape)} {hashlib.sha256(raw.data).hexdigest()}"
 
     with ThreadPoolExecutor(4) as pool:  # hashlib lets other threads run
         lines = sorted(pool.map(digest, model.named_parameters()))

@@ -28,7 +28,7 @@ from mosectl.tokens import encode
 class TargetOptions:
     """Settings of the target optimiser; lengths are relative to ‖W k‖."""
 
-    steps: int = 40
+    steps: int = 20
     step_size: float = 0.25  # Adam's, in units of the output's root mean square
     margin: float = 3.0  # nats by which every target token must lead before a fact counts as converged
     kl_weight: float = 0.0625  # keeps what the model says after "{subject} is a" (ROME's factor)
@@ -228,9 +228,7 @@ class _Optimiser:
 
     def _step(self, objective: Tensor, active: Tensor) -> None:
         chosen = active.nonzero().flatten().tolist()
-        total = objective[active].sum() + self.options.decay * sum(
-            self.deltas[i].square().sum() for i in chosen
-        )
+        total = objective[active].sum() + self.options.decay * sum(self.deltas[i].square().sum() for i in chosen)
         self.adam.zero_grad(set_to_none=True)
         gradients = torch.autograd.grad(total, [self.deltas[i] for i in chosen])
         for i, g in zip(chosen, gradients, strict=True):
@@ -279,7 +277,8 @@ class _Optimiser:
             moved = on_sphere(y[r, s].float(), delta.to(y.device))
             self.written[layer] = moved.detach()
             y = y.index_put((r, s), moved.to(y.dtype))
-            return (y if module.bias is None else y + module.bias).view_as(out)
+            bias = module.bias
+            return (y + bias if isinstance(bias, Tensor) else y).view_as(out)
 
         return hook
 

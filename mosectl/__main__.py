@@ -1,0 +1,5 @@
+"""`python -m mosectl`, also for `accelerate launch -m mosectl stats …`."""
+
+from mosectl.cli import main
+
+main()

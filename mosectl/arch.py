@@ -1,0 +1,276 @@
+"""Where a model keeps its FFN output projections: one table, every entry checked against the model's structure.
+
+Orientation comes from the module's class, never from a shape: a square matrix looks the same both ways.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mosectl.errors import ModelError
+
+# model_type -> (path of the projection inside a layer, path of a norm after the FFN)
+_DOWN = ("mlp.down_proj", None)
+TABLE: dict[str, tuple[str, str | None]] = {
+    **dict.fromkeys(
+        ("llama", "mistral", "ministral", "ministral3", "qwen2", "qwen3", "gemma", "phi3", "granite"), _DOWN
+    ),
+    **dict.fromkeys(("smollm3", "cohere", "cohere2", "stablelm", "olmo", "nemotron", "glm", "seed_oss"), _DOWN),
+    **dict.fromkeys(("apertus", "arcee"), _DOWN),
+    **dict.fromkeys(
+        ["gemma2", "gemma3_text", "gemma3", "olmo2", "olmo3", "exaone4"],
+        ("mlp.down_proj", "post_feedforward_layernorm"),
+    ),
+    "glm4": ("mlp.down_proj", "post_mlp_layernorm"),
+    **dict.fromkeys(["gpt2", "gpt_bigcode", "starcoder2"], ("mlp.c_proj", None)),
+    **dict.fromkeys(["gptj", "codegen"], ("mlp.fc_out", None)),
+    **dict.fromkeys(["gpt_neox", "bloom", "falcon"], ("mlp.dense_4h_to_h", None)),
+    "opt": ("fc2", None),
+    "phi": ("mlp.fc2", None),
+    "mpt": ("ffn.down_proj", None),
+}
+_POST_NORMS = ("post_feedforward_layernorm", "post_mlp_layernorm")
+_SUPPORTED = "supported are dense models such as Llama, Mistral, Qwen, Gemma, Phi, GPT-2, GPT-NeoX, OPT, Falcon, BLOOM"
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One layer's FFN output projection, y = W k (+ b) with W (d, p)."""
+
+    layer: int
+    name: str  # module path
+    d: int  # hidden size
+    p: int  # FFN width
+    transposed: bool  # stored as (p, d), as GPT-2's Conv1D
+    bias: bool
+
+    @property
+    def weight_name(self) -> str:
+        return f"{self.name}.weight"
+
+    def oriented(self, W: Tensor) -> Tensor:
+        """The stored weight as (d, p)."""
+        return W.T if self.transposed else W
+
+    def stored(self, W: Tensor) -> Tensor:
+        """A (d, p) weight as it is stored."""
+        return W.T.contiguous() if self.transposed else W
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What mosectl needs to know of a model."""
+
+    model_type: str
+    listed: bool  # in the table; otherwise found by structure
+    layers_path: str
+    projections: tuple[Projection, ...]
+    post_norm: str | None  # norm behind the FFN, inside a layer
+    tied_embeddings: bool
+
+
+def resolve(model: nn.Module) -> Architecture:
+    """Find the FFN output projection of every layer.
+
+    Raises:
+        ModelError: a mixture of experts, a quantised or adapter-wrapped model, or no such projection; says what was found.
+    """
+    config = model.config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config  # type: ignore[operator]
+    model_type = str(text.model_type)  # type: ignore[union-attr]
+    _refuse_quantised(model, model_type)
+    path, layers = _decoder_layers(model, model_type)
+    hidden = model.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
+    hidden = getattr(text, "hidden_size", hidden)
+    entry = TABLE.get(model_type)
+    found = []
+    for i, layer in enumerate(layers):
+        _refuse_experts(layer, f"{path}.{i}", model_type)
+        inside = entry[0] if entry else _by_structure(layer, hidden, f"{path}.{i}", model_type)
+        found.append(_projection(i, f"{path}.{i}", inside, layer, hidden, model_type))
+    norms = [n for n in _POST_NORMS if hasattr(layers[0], n)]
+    tied = model.get_output_embeddings()  # type: ignore[operator]
+    return Architecture(
+        model_type=model_type,
+        listed=entry is not None,
+        layers_path=path,
+        projections=tuple(found),
+        post_norm=entry[1] if entry else (norms[0] if norms else None),
+        tied_embeddings=bool(getattr(config, "tie_word_embeddings", False)) and tied is not None,
+    )
+
+
+def _refuse_quantised(model: nn.Module, model_type: str) -> None:
+    if quantised := getattr(model.config, "quantization_config", None):
+        how = quantised.get("quant_method") if isinstance(quantised, Mapping) else type(quantised).__name__
+        raise ModelError(
+            f"quantised weights ({how}) cannot be turned", where=model_type, fix="give the unquantised checkpoint"
+        )
+
+
+def _decoder_layers(model: nn.Module, model_type: str) -> tuple[str, nn.ModuleList]:
+    """The longest list of modules that are all of one kind, outside vision towers and encoders."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ModelError("an encoder-decoder model", where=model_type, fix=_SUPPORTED)
+    if model.get_output_embeddings() is None:  # type: ignore[operator]
+        raise ModelError("has no language model head", where=model_type, fix="give a causal language model")
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module)
+        and not any(
+            part in name.split(".") for part in ("vision_tower", "vision_model", "visual", "audio_tower", "encoder")
+        )
+    ]
+    # Nested lists (heads, experts) lie below the layers: the shallowest path is the decoder's.
+    lists.sort(key=lambda item: (item[0].count("."), -len(item[1])))
+    if not lists:
+        raise ModelError("no list of decoder layers found", where=model_type, fix=_SUPPORTED)
+    best = min(item[0].count(".") for item in lists)
+    return max((item for item in lists if item[0].count(".") == best), key=lambda item: len(item[1]))
+
+
+def _refuse_experts(layer: nn.Module, path: str, model_type: str) -> None:
+    for name, module in layer.named_modules():
+        last = name.rsplit(".", 1)[-1]
+        if (
+            last in ("experts", "block_sparse_moe", "shared_expert", "shared_experts")
+            or "Experts" in type(module).__name__
+        ):
+            raise ModelError(
+                f"a mixture-of-experts model (found {path}.{name}, {type(module).__name__}): not supported yet",
+                where=model_type,
+                fix=_SUPPORTED,
+            )
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    """(d, p) of a Linear or Conv1D."""
+    rows, columns = module.weight.shape  # type: ignore[misc, union-attr]
+    return (columns, rows) if type(module).__name__ == "Conv1D" else (rows, columns)
+
+
+def _by_structure(layer: nn.Module, hidden: int, path: str, model_type: str) -> str:
+    """In an unlisted model: the one matrix outside attention that maps a wider space to the hidden one."""
+    found = [
+        name
+        for name, module in layer.named_modules()
+        if _is_linear(module)
+        and not any("attn" in part or "attention" in part or "mixer" in part for part in name.lower().split("."))
+        and _shape(module)[0] == hidden
+        and _shape(module)[1] > hidden
+    ]
+    if len(found) != 1:
+        seen = (
+            ", ".join(f"{n} {type(m).__name__}" for n, m in layer.named_modules() if hasattr(m, "weight")) or "nothing"
+        )
+        raise ModelError(
+            f"no single FFN output projection in {path}: {len(found)} candidates among {seen}",
+            where=model_type,
+            fix=_SUPPORTED,
+        )
+    return found[0]
+
+
+def _projection(i: int, path: str, inside: str, layer: nn.Module, hidden: int, model_type: str) -> Projection:
+    try:
+        module = layer.get_submodule(inside)
+    except AttributeError as e:
+        names = ", ".join(n for n, m in layer.named_modules() if _is_linear(m))
+        raise ModelError(f"no {path}.{inside}; its matrices are {names}", where=model_type, fix=_SUPPORTED) from e
+    if not _is_linear(module) or not type(module).__module__.startswith(("torch.nn", "transformers.")):
+        raise ModelError(
+            f"{path}.{inside} is a {type(module).__module__}.{type(module).__name__}, not a plain matrix",
+            where=model_type,
+            fix="give the unquantised model, with adapters merged",
+        )
+    d, p = _shape(module)
+    if d != hidden:
+        raise ModelError(
+            f"{path}.{inside} writes {d} numbers, the hidden size is {hidden}", where=model_type, fix=_SUPPORTED
+        )
+    return Projection(i, f"{path}.{inside}", d, p, type(module).__name__ == "Conv1D", module.bias is not None)
+
+
+def skeleton(config: Any) -> nn.Module:
+    """The model of a config.json (dict or PretrainedConfig) without any weight, on the meta device.
+
+    Raises:
+        ModelError: transformers does not know the model type; remote code is never run.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if isinstance(config, Mapping):
+        content = dict(config)
+        model_type = str(content.pop("model_type", None))
+        try:
+            config = AutoConfig.for_model(model_type, **content)
+        except (ValueError, KeyError, TypeError) as e:
+            own = " (its own remote code is never run)" if "auto_map" in content else ""
+            raise ModelError(
+                f"model type '{model_type}' is not known to transformers{own}",
+                where="config.json",
+                fix=f"update transformers; {_SUPPORTED}",
+            ) from e
+        except Exception as e:  # config classes check their fields in many ways
+            raise ModelError(
+                f"damaged: {str(e).splitlines()[0]}", where="config.json", fix="fetch the model again"
+            ) from e
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except ValueError as e:
+        raise ModelError(
+            f"'{config.model_type}' is not a causal language model", where="config.json", fix=_SUPPORTED
+        ) from e
+    except Exception as e:  # building from a nonsensical config can fail anywhere
+        raise ModelError(
+            f"cannot be built: {str(e).splitlines()[0]}", where="config.json", fix="fetch the model again"
+        ) from e
+
+
+def disk_names(arch: Architecture, names: Collection[str]) -> dict[str, str]:
+    """Module path → tensor name on disk, for every projection.
+
+    Checkpoints drop or add leading parts ("transformer.", "model.", "language_model."): what counts is one common end.
+
+    Raises:
+        ModelError: a tensor is missing, or several fit.
+    """
+    by_tail: dict[str, list[str]] = {}
+    tail_of = {p.name: ".".join(p.weight_name.split(".")[-_tail_length(arch, p) :]) for p in arch.projections}
+    wanted = set(tail_of.values())
+    for name in names:
+        parts = name.split(".")
+        for start in range(len(parts)):
+            if (end := ".".join(parts[start:])) in wanted:
+                by_tail.setdefault(end, []).append(name)
+    return {p.name: _one_of(p, by_tail.get(tail_of[p.name], []), names) for p in arch.projections}
+
+
+def _tail_length(arch: Architecture, p: Projection) -> int:
+    """Parts of the weight's name from the list's own name on: "layers.3.mlp.down_proj.weight"."""
+    return len(p.weight_name.split(".")) - arch.layers_path.count(".")
+
+
+def _one_of(p: Projection, found: list[str], names: Collection[str]) -> str:
+    if p.weight_name in found:
+        return p.weight_name
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ModelError(f"'{p.weight_name}' may be any of: {', '.join(sorted(found))}", where="checkpoint")
+    near = difflib.get_close_matches(p.weight_name, list(names), n=1)
+    hint = f"the nearest name is '{near[0]}'" if near else "is this checkpoint complete?"
+    raise ModelError(f"no tensor '{p.weight_name}'", where="checkpoint", fix=hint)

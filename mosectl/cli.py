@@ -1,0 +1,384 @@
+"""The command line: parse, one library call, render. Nothing heavy is imported until a command runs.
+
+Exit codes: 0 done · 1 bug · 2 usage · 3 facts file · 4 model · 5 patch · 6 wrong base · 7 output · 8 nothing changed ·
+9 Hub · 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mosectl import __version__
+from mosectl.errors import FactsError, MosectlError, OutputError, UsageError
+
+app = typer.Typer(
+    name="mosectl",
+    help="Edit facts in open language models with orthogonal, portable, revertible patches.",
+    epilog="Exit codes: 0 done, 1 bug, 2 usage, 3 facts file, 4 model, 5 patch, 6 wrong base, 7 output, 8 nothing changed, "
+    "9 Hub, 130 Ctrl-C.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Option("--model", "-m", help="Model folder or hub id.")]
+Revision = Annotated[str | None, typer.Option(help="Commit, tag or branch of a hub model.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, or balanced (all GPUs).")]
+Dtype = Annotated[str, typer.Option(help="auto (float32 on a CPU, else the checkpoint's), float32, bfloat16, float16.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout instead of tables.")]
+Chat = Annotated[bool, typer.Option("--chat", help="Wrap prompts in the tokenizer's chat template.")]
+Force = Annotated[bool, typer.Option("--force", help="Skip the check that the patch was made for this base.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Take only the first N facts.")]
+OnError = Annotated[str, typer.Option(help="Bad lines: fail, or skip them.")]
+Corpus = Annotated[
+    str | None,
+    typer.Option(help="Text for statistics: .txt (one text a line) or .jsonl; default: a small embedded one."),
+]
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"mosectl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def check(
+    facts: Annotated[str, typer.Argument(help="Facts file: .jsonl, .json or .csv.")],
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Also show each fact's tokens for this model.")
+    ] = None,
+    revision: Revision = None,
+    chat: Chat = False,
+    limit: Limit = None,
+    as_json: Json = False,
+) -> None:
+    """Check every line of a facts file; with --model show how it is tokenised."""
+    from mosectl import report
+    from mosectl.facts import read_facts
+
+    found = read_facts(facts, "report", limit)
+    views = None
+    if model is not None:
+        from mosectl.plan import load_tokenizer
+        from mosectl.tokens import describe
+
+        tokenizer = load_tokenizer(model, revision)
+        views = [describe(tokenizer, fact, chat) for fact in found.facts]
+    if as_json:
+        report.data({"facts": found.facts, "problems": found.problems, "skipped": found.skipped, "tokens": views})
+    else:
+        report.check(found, views)
+    if found.skipped or not found.facts:
+        raise FactsError(
+            f"{found.skipped} entries cannot be used" if found.skipped else "holds no usable fact",
+            where=facts, fix="mend them, or edit with --on-error skip",
+        )  # fmt: skip
+
+
+@app.command()
+def doctor(
+    model: Annotated[str, typer.Argument(help="Model folder or hub id.")],
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """Say what would be edited in a model, and whether anything stands in the way. Loads no weights."""
+    from mosectl import report
+    from mosectl.plan import diagnose
+
+    found = diagnose(model, revision)
+    if as_json:
+        report.data(found)
+    else:
+        report.doctor(found)
+    if found.problems:
+        from mosectl.errors import ModelError
+
+        raise ModelError("cannot be edited as it is", where=model, fix=found.problems[0])
+
+
+@app.command()
+def edit(
+    facts: Annotated[str, typer.Argument(help="Facts file: .jsonl, .json or .csv.")],
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Patch file to write.")] = Path("patch.safetensors"),
+    revision: Revision = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    method: Annotated[str, typer.Option(help="Solver: mose.")] = "mose",
+    layers: Annotated[str, typer.Option(help="auto, or layers such as 19,20,21 or 19-21.")] = "auto",
+    batch_size: Annotated[
+        int, typer.Option(min=0, help="Facts edited together; 1 = one after the other, 0 = all at once.")
+    ] = 0,
+    rounds: Annotated[int | None, typer.Option(min=1, help="How often targets and solve alternate in a batch.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="A solver or target setting, e.g. --set preserve=2. Repeatable.")
+    ] = None,
+    corpus: Corpus = None,
+    seed: Annotated[int, typer.Option(help="Chooses the prefix texts.")] = 0,
+    limit: Limit = None,
+    on_error: OnError = "fail",
+    chat: Chat = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Estimate time, memory and size; load and write nothing.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing patch file.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compute an edit and write it as a patch; the model itself is not changed."""
+    from mosectl import report
+    from mosectl.facts import read_facts
+
+    checked = read_facts(facts, on_error, limit)
+    for problem in checked.problems:
+        report.hint(f"{problem.where}: {problem.what} ({'left out' if problem.severity == 'error' else problem.fix})")
+    if not dry_run:
+        _writable(out, overwrite)
+    from mosectl.editor import edit as compute
+    from mosectl.editor import options_from
+
+    options = options_from(
+        settings or [],
+        method=method,
+        layers=layers,
+        batch_size=batch_size,
+        rounds=rounds,
+        seed=seed,
+        chat=chat,
+        corpus=corpus,
+    )
+    if dry_run:
+        from mosectl.plan import estimate
+
+        plan = estimate(model, checked.facts, options, revision=revision, device=device, dtype=dtype)
+        report.data(plan) if as_json else report.estimate(plan, len(checked.facts))
+        return
+    with report.progress() as on_step:
+        result = compute(
+            checked.facts, model, options=options, revision=revision, device=device, dtype=dtype, on_step=on_step
+        )
+    result.patch.save(out)
+    if as_json:
+        report.data({"patch": str(out), "id": result.patch.id, **_without_patch(result)})
+    else:
+        report.edit(result, out)
+
+
+@app.command()
+def inspect(
+    patch: Annotated[str, typer.Argument(help="Patch file.")],
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Compare norms and spectra on this model.")] = None,
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """Show what a patch holds; needs no model. With --model: its effect on the stored weights."""
+    from mosectl import report
+    from mosectl.inspection import inspect as look
+
+    found = look(patch, model=model, revision=revision)
+    if as_json:
+        report.data({**_record(found.patch), "file_bytes": found.file_bytes, "rotations": found.rotations})
+    else:
+        report.inspection(found)
+
+
+@app.command()
+def apply(
+    patches: Annotated[list[str], typer.Argument(help="Patch files, applied in this order.")],
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; must not exist.")],
+    revision: Revision = None,
+    base: Annotated[
+        str | None, typer.Option(help="The unedited model, if MODEL is edited and has not kept its base tensors.")
+    ] = None,
+    keep_base: Annotated[
+        bool,
+        typer.Option(
+            "--keep-base/--no-keep-base", help="Keep the original tensors beside the edited ones for an exact revert."
+        ),
+    ] = True,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Write a model with patches applied to a new folder; no GPU, and only changed files are rewritten."""
+    from mosectl import report
+    from mosectl.live import load_patches
+    from mosectl.stack import apply as run
+
+    loaded = load_patches(patches)
+    with report.progress() as on_step:
+        done = run(
+            loaded,
+            model,
+            out,
+            revision=revision,
+            base=base,
+            keep_base=keep_base,
+            force=force,
+            on_step=_named("apply", on_step),
+        )
+    report.data(done) if as_json else report.applied(done, "Applied")
+
+
+@app.command()
+def revert(
+    patch: Annotated[str, typer.Argument(help="Patch file, or the beginning of an applied patch's id.")],
+    model: Annotated[str, typer.Option("--model", "-m", help="The edited folder.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write here instead of in place.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The unedited model, if the folder has not kept its base tensors.")
+    ] = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Take a patch out of an edited folder: bit for bit from the base tensors, or by Rᵀ where they are gone."""
+    from mosectl import report
+    from mosectl.stack import revert as run
+
+    wanted: Any = patch
+    if Path(patch).exists() or not _looks_like_id(patch):
+        from mosectl.patch import Patch
+
+        wanted = Patch.load(patch)
+    with report.progress() as on_step:
+        done = run(wanted, model, out, base=base, force=force, on_step=_named("revert", on_step))
+    report.data(done) if as_json else report.applied(done, "Reverted")
+
+
+@app.command()
+def ask(
+    prompts: Annotated[list[str], typer.Argument(help="Prompts to continue.")],
+    model: Model,
+    patch: Annotated[
+        list[str] | None, typer.Option("--patch", "-p", help="Show the answers with this patch too. Repeatable.")
+    ] = None,
+    revision: Revision = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    chat: Chat = False,
+    tokens: Annotated[int, typer.Option(min=1, max=50, help="Longest continuation, in tokens.")] = 20,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Show greedy continuations, before and after patches."""
+    from mosectl import report
+    from mosectl.live import ask as run
+    from mosectl.live import load_patches
+
+    loaded = load_patches(patch or [])
+    found = run(
+        prompts,
+        model,
+        loaded,
+        revision=revision,
+        device=device,
+        dtype=dtype,
+        chat=chat,
+        max_new_tokens=tokens,
+        force=force,
+    )
+    report.data(found) if as_json else report.asked(found)
+
+
+@app.command()
+def stats(
+    model: Model,
+    layers: Annotated[str, typer.Option(help="all, or layers such as 19,20,21.")] = "all",
+    corpus: Corpus = None,
+    revision: Revision = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Compute a model's statistics ahead of edits. On several GPUs: accelerate launch -m mosectl stats …"""
+    from mosectl import report
+    from mosectl.stats import prepare
+
+    with report.progress(quiet=os.environ.get("RANK", "0") != "0") as on_step:
+        found = prepare(
+            model, layers, corpus, revision=revision, device=device, dtype=dtype, on_step=_named("statistics", on_step)
+        )
+    if os.environ.get("RANK", "0") == "0":
+        report.data(
+            {"layers": sorted(found.S), "tokens": found.tokens, "cached": found.cached}
+        ) if as_json else report.statistics(found)
+
+
+def _named(phase: str, on_step: Any) -> Any:
+    return lambda done, total: on_step(phase, done, total)
+
+
+def _writable(out: Path, overwrite: bool) -> None:
+    """Find out before the work, not after it."""
+    if out.is_dir():
+        raise OutputError("is a folder", where=str(out), fix="give a file name, e.g. -o patch.safetensors")
+    if out.exists() and not overwrite:
+        raise OutputError("the output exists", where=str(out), fix="choose another -o, or give --overwrite")
+    parent = next(p for p in (out.parent, *out.absolute().parents) if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise OutputError("cannot be written there", where=str(out), fix="choose a folder you may write to")
+
+
+def _looks_like_id(text: str) -> bool:
+    return len(text) >= 6 and all(c in "0123456789abcdef" for c in text)
+
+
+def _record(patch: Any) -> dict[str, Any]:
+    import json
+
+    return {"id": patch.id, **json.loads(patch.record)}
+
+
+def _without_patch(result: Any) -> dict[str, Any]:
+    return {k: v for k, v in vars(result).items() if k != "patch"}
+
+
+def main() -> None:
+    """Run a command; every error becomes one message and a documented exit code."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary files are cleaned up
+    try:
+        app(standalone_mode=False)
+    except typer.Exit as e:
+        sys.exit(e.exit_code)
+    except BaseException as e:
+        sys.exit(_failed(e))
+
+
+def _failed(e: BaseException) -> int:
+    from mosectl import report
+
+    if isinstance(e, SystemExit):
+        raise e
+    if isinstance(e, KeyboardInterrupt | typer.Abort):
+        report.interrupted()
+        return 130
+    if isinstance(e, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    if report.debugging():
+        raise e
+    if type(e).__name__ == "OutOfMemoryError":
+        e = UsageError(
+            "out of GPU memory",
+            fix="try --dtype bfloat16, a smaller --batch-size or --set max_rows=32, or --device cpu",
+        )
+    if hasattr(e, "format_message"):  # typer's own usage errors
+        e = UsageError(e.format_message(), fix="see --help")
+    report.error(e)
+    return e.exit_code if isinstance(e, MosectlError) else 1

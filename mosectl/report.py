@@ -1,0 +1,348 @@
+"""The only file that prints: results on stdout, progress, hints and errors on stderr.
+
+On a terminal tables are drawn; in a pipe they become tab-separated lines, whole and without colour.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from mosectl.errors import MosectlError
+
+if TYPE_CHECKING:
+    from mosectl.editor import EditResult, OnStep
+    from mosectl.facts import FactsReport
+    from mosectl.inspection import Inspection
+    from mosectl.live import Asked
+    from mosectl.metrics import Stability
+    from mosectl.plan import Diagnosis, Estimate
+    from mosectl.stack import ApplyReport
+    from mosectl.stats import Moments
+    from mosectl.tokens import TokenView
+
+
+def _out() -> Console:
+    return Console(highlight=False, soft_wrap=True)
+
+
+def _err() -> Console:
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def error(e: BaseException) -> None:
+    """One message on stderr: what, where, what to do next."""
+    if isinstance(e, MosectlError):
+        where = f"{e.where}: " if e.where else ""
+        _err().print(f"[bold red]error[/] {escape(where + e.what)}")
+        if e.fix:
+            _err().print(f"  [green]→[/] {escape(e.fix)}")
+    else:
+        _err().print(f"[bold red]error[/] {escape(f'{type(e).__name__}: {e}')}")
+        _err().print("  [green]→[/] this is a bug in mosectl; MOSECTL_DEBUG=1 shows where. Please report it")
+
+
+def interrupted() -> None:
+    _err().print("[yellow]interrupted[/]: nothing half-written is left behind")
+
+
+def hint(text: str) -> None:
+    """A line on stderr about what was done or comes next."""
+    _err().print(escape(text))
+
+
+def data(value: Any) -> None:
+    """One JSON document on stdout."""
+    sys.stdout.write(json.dumps(_plain(value), ensure_ascii=False, indent=2) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses, paths and tuples as JSON has them; tensors are left out, numbers that are not finite become null."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items() if not hasattr(v, "untyped_storage")}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    return str(value) if isinstance(value, Path) else value
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Columns named ">x" are numbers, aligned right."""
+    console = _out()
+    names = [c.lstrip(">") for c in columns]
+    if not console.is_terminal:
+        for row in (names, *rows):
+            sys.stdout.write("\t".join(" ".join(cell.split()) for cell in row) + "\n")
+        sys.stdout.write("\n")
+        return
+    table = Table(title=escape(title), title_justify="left", title_style="bold", header_style="bold")
+    for column, name in zip(columns, names, strict=True):
+        table.add_column(escape(name), justify="right" if column.startswith(">") else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console.print(table, soft_wrap=False)
+
+
+def _line(text: str) -> None:
+    _out().print(escape(text))
+
+
+@contextmanager
+def progress(quiet: bool = False) -> Iterator[OnStep]:
+    """A bar with ETA for each phase on stderr; on a pipe one line a phase."""
+    console = _err()
+    if quiet:
+        yield lambda phase, done, total: None
+    elif not console.is_terminal:
+        seen: set[str] = set()
+
+        def say(phase: str, done: int, total: int) -> None:
+            if phase not in seen:
+                seen.add(phase)
+                console.print(escape(f"{phase} …"))
+
+        yield say
+    else:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+        )
+        with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+            tasks: dict[str, Any] = {}
+
+            def move(phase: str, done: int, total: int) -> None:
+                if phase not in tasks:
+                    tasks[phase] = bar.add_task(f"{phase:<12}", total=total)
+                bar.update(tasks[phase], completed=done, total=total)
+
+            yield move
+
+
+def edit(result: EditResult, path: Path | None) -> None:
+    """Before/after, scores, stability and times of an edit."""
+    mark = {
+        "changed": "changed",
+        "already known": "already known",
+        "not reached": "NOT REACHED",
+        "not finite": "NOT FINITE",
+    }
+    rows = [
+        (r.fact.prompt, r.before, r.after, f"{r.probability_before:.3f}", f"{r.probability_after:.3f}", mark[r.status])
+        for r in result.facts
+    ]
+    columns = ("prompt", "before", "after", ">P(new) before", ">P(new) after", "")
+    _table("Answers (greedy)", columns, rows[:60])
+    if len(rows) > 60:
+        _line(f"… and {len(rows) - 60} more (all of them with --json, or in the patch)")
+    s = result.scores
+    lines = [
+        ("reliability", s.reliability, s.facts, "edit prompts answered with the new object"),
+        ("generalization", s.generalization, s.rephrasings, "rephrased prompts answered with the new object"),
+        ("locality", s.locality, s.locality_prompts, "unrelated prompts answered as before"),
+    ]
+    _table(
+        f"Scores (protocol {s.protocol}: greedy decoding from the bare prompt)",
+        ("", ">share", ">of", "meaning"),
+        [(n, "–" if v is None else f"{v:.1%}", str(of), what) for n, v, of, what in lines],
+    )
+    _stability("Stability of R W against W, float32", result.stability)
+    _line("time: " + ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in result.seconds.items()))
+    missed = sum(r.status in ("not reached", "not finite") for r in result.facts)
+    if missed:
+        _err().print(
+            f"[yellow]{missed} of {len(result.facts)} facts were not reached[/]: more --rounds or other --layers may help"
+        )
+    if path:
+        _line(f"patch {result.patch.id[:12]} → {path} ({size(path.stat().st_size)})")
+        hint(f"next: mosectl inspect {path}   |   mosectl apply {path} --model … -o edited/")
+
+
+def _stability(title: str, drifts: Sequence[Stability]) -> None:
+    _table(
+        title,
+        ("tensor", ">‖W‖", ">κ(W)", ">‖W‖ drift", ">κ drift", ">largest σ drift"),
+        [
+            (
+                s.name,
+                f"{s.norm_before:.4g}",
+                f"{s.condition_before:.4g}",
+                *(f"{x:.1e}" for x in (s.norm_drift, s.condition_drift, s.spectrum_drift)),
+            )
+            for s in drifts
+        ],
+    )
+
+
+def estimate(e: Estimate, facts: int) -> None:
+    """What an edit would take."""
+    rows = [
+        ("model", f"{e.model} ({e.model_type}, {e.parameters / 1e6:,.1f} M parameters)"),
+        ("device, dtype", f"{e.device}, {e.dtype}"),
+        ("facts", str(facts)),
+        ("layers", ", ".join(map(str, e.layers)) + "  (auto: chosen when the model is loaded)"),
+        ("weights in memory", size(e.model_bytes)),
+        ("peak memory", f"about {size(e.peak_bytes)}"),
+        ("patch file", size(e.patch_bytes)),
+        *((f"time: {phase}", f"about {seconds:,.0f} s") for phase, seconds in e.seconds.items()),
+        ("time in all", f"about {sum(e.seconds.values()):,.0f} s"),
+    ]
+    _table("Dry run: nothing was loaded or written", ("", "estimate"), rows)
+
+
+def check(report: FactsReport, views: Sequence[TokenView] | None) -> None:
+    """Every problem of a facts file, and how the facts are tokenised."""
+    if report.problems:
+        _table(
+            "Problems", ("where", "", "what", "remedy"), [(p.where, p.severity, p.what, p.fix) for p in report.problems]
+        )
+    if views:
+        _table(
+            "Tokens (subject span: first-last token of the prompt)",
+            ("fact", "subject tokens", "span", "target tokens", "note"),
+            [
+                (
+                    f.source.rsplit("/", 1)[-1],
+                    " ".join(v.subject),
+                    f"{v.subject_span[0]}-{v.subject_span[1]} of {v.tokens}",
+                    " ".join(v.target),
+                    "target encoded apart from its prompt" if v.split else "",
+                )
+                for f, v in zip(report.facts, views, strict=True)
+            ],
+        )
+    rephrasings = sum(len(f.rephrase_prompts) for f in report.facts)
+    locality = sum(len(f.locality) for f in report.facts)
+    _line(
+        f"{len(report.facts)} facts usable, {report.skipped} not; {rephrasings} rephrasings, {locality} locality prompts"
+    )
+
+
+def doctor(d: Diagnosis) -> None:
+    """What would be edited in a model, and what stands in the way."""
+    a = d.architecture
+    first = a.projections[0]
+    rows = [
+        ("model", d.model + (f" @ {d.revision}" if d.revision else "")),
+        (
+            "architecture",
+            f"{a.model_type}{'' if a.listed else ' (unlisted: found by structure)'}, {len(a.projections)} layers",
+        ),
+        ("parameters", f"{d.parameters / 1e6:,.1f} M"),
+        ("edited modules", f"{first.name} … {a.projections[-1].name}"),
+        ("shape", f"W ({first.d}, {first.p})" + (", stored transposed (Conv1D)" if first.transposed else "")),
+        ("bias", "yes (stays as it is)" if first.bias else "no"),
+        *((f"memory, {kind}", size(n)) for kind, n in d.memory.items()),
+        ("rotation", f"{size(4 * first.d**2)} a layer in a patch"),
+        *(("note", n) for n in d.notes),
+        *(("PROBLEM", p) for p in d.problems),
+        ("verdict", "cannot be edited as it is" if d.problems else "ready to edit"),
+    ]
+    _table("Model", ("", ""), rows)
+    _table(
+        "Tensors on disk",
+        ("layer", "tensor", "dtype", "shape"),
+        [
+            (str(p.layer), n, dtype, str(list(shape)))
+            for p, (n, dtype, shape) in zip(a.projections, d.tensors, strict=True)
+        ],
+    )
+
+
+def inspection(i: Inspection) -> None:
+    """A patch: where it comes from, its rotations, its facts."""
+    p = i.patch
+    rows = [
+        ("id", p.id),
+        ("method", f"{p.method} ({p.side} side), seed {p.seed}"),
+        ("base model", f"{p.model} ({p.model_type})" + (f" @ {p.revision}" if p.revision else "")),
+        ("made with", ", ".join(f"{k} {v}" for k, v in p.versions.items())),
+        ("file", size(i.file_bytes)),
+        ("options", ", ".join(f"{k}={v}" for k, v in p.options.items() if not isinstance(v, dict))),
+        ("on top of", ", ".join(x[:12] for x in p.parents) or "the base model"),
+    ]
+    _table("Patch", ("", ""), rows)
+    _table(
+        "Rotations",
+        ("module", ">d", ">‖RᵀR−I‖/√d", ">largest angle", ">median angle", ">rank of R−I", ">‖R−I‖/√d"),
+        [
+            (
+                *(r.module, str(r.d), f"{r.orthogonality_error:.1e}", f"{r.largest_angle:.1f}°"),
+                *(f"{r.median_angle:.2f}°", str(r.rank), f"{r.distance:.3f}"),
+            )
+            for r in i.rotations
+        ],
+    )
+    if drifts := [r.stability for r in i.rotations if r.stability]:
+        _stability("Effect on the model, stored dtype", drifts)
+    for r in i.rotations:
+        if r.base:
+            _line(f"{r.module}: {r.base}")
+    _table(
+        f"Facts ({len(p.facts)})",
+        ("prompt", "before", "after", ">P(new) before", ">P(new) after", ""),
+        [
+            (f.prompt, f.before, f.after, f"{f.probability_before:.3f}", f"{f.probability_after:.3f}", f.status)
+            for f in p.facts
+        ],
+    )
+    scores = {k: v for k, v in p.metrics.get("scores", {}).items() if isinstance(v, float)}
+    _line("measured when it was made (protocol generation): " + ", ".join(f"{k} {v:.1%}" for k, v in scores.items()))
+
+
+def applied(r: ApplyReport, verb: str) -> None:
+    """What was written by apply or revert."""
+    _table(
+        f"{verb} → {r.folder}",
+        ("tensor", "dtype", "exact", "base"),
+        [(t.tensor, t.dtype, "yes" if t.exact else "within rounding", t.note) for t in r.tensors],
+    )
+    if drifts := [t.stability for t in r.tensors if t.stability]:
+        _stability("Stability on the stored dtype", drifts)
+    if r.restored:
+        _line("all tensors have their original sha256 again")
+    _line(f"{r.folder}: {len(r.stack)} patches applied, {size(r.bytes_written)} written")
+
+
+def asked(answers: Sequence[Asked]) -> None:
+    """Continuations before and after."""
+    if all(a.after is None for a in answers):
+        _table("Answers (greedy)", ("prompt", "answer"), [(a.prompt, a.before.strip()) for a in answers])
+    else:
+        rows = [(a.prompt, a.before.strip(), (a.after or "").strip()) for a in answers]
+        _table("Answers (greedy)", ("prompt", "before", "after"), rows)
+
+
+def statistics(m: Moments) -> None:
+    """What was computed for later edits."""
+    _line(f"second moments of {len(m.S)} layers over {m.tokens:,} tokens" + (" (from the cache)" if m.cached else ""))
+
+
+def size(n: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if n < 1000:
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1000
+    return f"{n:.1f} TB"
+
+
+def debugging() -> bool:
+    """Did the user ask for tracebacks?"""
+    return os.environ.get("MOSECTL_DEBUG", "") not in ("", "0")
