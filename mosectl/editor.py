@@ -12,7 +12,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from mosectl.fingerprint import fingerprint
 from mosectl.forward import outputs_at
 from mosectl.journal import read_journal
 from mosectl.layers import LayerScore, choose_layers, parse_layers, score_layers
-from mosectl.live import Loaded, load, turn, weight_of
+from mosectl.live import Loaded, load, solve_device, turn, weight_of
 from mosectl.metrics import Stability, stability
 from mosectl.patch import BaseTensor, Patch, PatchFact
 from mosectl.rotation import rotate
@@ -91,7 +91,7 @@ class FactResult:
     probability_before: float
     probability_after: float
     status: str  # "changed", "already known", "not reached", "not finite"
-    loss: float  # of the last target, nats a token
+    loss: float  # right after its batch: −log P(target), nats a token, mean over the prefixes
 
 
 @dataclass(frozen=True)
@@ -214,6 +214,17 @@ def _prefixes(corpus: Corpus, options: EditOptions) -> list[str]:
     return ["", *(f"{text}. " for text in openings)]
 
 
+@dataclass(frozen=True)
+class _Standing:
+    """One round's outcome, to come back to."""
+
+    score: tuple[int, float]
+    targets: Targets
+    R: dict[str, Tensor]
+    S: dict[str, Tensor]
+    P: dict[str, Tensor]
+
+
 class _Run:
     """The edited layers of one live model: base weight, rotation so far, statistics turned along with it."""
 
@@ -229,7 +240,7 @@ class _Run:
         self.solver = method(options.method)
         self.solver_options = {**self.solver.defaults, **options.solver}
         self.W0 = {p.name: weight_of(loaded.model, p).detach().clone() for p in projections}
-        device = {p.name: _solve_device(self.W0[p.name].device) for p in projections}
+        device = {p.name: solve_device(self.W0[p.name].device) for p in projections}
         self.S = {p.name: S[p.name].to(device[p.name], torch.float64) for p in projections}
         self.P = {p.name: torch.zeros_like(self.S[p.name]) for p in projections}
         self.R = {p.name: torch.eye(p.d, dtype=torch.float64, device=device[p.name]) for p in projections}
@@ -245,34 +256,44 @@ class _Run:
                     weight_of(self.loaded.model, p).copy_(self.W0[p.name])
 
     def edit(self, facts: Sequence[Fact], prefixes: Sequence[str], clock: _Clock) -> list[float]:
-        """Edit all facts batch by batch; returns the last target loss of each, nats a token."""
+        """Edit all facts batch by batch; returns the loss of each right after its batch, nats a token."""
         size = self.options.batch_size or len(facts)
         losses: list[float] = []
         for start in range(0, len(facts), size):
             batch = facts[start : start + size]
             contexts = build_contexts(self.loaded.model, self.loaded.tokenizer, batch, prefixes, chat=self.options.chat)
-            losses += self._batch(contexts, clock, start, len(facts)).loss.tolist()
+            losses += self._batch(contexts, clock, start, len(facts)).loss_before.tolist()
             self._protect(contexts)
         return losses
 
     def _batch(self, contexts: Contexts, clock: _Clock, first: int, total: int) -> Targets:
-        """Alternate targets and solve until every fact holds without help, or the rounds are used up."""
-        best: Targets | None = None
+        """Alternate targets and solve until every fact holds by itself; of at most ``rounds`` keep the best."""
+        best: _Standing | None = None
         n, rounds = int(contexts.fact.max()) + 1, self.options.rounds
-        for r in range(rounds):
+        for r in range(rounds + 1):
             with clock("targets") as step:
 
                 def on_step(done: int, of: int, r: int = r, step: Callable[[int, int], None] = step) -> None:
                     step(first * rounds + r * n + done * n // of, total * rounds)
 
-                model, options = self.loaded.model, self.options.targets
-                best = optimise_targets(model, self.arch, self.projections, contexts, options, on_step)
-            if bool((best.steps == 0).all()):
+                options = self.options.targets if r < rounds else replace(self.options.targets, steps=0)
+                targets = optimise_targets(self.loaded.model, self.arch, self.projections, contexts, options, on_step)
+            best = max(best or self._standing(targets), self._standing(targets), key=lambda s: s.score)
+            if r == rounds or bool((targets.steps == 0).all()):
                 break
             with clock("solve"):
-                self._solve(contexts, best)
+                self._solve(contexts, targets)
         assert best is not None
-        return best
+        self.R, self.S, self.P = best.R, best.S, best.P
+        for p in self.projections:
+            turn(self.loaded.model, p, self.R[p.name], self.W0[p.name])
+        return best.targets
+
+    def _standing(self, targets: Targets) -> _Standing:
+        """How far the batch is, as the model stands: facts that hold, then the lower loss (a lost fact counts 20 nats)."""
+        held = int((targets.margin_before > 0).sum())
+        loss = float(targets.loss_before.clamp(max=20).nan_to_num(20).mean())
+        return _Standing((held, -loss), targets, dict(self.R), dict(self.S), dict(self.P))
 
     def _solve(self, contexts: Contexts, targets: Targets) -> None:
         """Turn every edited layer, lowest first, towards its targets."""
@@ -313,18 +334,13 @@ class _Run:
         found = outputs_at(self.loaded.model, self.projections, contexts.batch.rows(rows), contexts.subject[rows])
         for p, h in zip(self.projections, found, strict=True):
             h = h.to(self.P[p.name])  # (rows, d)
-            self.P[p.name] += self.options.protect / per_fact * h.T @ h
+            self.P[p.name] = self.P[p.name] + self.options.protect / per_fact * h.T @ h
 
     def stability(self) -> Iterator[Stability]:
         """Norm, condition number and spectrum of R W against W, as float32 matrices."""
         for p in self.projections:
             W = p.oriented(self.W0[p.name]).float()
             yield stability(p.weight_name, W, rotate(self.R[p.name].float(), W))
-
-
-def _solve_device(device: torch.device) -> torch.device:
-    """Where float64 exists: Apple's GPUs have none."""
-    return torch.device("cpu") if device.type == "mps" else device
 
 
 def _results(

@@ -87,6 +87,11 @@ def pick_device(device: str) -> str:
     return device
 
 
+def solve_device(device: torch.device) -> torch.device:
+    """Where float64 work for weights on ``device`` is done: Apple's GPUs have no float64."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 def weight_of(model: nn.Module, projection: Projection) -> Tensor:
     """The live weight of one projection.
 

@@ -143,7 +143,7 @@ def _accumulate(
     on_step: Callable[[int, int], None] | None,
 ) -> tuple[dict[str, Tensor], int]:
     """Sums of y yᵀ in float64 and the number of tokens, over all processes."""
-    from mosectl.live import weight_of
+    from mosectl.live import solve_device, weight_of
 
     distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
     mine = batches
@@ -156,8 +156,8 @@ def _accumulate(
     last = max(projections, key=lambda p: p.layer)
     sums: dict[str, Tensor] = {}
     for p in projections:
-        weight = weight_of(model, p)
-        sums[p.name] = torch.zeros(p.d, p.d, dtype=torch.float64, device=weight.device)
+        device64 = solve_device(weight_of(model, p).device)
+        sums[p.name] = torch.zeros(p.d, p.d, dtype=torch.float64, device=device64)
     tokens = 0
     for done, sequences in enumerate(mine):
         batch = Batch.of(sequences, device)
@@ -166,7 +166,7 @@ def _accumulate(
         def add(p: Projection, mask: Tensor = mask) -> Callable[..., None]:
             def hook(module: nn.Module, _: Any, out: Tensor) -> None:
                 y = ffn_output(out, module, len(mask))[mask.to(out.device)].float()  # (tokens, d)
-                sums[p.name] += (y.T @ y).double()
+                sums[p.name] += (y.T @ y).to(sums[p.name].device).double()
                 if p is last:
                     raise stop
 

@@ -62,6 +62,8 @@ class Targets:
     margin: Tensor  # (n,) smallest lead of a target token over its best rival, nats
     converged: Tensor  # (n,) bool
     steps: Tensor  # (n,) optimiser steps used
+    loss_before: Tensor  # (n,) the loss as the model stands, before any step
+    margin_before: Tensor  # (n,)
 
 
 def build_contexts(
@@ -139,6 +141,8 @@ def optimise_targets(
         margin=torch.cat([p.margin for p in parts]),
         converged=torch.cat([p.converged for p in parts]),
         steps=torch.cat([p.steps for p in parts]),
+        loss_before=torch.cat([p.loss_before for p in parts]),
+        margin_before=torch.cat([p.margin_before for p in parts]),
     )
 
 
@@ -215,6 +219,8 @@ class _Optimiser:
             loss = torch.where(usable, nll.detach(), loss)
             margin = torch.where(usable, lead.detach(), margin)
             loss[active & ~finite] = torch.inf
+            if step == 0:
+                first = loss.cpu(), margin.cpu()
             converged |= usable & (lead.detach() >= o.margin)
             active = usable & ~converged
             report(int((~active).sum()))
@@ -224,7 +230,7 @@ class _Optimiser:
             self._step(nll + o.kl_weight * kl, active)
         assert V is not None
         edit = c.edit_rows
-        return Targets([v[edit] for v in V], loss.cpu(), margin.cpu(), converged.cpu(), steps.cpu())
+        return Targets([v[edit] for v in V], loss.cpu(), margin.cpu(), converged.cpu(), steps.cpu(), *first)
 
     def _step(self, objective: Tensor, active: Tensor) -> None:
         chosen = active.nonzero().flatten().tolist()
