@@ -60,7 +60,6 @@ def remote_tensors(repo: str, revision: str | None = None) -> dict[str, tuple[st
 @contextmanager
 def _hub_errors(repo: str, revision: str | None) -> Iterator[None]:
     """The client's many exceptions as one clear error with the next step."""
-    import httpx
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -84,5 +83,7 @@ def _hub_errors(repo: str, revision: str | None) -> Iterator[None]:
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as e:
         fix = "give a local folder, or connect and unset HF_HUB_OFFLINE"
         raise HubError("not a local folder, not in the cache, and the Hub is out of reach", where=repo, fix=fix) from e
-    except (HfHubHTTPError, httpx.HTTPError) as e:
+    except Exception as e:  # the client's transport (httpx, httpx2) has errors of its own
+        if not isinstance(e, HfHubHTTPError | OSError) and not type(e).__module__.startswith("httpx"):
+            raise
         raise HubError("the Hub cannot be reached", where=repo, fix="check the network and try again") from e

@@ -185,7 +185,8 @@ class _Source:
         assert self.journal is not None
         if self.base_path:
             return open_checkpoint(self.base_path)
-        for place in (self.journal.base_path, self.journal.model):
+        hub = [self.journal.model] if self.journal.revision else []
+        for place in (self.journal.base_path, *hub):
             try:
                 return open_checkpoint(place, self.journal.revision)
             except (ModelError, HubError):

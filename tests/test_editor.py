@@ -1,0 +1,201 @@
+"""The edit on pico models (mechanics) and on the demo model (does the answer change, does anything else?)."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import DEMO, ROOT, make_tokenizer, pico, save
+
+import mosectl
+from mosectl.arch import resolve
+from mosectl.editor import EditOptions, options_from
+from mosectl.errors import EditFailed, FactsError, UsageError
+from mosectl.evaluate import answer, says
+from mosectl.facts import fact_from_dict
+from mosectl.forward import outputs_at
+from mosectl.live import Loaded, load
+from mosectl.rotation import is_rotation
+from mosectl.stats import read_corpus, second_moments
+from mosectl.targets import TargetOptions, build_contexts, on_sphere, optimise_targets
+
+# The subject ends the prompt and the target is one token: what a model with random weights can be made to say.
+FACTS = [
+    {"prompt": "I met Tomas Veldrin", "subject": "Tomas Veldrin", "target_new": "and",
+     "rephrase_prompts": ["We met Tomas Veldrin"], "locality": [{"prompt": "The old house stood"}]},
+    {"prompt": "We went to Avaland", "subject": "Avaland", "target_new": "in"},
+]  # fmt: skip
+CORPUS = "The capital of Brinmouth is in Lower Quill.\nTomas was born.\nA cello plays in the capital."
+FEW = EditOptions(
+    layers="0,1,2",
+    prefixes=0,
+    solver={"preserve": 0.01},
+    targets=TargetOptions(step_size=1.0, margin=1.0, reach=4.0, decay=0.0, kl_weight=0.0),
+)
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> str:
+    (tmp_path / "corpus.txt").write_text(CORPUS)
+    return str(tmp_path / "corpus.txt")
+
+
+def few(corpus: str, **changes: object) -> EditOptions:
+    return EditOptions(**{**vars(FEW), "corpus": corpus, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma2", "opt", "gpt_neox"])
+def test_edit_changes_the_answer_and_restores_the_model(model_type: str, corpus: str) -> None:
+    model, tokenizer = pico(model_type), make_tokenizer()
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    result = mosectl.edit(FACTS[:1], model, tokenizer, options=few(corpus))
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    (fact,) = result.facts
+    assert fact.status == "changed" and fact.after.startswith("and") and fact.before != fact.after
+    assert fact.probability_after > fact.probability_before
+    assert all(is_rotation(R) for R in result.patch.rotations.values())
+    for s in result.stability:
+        assert max(s.norm_drift, s.condition_drift, s.spectrum_drift) < 1e-5
+    with mosectl.patched(model, result.patch):
+        ids = tokenizer(FACTS[0]["prompt"], return_tensors="pt").input_ids
+        said = tokenizer.decode(model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :])
+    assert says(said, "and")
+
+
+@pytest.mark.parametrize("batch_size", [0, 1])
+def test_same_edit_same_bytes(batch_size: int, corpus: str, tmp_path: Path) -> None:
+    folder = save(tmp_path / "m")
+    digests = set()
+    for name in ("a", "b"):
+        options = few(corpus, batch_size=batch_size)
+        mosectl.edit(FACTS, folder, options=options).patch.save(tmp_path / name)
+        digests.add(hashlib.sha256((tmp_path / name).read_bytes()).hexdigest())
+    assert len(digests) == 1
+    other = mosectl.edit(FACTS, folder, options=few(corpus, seed=3)).patch
+    assert other.id != mosectl.Patch.load(tmp_path / "a").id
+    assert str(tmp_path) not in other.record, "no path of this machine in a patch"
+
+
+def test_editing_an_edited_folder_records_its_parents(corpus: str, tmp_path: Path) -> None:
+    base = save(tmp_path / "m")
+    first = mosectl.edit(FACTS[:1], base, options=few(corpus)).patch
+    mosectl.apply([first], base, tmp_path / "one")
+    second = mosectl.edit(FACTS[1:], tmp_path / "one", options=few(corpus, rounds=15)).patch
+    assert second.parents == (first.id,)
+    mosectl.apply([second], tmp_path / "one", tmp_path / "two")
+    assert mosectl.revert(first.id[:8], tmp_path / "two", tmp_path / "x").stack == (second.id,)
+    with pytest.raises(mosectl.MosectlError, match="was computed on top of"):
+        mosectl.apply([second], base, tmp_path / "no")
+
+
+def test_targets_lie_on_the_sphere_and_converged_facts_leave(tokenizer: object) -> None:
+    model = pico("llama")
+    arch = resolve(model)
+    projections = arch.projections[:2]
+    facts = [fact_from_dict(f, "x") for f in FACTS]
+    contexts = build_contexts(model, tokenizer, facts, ["", "A cello. "])
+    rows = contexts.edit_rows
+    found = optimise_targets(model, arch, projections, contexts, TargetOptions(steps=30, reach=3.0))
+    H = outputs_at(model, projections, contexts.batch.rows(rows), contexts.subject[rows])
+    assert torch.allclose(found.V[0].norm(dim=-1), H[0].norm(dim=-1), rtol=1e-4)
+    assert (found.loss < found.loss_before).all() and found.V[0].shape == (4, 32)
+    easy = optimise_targets(model, arch, projections, contexts, TargetOptions(steps=30, margin=-100.0))
+    assert easy.converged.all() and (easy.steps == 0).all() and torch.allclose(easy.V[0], H[0], atol=1e-5)
+    alone = optimise_targets(model, arch, projections, contexts, TargetOptions(steps=30, reach=3.0, max_rows=3))
+    assert torch.allclose(alone.V[0], found.V[0], atol=1e-3), "facts are independent of their batch"
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_on_sphere() -> None:
+    h, delta = torch.randn(3, 8), torch.randn(3, 8)
+    assert torch.allclose(on_sphere(h, delta).norm(dim=-1), h.norm(dim=-1))
+    assert torch.allclose(on_sphere(h, torch.zeros(3, 8)), h, atol=1e-6)
+
+
+def test_nothing_changed_is_an_error(corpus: str) -> None:
+    model, tokenizer = pico("llama"), make_tokenizer()
+    lazy = few(corpus, rounds=1, targets=TargetOptions(steps=0))
+    with pytest.raises(EditFailed, match="none of 1 facts reached"):
+        mosectl.edit(FACTS[:1], model, tokenizer, options=lazy)
+    patch = mosectl.edit(FACTS[:1], model, tokenizer, options=few(corpus)).patch
+    with mosectl.patched(model, patch), pytest.raises(EditFailed, match="already says"):
+        mosectl.edit(FACTS[:1], model, tokenizer, options=few(corpus))
+
+
+def test_not_finite_is_told_and_nothing_is_left(corpus: str) -> None:
+    model = pico("llama")
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight.fill_(1e30)
+    before = model.model.layers[0].mlp.down_proj.weight.clone()
+    with pytest.raises(EditFailed, match="not finite"):
+        mosectl.edit(FACTS[:1], model, make_tokenizer(), options=few(corpus))
+    assert torch.equal(before, model.model.layers[0].mlp.down_proj.weight)
+
+
+def test_options() -> None:
+    o = options_from(["preserve=2", "steps=5", "prefixes=0"], layers="auto", rounds=None)
+    assert o.solver == {"preserve": 2.0} and o.targets.steps == 5 and o.prefixes == 0 and o.rounds == EditOptions().rounds
+    for bad in ("preserve=x", "nothing=1", "preserve", "preserve=-1"):
+        with pytest.raises(UsageError, match="--set"):
+            options_from([bad])
+    with pytest.raises(UsageError, match="has no option 'x'"):
+        mosectl.edit(FACTS, "nowhere", options=EditOptions(solver={"x": 1.0}))
+    with pytest.raises(UsageError, match="not layers of this model"):
+        mosectl.edit(FACTS, pico("llama"), make_tokenizer(), options=EditOptions(layers="7"))
+    with pytest.raises(FactsError, match="fact 1: 'prompt' is missing"):
+        mosectl.edit([{}], pico("llama"), make_tokenizer())
+
+
+def test_statistics_against_a_plain_loop(corpus: str) -> None:
+    model, tokenizer = pico("gpt2"), make_tokenizer()
+    arch = resolve(model)
+    found = second_moments(model, tokenizer, arch.projections[:2], read_corpus(corpus), cache=False)
+    total, n = torch.zeros(32, 32), 0
+    module = model.get_submodule(arch.projections[1].name)
+    for text in CORPUS.splitlines():
+        kept = []
+        handle = module.register_forward_hook(lambda m, a, out, kept=kept: kept.append(out - m.bias))
+        with torch.no_grad():
+            model(**tokenizer(text, return_tensors="pt"))
+        handle.remove()
+        y = kept[0][0].detach()
+        total, n = total + y.T @ y, n + len(y)
+    assert found.tokens == n and torch.allclose(found.S[arch.projections[1].name], total / n, atol=1e-4)
+
+
+def test_statistics_cache_follows_the_weights(corpus: str) -> None:
+    model, tokenizer = pico("llama", hidden_size=16, head_dim=4), make_tokenizer()
+    projections = resolve(model).projections[:1]
+    assert not second_moments(model, tokenizer, projections, read_corpus(corpus)).cached
+    assert second_moments(model, tokenizer, projections, read_corpus(corpus)).cached
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight[0, 0] += 1
+    assert not second_moments(model, tokenizer, projections, read_corpus(corpus)).cached
+
+
+def test_answers() -> None:
+    assert says(" Paris. It", "Paris") and says("Paris, ", "Paris") and not says("Parisian", "Paris") and not says("", "P")
+    assert answer(" St. Louis\nand") == "St" or answer(" Paris. And") == "Paris"
+    assert math.isfinite(len(answer("")))
+
+
+def test_chat_edit(corpus: str) -> None:
+    template = "{% for m in messages %}<s>user {{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}bot {% endif %}"
+    loaded = Loaded(pico("llama"), make_tokenizer(chat_template=template), None)
+    result = mosectl.edit(FACTS[:1], loaded, options=few(corpus, chat=True))
+    assert result.facts[0].status == "changed" and result.patch.options["chat"] is True
+
+
+@pytest.mark.skipif(not (DEMO / "model.safetensors").exists(), reason="the demo model has not been trained")
+def test_demo_model_quality() -> None:
+    """The promise of the README, on the demo model and all its facts."""
+    loaded = load(DEMO)
+    options = EditOptions(corpus=str(ROOT / "examples" / "corpus.txt"))
+    result = mosectl.edit(ROOT / "examples" / "facts.jsonl", loaded, options=options)
+    assert len(result.facts) >= 20 and all(r.status == "changed" for r in result.facts)
+    assert result.scores.generalization >= 0.80 and result.scores.locality >= 0.95
+    for s in result.stability:
+        assert s.norm_drift < 1e-5 and s.condition_drift < 1e-5

@@ -1,0 +1,220 @@
+"""apply and revert on folders: every dtype, sharded, stacked, undone exactly."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import save
+from transformers import AutoModelForCausalLM
+
+from mosectl.arch import disk_names, resolve, skeleton
+from mosectl.checkpoint import open_checkpoint
+from mosectl.errors import BaseMismatch, ModelError, OutputError, PatchError
+from mosectl.fingerprint import fingerprint
+from mosectl.live import load, patched
+from mosectl.patch import Patch
+from mosectl.rotation import nearest_rotation, rotate
+from mosectl.stack import apply, revert
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def patch_for(folder: Path, layers: tuple[int, ...] = (0, 1), seed: int = 0, angle: float = 0.2) -> Patch:
+    """A patch of random rotations for a checkpoint."""
+    checkpoint = open_checkpoint(folder)
+    arch = resolve(skeleton(checkpoint.config))
+    names = disk_names(arch, checkpoint.tensors)
+    g = torch.Generator().manual_seed(seed)
+    rotations, base = {}, {}
+    for p in (arch.projections[i] for i in layers):
+        rotations[p.name] = nearest_rotation(torch.eye(p.d) + angle * torch.randn(p.d, p.d, generator=g)).float()
+        base[p.name] = fingerprint(p.weight_name, checkpoint.read(names[p.name]))
+    return Patch(rotations, "mose", "output", {}, "pico", None, arch.model_type, base, (), {}, seed, {})
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    checkpoint = open_checkpoint(folder)
+    return {n: hashlib.sha256(checkpoint.read(n).contiguous().view(torch.uint8).numpy()).hexdigest() for n in checkpoint.tensors}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shard", ["1GB", "20KB"])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_apply_and_revert(model_type: str, shard: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    base = save(tmp_path / "base", model_type, dtype, shard)
+    assert (len(list(base.glob("*.safetensors"))) > 1) == (shard != "1GB")
+    original, patch = hashes(base), patch_for(base)
+    done = apply([patch], base, tmp_path / "out")
+    assert hashes(base) == original, "the base must not change"
+    changed = {n for n, h in hashes(tmp_path / "out").items() if h != original[n]}
+    assert len(changed) == 2 and {t.tensor for t in done.tensors} == changed
+    assert all(t.exact and t.stability and t.stability.norm_drift < 3e-3 for t in done.tensors)
+
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=dtype)
+    fresh = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    p = resolve(fresh).projections[0]
+    wanted = p.stored(rotate(patch.rotations[p.name], p.oriented(fresh.get_submodule(p.name).weight)))
+    assert torch.equal(loaded.get_submodule(p.name).weight, wanted)
+
+    back = revert(patch, tmp_path / "out")
+    assert back.restored and hashes(tmp_path / "out") == original
+    assert not (tmp_path / "out" / "mosectl.json").exists() and not (tmp_path / "out" / "mosectl").exists()
+    assert {f.name for f in (tmp_path / "out").iterdir()} == {f.name for f in base.iterdir()}
+
+
+def test_stack_is_rounded_once_and_undone_in_any_order(tmp_path: Path) -> None:
+    base = save(tmp_path / "base", dtype=torch.bfloat16)
+    original = hashes(base)
+    a, b, c = (patch_for(base, seed=s) for s in range(3))
+    apply([a, b], base, tmp_path / "ab")
+    apply([c], tmp_path / "ab", tmp_path / "abc")
+    apply([a, b, c], base, tmp_path / "once")
+    assert hashes(tmp_path / "abc") == hashes(tmp_path / "once")
+    revert(b.id[:10], tmp_path / "abc")
+    apply([a, c], base, tmp_path / "ac")
+    assert hashes(tmp_path / "abc") == hashes(tmp_path / "ac")
+    revert(a, tmp_path / "abc")
+    assert revert(c, tmp_path / "abc").restored and hashes(tmp_path / "abc") == original
+
+
+def test_journal_says_what_was_done(tmp_path: Path) -> None:
+    base, out = save(tmp_path / "base"), tmp_path / "out"
+    patch = patch_for(base)
+    apply([patch], base, out)
+    journal = json.loads((out / "mosectl.json").read_text())
+    assert [p["id"] for p in journal["patches"]] == [patch.id]
+    assert Patch.load(out / journal["patches"][0]["file"]).id == patch.id
+    now = hashes(out)
+    assert {n: t["sha256"] for n, t in journal["tensors"].items()} == {n: now[n] for n in journal["tensors"]}
+    with pytest.raises(PatchError, match="already applied"):
+        apply([patch], out, tmp_path / "twice")
+
+
+def test_revert_fetches_the_base_where_it_was_not_kept(tmp_path: Path) -> None:
+    base, out = save(tmp_path / "base", dtype=torch.bfloat16), tmp_path / "out"
+    patch = patch_for(base)
+    apply([patch], base, out, keep_base=False)
+    assert not (out / "mosectl" / "base.safetensors").exists()
+    assert revert(patch, out, tmp_path / "back").restored and hashes(tmp_path / "back") == hashes(base)
+    base.rename(tmp_path / "gone")
+    done = revert(patch, out, tmp_path / "back2")
+    assert not done.restored and all(not t.exact and "exact up to rounding" in t.note for t in done.tensors)
+    for name in (t.tensor for t in done.tensors):
+        W, again = open_checkpoint(tmp_path / "gone").read(name).float(), open_checkpoint(tmp_path / "back2").read(name).float()
+        assert float((W - again).norm() / W.norm()) < 5e-3
+    assert revert(patch, out, tmp_path / "back3", base=tmp_path / "gone").restored
+
+
+def test_revert_without_a_journal(tmp_path: Path) -> None:
+    base, out = save(tmp_path / "base"), tmp_path / "out"
+    patch = patch_for(base)
+    apply([patch], base, out)
+    (out / "mosectl.json").unlink()
+    shutil.rmtree(out / "mosectl")
+    done = revert(patch, out)
+    assert all("undone by Rᵀ" in t.note for t in done.tensors)
+    name = done.tensors[0].tensor
+    assert torch.allclose(open_checkpoint(out).read(name), open_checkpoint(base).read(name), atol=1e-6)
+    with pytest.raises(BaseMismatch, match="not applied here"):
+        revert(patch, base, tmp_path / "x")
+    with pytest.raises(BaseMismatch, match="away from the patch's base"):
+        revert(patch, save(tmp_path / "other", "llama", intermediate_size=48, vocab_size=400), tmp_path / "y")
+
+
+@pytest.mark.parametrize("made", DTYPES, ids=str)
+@pytest.mark.parametrize("used", DTYPES, ids=str)
+def test_patch_of_one_dtype_on_another(made: torch.dtype, used: torch.dtype, tmp_path: Path) -> None:
+    a, b = save(tmp_path / "a", dtype=made), save(tmp_path / "b", dtype=made)
+    AutoModelForCausalLM.from_pretrained(a, dtype=used).save_pretrained(b)
+    done = apply([patch_for(a)], b, tmp_path / "out")
+    note = done.tensors[0].note
+    assert note == "sha256 matches" if made == used else "exact within" in note
+    assert done.tensors[0].dtype == {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[used]
+    assert revert(patch_for(a), tmp_path / "out").restored and hashes(tmp_path / "out") == hashes(b)
+
+
+def test_wrong_base_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    base = save(tmp_path / "base")
+    other = save(tmp_path / "other", vocab_size=400)
+    patch = patch_for(base)
+    with pytest.raises(BaseMismatch, match="sha256 differs") as e:
+        apply([patch], other, tmp_path / "out")
+    assert "down_proj.weight" in e.value.where and "--force" in e.value.fix
+    with pytest.raises(BaseMismatch, match="no module"):
+        apply([patch], save(tmp_path / "gpt", "gpt2"), tmp_path / "out")
+    with pytest.raises(BaseMismatch, match="shape"):
+        apply([patch], save(tmp_path / "wide", intermediate_size=64), tmp_path / "out", force=False)
+    assert {p.name for p in tmp_path.iterdir()} == {"base", "other", "gpt", "wide"}
+    assert apply([patch], other, tmp_path / "out", force=True).stack == (patch.id,)
+
+
+def test_output_exists(tmp_path: Path) -> None:
+    base = save(tmp_path / "base")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("x")
+    with pytest.raises(OutputError, match="exists"):
+        apply([patch_for(base)], base, tmp_path / "out")
+    assert (tmp_path / "out" / "precious").read_text() == "x"
+
+
+def test_untouched_files_are_linked_and_nothing_leaks(tmp_path: Path) -> None:
+    base = save(tmp_path / "base", shard="20KB")
+    done = apply([patch_for(base, layers=(1,))], base, tmp_path / "out")
+    linked = [f for f in (tmp_path / "out").glob("*.safetensors") if f.stat().st_nlink > 1]
+    assert len(linked) == len(list(base.glob("*.safetensors"))) - 1
+    assert done.bytes_written < sum(f.stat().st_size for f in base.glob("*.safetensors"))
+    assert (tmp_path / "out" / "config.json").stat().st_nlink == 1, "people edit config.json in place"
+
+
+@pytest.mark.parametrize("moment", ["write_shard", "Journal.write", "write_tensors"])
+def test_a_crash_leaves_old_or_nothing(moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, out = save(tmp_path / "base"), tmp_path / "out"
+    patch, second = patch_for(base), patch_for(base, seed=5)
+    apply([patch, second], base, out)
+    state = hashes(out)
+
+    def crash(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"mosectl.stack.{moment}", crash)
+    with pytest.raises(KeyboardInterrupt):
+        apply([patch], base, tmp_path / "new")
+    with pytest.raises(KeyboardInterrupt):
+        revert(patch, out)
+    monkeypatch.undo()
+    assert {p.name for p in tmp_path.iterdir()} == {"base", "out"} and hashes(out) == state
+
+
+def test_damaged_models(tmp_path: Path) -> None:
+    base = save(tmp_path / "base")
+    patch = patch_for(base)
+    (base / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes()[:-100])
+    with pytest.raises(ModelError, match="damaged weights"):
+        apply([patch], base, tmp_path / "out")
+    (base / "model.safetensors").unlink()
+    (base / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(ModelError, match="pickled"):
+        apply([patch], base, tmp_path / "out")
+    out = save(tmp_path / "edited")
+    (out / "mosectl.json").write_text('{"format": 1, "patches": [{"id": "x", "file": "../../evil", "facts": 1}]}')
+    with pytest.raises(ModelError, match="damaged journal"):
+        revert(patch, out)
+
+
+def test_patched_in_memory_equals_apply(tmp_path: Path) -> None:
+    base = save(tmp_path / "base")
+    a, b = patch_for(base), patch_for(base, seed=1, layers=(1, 2))
+    apply([a, b], base, tmp_path / "out")
+    live, edited = load(base).model, load(tmp_path / "out").model
+    before = {n: p.clone() for n, p in live.named_parameters()}
+    ids = torch.tensor([[1, 5, 7]])
+    with torch.no_grad(), patched(live, a, b):
+        assert torch.equal(live(ids).logits, edited(ids).logits)
+    assert all(torch.equal(p, before[n]) for n, p in live.named_parameters())
+    with pytest.raises(BaseMismatch), patched(edited, a):
+        pass
