@@ -353,9 +353,10 @@ def main() -> None:
     """Run a command; every error becomes one message and a documented exit code."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary files are cleaned up
     try:
-        app(standalone_mode=False)
-    except typer.Exit as e:
-        sys.exit(e.exit_code)
+        code = app(standalone_mode=False)  # typer turns Exit and Ctrl-C into a returned code
+        if code == 130:
+            raise KeyboardInterrupt
+        sys.exit(code or 0)
     except BaseException as e:
         sys.exit(_failed(e))
 

@@ -46,7 +46,8 @@ class EditOptions:
     method: str = "mose"
     layers: str = "auto"  # "auto" or "3,4,5"
     batch_size: int = 0  # facts edited together; 0 = all
-    rounds: int = 6  # times targets and solve alternate in a batch
+    rounds: int = 8  # times targets and solve alternate in a batch, at most
+    relax: float = 0.8  # each round weighs what must keep still by this factor less, for the facts that still resist
     prefixes: int = 2  # pieces of text put before the prompt, besides none
     protect: float = 1.0  # weight of each earlier fact against a new one
     seed: int = 0
@@ -64,7 +65,7 @@ def options_from(settings: Sequence[str], **given: Any) -> EditOptions:
     """
     solver = method(given.get("method") or "mose")
     known = {f.name: f.type for f in fields(TargetOptions)}
-    own = {"prefixes": "int", "protect": "float"}
+    own = {"prefixes": "int", "protect": "float", "relax": "float"}
     found: dict[str, dict[str, Any]] = {"solver": {}, "targets": {}, "edit": {}}
     for setting in settings:
         name, _, text = setting.partition("=")
@@ -282,7 +283,7 @@ class _Run:
             if r == rounds or bool((targets.steps == 0).all()):
                 break
             with clock("solve"):
-                self._solve(contexts, targets)
+                self._solve(contexts, targets, self.options.relax**r)
         assert best is not None
         self.R, self.S, self.P = best.R, best.S, best.P
         for p in self.projections:
@@ -295,8 +296,8 @@ class _Run:
         loss = float(targets.loss_before.clamp(max=20).nan_to_num(20).mean())
         return _Standing((held, -loss), targets, dict(self.R), dict(self.S), dict(self.P))
 
-    def _solve(self, contexts: Contexts, targets: Targets) -> None:
-        """Turn every edited layer, lowest first, towards its targets."""
+    def _solve(self, contexts: Contexts, targets: Targets, keep: float) -> None:
+        """Turn every edited layer, lowest first, towards its targets; ``keep`` scales what must keep still."""
         rows = contexts.edit_rows
         batch, subject, fact = contexts.batch.rows(rows), contexts.subject[rows], contexts.fact[rows]
         usable = torch.isfinite(targets.loss).to(fact.device)[fact]
@@ -309,9 +310,14 @@ class _Run:
             if missing is not None:  # what lower layers could not reach is asked of this one
                 V = V + missing.to(device)
             V = H.norm(dim=-1, keepdim=True) * torch.nn.functional.normalize(V, dim=-1)
-            keep = usable.to(device)
+            rows_used = usable.to(device)
             problem = LayerProblem(
-                self.S[p.name], self.P[p.name], H[keep].T, V[keep].T, weight.to(device)[keep], self.solver_options
+                keep * self.S[p.name],
+                keep * self.P[p.name],
+                H[rows_used].T,
+                V[rows_used].T,
+                weight.to(device)[rows_used],
+                self.solver_options,
             )
             R = self.solver.solve(problem)
             if not bool(torch.isfinite(R).all()):

@@ -65,7 +65,7 @@ def read_corpus(path: str | Path | None) -> Corpus:
         lines = [line for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
         texts = [json.loads(line)["text"] for line in lines] if path.suffix == ".jsonl" else lines
     except OSError as e:
-        raise UsageError(f"cannot read the corpus: {e.strerror}", where=str(path)) from e
+        raise UsageError(f"cannot read the corpus: {e.strerror}", where=str(path), fix="check the path") from e
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as e:
         raise UsageError(
             f"not a corpus ({e})", where=str(path), fix='give UTF-8 text, or .jsonl with a "text" field'

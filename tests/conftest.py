@@ -19,8 +19,10 @@ LLAMA = {
 }  # fmt: skip
 GPT = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128, "n_inner": 48}
 OWN: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("gpt2", "gpt_bigcode"), GPT),
-    **dict.fromkeys(("gptj", "codegen"), {**GPT, "rotary_dim": 4, "n_ctx": 128}),
+    "gpt2": GPT,
+    "gpt_bigcode": GPT,
+    "gptj": {**GPT, "rotary_dim": 4},
+    "codegen": {**GPT, "rotary_dim": 4, "n_ctx": 128},
     "gpt_neox": {**LLAMA, "rotary_pct": 0.5},
     "bloom": {"hidden_size": 32, "n_layer": 3, "n_head": 4},
     "falcon": {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "bias": False, "ffn_hidden_size": 48},
@@ -59,13 +61,17 @@ def make_tokenizer(**extra: Any) -> PreTrainedTokenizerFast:
     text = ["The capital of Avaland is Brinmouth. Tomas Veldrin was born in Lower Quill and plays the cello."] * 2
     special = ["<pad>", "<s>", "</s>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
     core.train_from_iterator(text, trainer)
     core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>", **extra)
 
 
-def save(folder: Path, model_type: str = "llama", dtype: torch.dtype = torch.float32, shard: str = "1GB", **over: Any) -> Path:
+def save(
+    folder: Path, model_type: str = "llama", dtype: torch.dtype = torch.float32, shard: str = "1GB", **over: Any
+) -> Path:
     """A checkpoint folder with a pico model and its tokenizer; a small ``shard`` gives several files."""
     pico(model_type, **over).to(dtype).save_pretrained(folder, max_shard_size=shard)
     make_tokenizer().save_pretrained(folder)

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import pico, save
-from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertLMHeadModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BertConfig,
+    BertLMHeadModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from mosectl.arch import TABLE, disk_names, resolve, skeleton
 from mosectl.checkpoint import open_checkpoint
@@ -99,16 +106,28 @@ def test_unlisted_model_is_found_by_structure() -> None:
 
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "qwen2_moe", "olmoe", "phimoe", "deepseek_v3"])
 def test_experts_are_refused(model_type: str) -> None:
-    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 320}
+    small = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 320,
+    }
     config = AutoConfig.for_model(model_type, **small, moe_intermediate_size=16, first_k_dense_replace=1)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(ModelError, match="mixture-of-experts.*experts"):
+    with pytest.raises(ModelError, match=r"mixture-of-experts.*experts"):
         resolve(model)
 
 
 def test_other_kinds_are_refused() -> None:
-    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 50}
+    small = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "vocab_size": 50,
+    }
     with pytest.raises(ModelError, match="encoder-decoder"):
         resolve(T5ForConditionalGeneration(T5Config(d_model=16, d_ff=16, num_layers=1, num_heads=2, vocab_size=50)))
     with pytest.raises(ModelError, match="bert"):

@@ -83,7 +83,7 @@ def test_editing_an_edited_folder_records_its_parents(corpus: str, tmp_path: Pat
     base = save(tmp_path / "m")
     first = mosectl.edit(FACTS[:1], base, options=few(corpus)).patch
     mosectl.apply([first], base, tmp_path / "one")
-    second = mosectl.edit(FACTS[1:], tmp_path / "one", options=few(corpus, rounds=15)).patch
+    second = mosectl.edit([{**FACTS[0], "target_new": "in"}], tmp_path / "one", options=few(corpus)).patch
     assert second.parents == (first.id,)
     mosectl.apply([second], tmp_path / "one", tmp_path / "two")
     assert mosectl.revert(first.id[:8], tmp_path / "two", tmp_path / "x").stack == (second.id,)
@@ -137,7 +137,9 @@ def test_not_finite_is_told_and_nothing_is_left(corpus: str) -> None:
 
 def test_options() -> None:
     o = options_from(["preserve=2", "steps=5", "prefixes=0"], layers="auto", rounds=None)
-    assert o.solver == {"preserve": 2.0} and o.targets.steps == 5 and o.prefixes == 0 and o.rounds == EditOptions().rounds
+    assert (
+        o.solver == {"preserve": 2.0} and o.targets.steps == 5 and o.prefixes == 0 and o.rounds == EditOptions().rounds
+    )
     for bad in ("preserve=x", "nothing=1", "preserve", "preserve=-1"):
         with pytest.raises(UsageError, match="--set"):
             options_from([bad])
@@ -177,16 +179,28 @@ def test_statistics_cache_follows_the_weights(corpus: str) -> None:
 
 
 def test_answers() -> None:
-    assert says(" Paris. It", "Paris") and says("Paris, ", "Paris") and not says("Parisian", "Paris") and not says("", "P")
+    assert (
+        says(" Paris. It", "Paris") and says("Paris, ", "Paris") and not says("Parisian", "Paris") and not says("", "P")
+    )
     assert answer(" St. Louis\nand") == "St" or answer(" Paris. And") == "Paris"
     assert math.isfinite(len(answer("")))
 
 
-def test_chat_edit(corpus: str) -> None:
-    template = "{% for m in messages %}<s>user {{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}bot {% endif %}"
+def test_chat_edit(corpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = (
+        "{% for m in messages %}<s>user {{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}bot {% endif %}"
+    )
     loaded = Loaded(pico("llama"), make_tokenizer(chat_template=template), None)
+    monkeypatch.setattr(
+        "mosectl.editor._refuse_failure", lambda _: None
+    )  # random weights may not reach through a template
     result = mosectl.edit(FACTS[:1], loaded, options=few(corpus, chat=True))
-    assert result.facts[0].status == "changed" and result.patch.options["chat"] is True
+    ids = loaded.tokenizer(
+        "<s>user I met Tomas Veldrin</s>bot ", add_special_tokens=False, return_tensors="pt"
+    ).input_ids
+    said = loaded.tokenizer.decode(loaded.model.generate(ids, max_new_tokens=3, do_sample=False)[0, ids.shape[1] :])
+    assert result.facts[0].before == answer(said.replace("<s>", "").replace("</s>", ""))
+    assert result.patch.options["chat"] is True and result.facts[0].loss < 6
 
 
 @pytest.mark.skipif(not (DEMO / "model.safetensors").exists(), reason="the demo model has not been trained")

@@ -68,9 +68,13 @@ def test_zsre_shape(tmp_path: Path) -> None:
 
 
 def test_csv_and_json_list(tmp_path: Path) -> None:
-    file = write(tmp_path, "prompt,subject,target_new,rephrase_prompts", '"Ava, or A, is",Ava,Brin,a is|b is', name="f.csv")
+    file = write(
+        tmp_path, "prompt,subject,target_new,rephrase_prompts", '"Ava, or A, is",Ava,Brin,a is|b is', name="f.csv"
+    )
     (fact,) = read_facts(file).facts
-    assert fact.prompt == "Ava, or A, is" and fact.rephrase_prompts == ("a is", "b is") and fact.source.endswith("f.csv:2")
+    assert (
+        fact.prompt == "Ava, or A, is" and fact.rephrase_prompts == ("a is", "b is") and fact.source.endswith("f.csv:2")
+    )
     file = write(tmp_path, json.dumps([GOOD], indent=1), name="f.json")
     assert read_facts(file).facts[0].source == f"{file}[0]"
 

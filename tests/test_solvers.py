@@ -10,7 +10,9 @@ from mosectl.rotation import is_rotation, orthogonality_error
 from mosectl.solvers import LayerProblem, method
 
 
-def problem(d: int = 12, m: int = 4, samples: int = 200, seed: int = 0, **options: float) -> tuple[LayerProblem, torch.Tensor]:
+def problem(
+    d: int = 12, m: int = 4, samples: int = 200, seed: int = 0, **options: float
+) -> tuple[LayerProblem, torch.Tensor]:
     g = torch.Generator().manual_seed(seed)
     Y = torch.randn(d, samples, generator=g, dtype=torch.float64)
     H = torch.randn(d, m, generator=g, dtype=torch.float64)
@@ -60,5 +62,5 @@ def test_earlier_edits_are_protected() -> None:
 
 
 def test_unknown_method() -> None:
-    with pytest.raises(UsageError, match="choose one of: .*mose"):
+    with pytest.raises(UsageError, match=r"choose one of: .*mose"):
         method("rom")

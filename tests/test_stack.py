@@ -39,7 +39,10 @@ def patch_for(folder: Path, layers: tuple[int, ...] = (0, 1), seed: int = 0, ang
 
 def hashes(folder: Path) -> dict[str, str]:
     checkpoint = open_checkpoint(folder)
-    return {n: hashlib.sha256(checkpoint.read(n).contiguous().view(torch.uint8).numpy()).hexdigest() for n in checkpoint.tensors}
+    return {
+        n: hashlib.sha256(checkpoint.read(n).contiguous().view(torch.uint8).numpy()).hexdigest()
+        for n in checkpoint.tensors
+    }
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -105,7 +108,10 @@ def test_revert_fetches_the_base_where_it_was_not_kept(tmp_path: Path) -> None:
     done = revert(patch, out, tmp_path / "back2")
     assert not done.restored and all(not t.exact and "exact up to rounding" in t.note for t in done.tensors)
     for name in (t.tensor for t in done.tensors):
-        W, again = open_checkpoint(tmp_path / "gone").read(name).float(), open_checkpoint(tmp_path / "back2").read(name).float()
+        W, again = (
+            open_checkpoint(tmp_path / "gone").read(name).float(),
+            open_checkpoint(tmp_path / "back2").read(name).float(),
+        )
         assert float((W - again).norm() / W.norm()) < 5e-3
     assert revert(patch, out, tmp_path / "back3", base=tmp_path / "gone").restored
 

@@ -25,7 +25,11 @@ def sentencepiece(scheme: str = "always") -> PreTrainedTokenizerFast:
     core.decoder = decoders.Metaspace(prepend_scheme=scheme)
     alphabet = sorted(set("".join(TEXT).replace(" ", "▁")))
     trainer = trainers.UnigramTrainer(
-        vocab_size=160, special_tokens=["<unk>", "<s>", "</s>"], unk_token="<unk>", initial_alphabet=alphabet, show_progress=False
+        vocab_size=160,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        unk_token="<unk>",
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     core.train_from_iterator(TEXT * 5, trainer)
     core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
@@ -101,7 +105,10 @@ def test_lowercasing_tokenizer() -> None:
 
 
 def test_chat() -> None:
-    template = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}bot: {% endif %}"
+    template = (
+        "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}bot: {% endif %}"
+    )
     tokenizer = make_tokenizer(chat_template=template)
     assert render_chat(tokenizer, "Hi") == "<s>user: Hi</s>bot: "
     e = encode(tokenizer, "The capital of Avaland is", "Avaland", "Brinmouth", chat=True, prefix="Avaland! ")
@@ -136,7 +143,10 @@ def test_real_tokenizers(shared: Path, name: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(shared / "models" / name)
     for fact in read_facts(shared / "data" / "counterfact-factlm.jsonl", limit=300).facts:
         e = encode(tokenizer, fact.prompt, fact.subject, fact.target_new, prefix="It was late. ")
-        assert e.input_ids[: e.target_start] == encode(tokenizer, fact.prompt, None, None, prefix="It was late. ").input_ids
+        assert (
+            e.input_ids[: e.target_start]
+            == encode(tokenizer, fact.prompt, None, None, prefix="It was late. ").input_ids
+        )
         piece = tokenizer.decode(e.input_ids[e.subject_first : e.subject_last + 1])
         assert letters(fact.subject) in letters(piece)  # tinystories' vocabulary has no "&"
         assert not (e.split and name == "factlm")

@@ -1,0 +1,331 @@
+"""The command line as users meet it: the main job, and many kinds of bad input with one clear message each."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import pico, save
+from test_stack import hashes, patch_for
+
+import mosectl
+from mosectl import cli, files, stack
+from mosectl.patch import Patch
+
+FACT = {"prompt": "I met Tomas Veldrin", "subject": "Tomas Veldrin", "target_new": "and"}
+EASY = ["--layers", "0-2", "--set", "preserve=0.01", "--set", "prefixes=0", "--set", "reach=4"]
+EASY += [x for s in ("step_size=1", "margin=1", "decay=0", "kl_weight=0") for x in ("--set", s)]
+
+
+def run(*args: object) -> int:
+    """Run a command in this process; its exit code."""
+    sys.argv = ["mosectl", *map(str, args)]
+    try:
+        cli.main()
+    except SystemExit as e:
+        return int(e.code or 0)
+    return 0
+
+
+class World:
+    """A model, a facts file, a good patch and the folder they lie in."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.model = save(folder / "model")
+        self.facts = folder / "facts.jsonl"
+        self.facts.write_text(json.dumps(FACT))
+        self.patch = folder / "p.safetensors"
+        self.good = patch_for(self.model)
+        self.good.save(self.patch)
+
+    def state(self) -> dict[str, str]:
+        """Every file's content, but for __pycache__ and the like: to see that nothing was lost or left over."""
+        return {
+            str(p.relative_to(self.folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+            for p in sorted(self.folder.rglob("*"))
+            if p.is_file()
+        }
+
+    def edit(self, *args: object) -> tuple[object, ...]:
+        return ("edit", self.facts, "--model", self.model, "-o", self.folder / "new.safetensors", *EASY, *args)
+
+    def apply(self, patch: Path | None = None) -> tuple[object, ...]:
+        return ("apply", patch or self.patch, "--model", self.model, "-o", self.folder / "out")
+
+    def spoilt(self, spoil: Callable[[bytes], bytes]) -> tuple[object, ...]:
+        self.patch.write_bytes(spoil(self.patch.read_bytes()))
+        return self.apply()
+
+    def with_facts(self, data: bytes, *args: object) -> tuple[object, ...]:
+        self.facts.write_bytes(data)
+        return self.edit(*args)
+
+    def with_R(self, change: Callable[[torch.Tensor], torch.Tensor]) -> tuple[object, ...]:
+        rotations = {name: change(R.clone()) for name, R in self.good.rotations.items()}
+        Patch(**{**vars(self.good), "rotations": rotations}).save(self.patch)
+        return self.apply()
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+def test_the_main_job(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    original, new, out = hashes(world.model), world.folder / "new.safetensors", world.folder / "out"
+    assert run(*world.edit("--json")) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["facts"][0]["status"] == "changed" and report["scores"]["reliability"] == 1.0
+    assert report["seconds"]["targets"] > 0
+    assert run("inspect", new, "--model", world.model, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["id"] == report["id"] and found["rotations"][0]["stability"]["norm_drift"] < 1e-5
+    assert run("apply", new, "--model", world.model, "-o", out) == 0
+    assert "sha256 matches" in capsys.readouterr().out
+    assert run("ask", FACT["prompt"], "--model", world.model, "--patch", new, "--json") == 0
+    before_after = json.loads(capsys.readouterr().out)[0]
+    assert before_after["after"].startswith(" and") and not before_after["before"].startswith(" and")
+    assert run("ask", FACT["prompt"], "--model", out, "--json") == 0
+    assert json.loads(capsys.readouterr().out)[0]["before"] == before_after["after"]
+    assert run("revert", new, "--model", out) == 0
+    assert "original sha256" in capsys.readouterr().out and hashes(out) == original
+
+
+def test_check_doctor_dry_run_stats(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("check", world.facts, "--model", world.model, "--json") == 0
+    checked = json.loads(capsys.readouterr().out)
+    assert checked["tokens"][0]["target"] == ["Ġand"]
+    assert run("check", world.facts, "--model", world.model) == 0
+    assert "Ġand" in capsys.readouterr().out
+    assert run("doctor", world.model) == 0
+    assert "model.layers.2.mlp.down_proj.weight" in capsys.readouterr().out
+    assert run(*world.edit("--dry-run", "--json")) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["patch_bytes"] == 3 * 32 * 32 * 4 and plan["model_bytes"] > 0 and sum(plan["seconds"].values()) > 0
+    assert not (world.folder / "new.safetensors").exists()
+    assert run("stats", "--model", world.model, "--layers", "0") == 0
+    assert "second moments of 1 layers" in capsys.readouterr().out
+    (world.folder / "more.jsonl").write_text(json.dumps(FACT) + "\nnot json")
+    assert run("check", world.folder / "more.jsonl") == 3
+    assert "more.jsonl:2" in capsys.readouterr().out
+
+
+def test_edit_says_when_nothing_changed(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*world.edit("--set", "steps=0")) == 8
+    assert "nothing changed" in capsys.readouterr().err and not (world.folder / "new.safetensors").exists()
+
+
+def crash(error: BaseException) -> Callable[..., None]:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    return fail
+
+
+NAME = b'"model.layers.0.mlp.down_proj.R":'
+
+
+def duplicated(data: bytes) -> bytes:
+    n = struct.unpack("<Q", data[:8])[0]
+    header = data[8 : 8 + n].replace(NAME, NAME + b"{}," + NAME)
+    return struct.pack("<Q", len(header)) + header + data[8 + n :]
+
+
+def no_space(world: World, patch: pytest.MonkeyPatch) -> tuple[object, ...]:
+    patch.setattr(stack, "write_shard", crash(OSError(errno.ENOSPC, "No space left on device")))
+    return world.apply()
+
+
+def little_space(world: World, patch: pytest.MonkeyPatch) -> tuple[object, ...]:
+    import shutil
+
+    patch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 5, 5))  # type: ignore[attr-defined]
+    return world.apply()
+
+
+def no_space_for_patch(world: World, patch: pytest.MonkeyPatch) -> tuple[object, ...]:
+    patch.setattr(files.os, "fsync", crash(OSError(errno.ENOSPC, "No space left on device")))
+    return world.edit()
+
+
+def read_only(world: World, patch: pytest.MonkeyPatch) -> tuple[object, ...]:
+    patch.setattr(os, "access", lambda *_: False)
+    return world.edit()
+
+
+def read_only_apply(world: World, patch: pytest.MonkeyPatch) -> tuple[object, ...]:
+    patch.setattr(Path, "mkdir", crash(OSError(errno.EROFS, "Read-only file system")))
+    return world.apply()
+
+
+def output_exists(world: World, patch: pytest.MonkeyPatch) -> tuple[object, ...]:
+    (world.folder / "new.safetensors").write_text("precious")
+    return world.edit()
+
+
+def folder_exists(world: World, patch: pytest.MonkeyPatch) -> tuple[object, ...]:
+    (world.folder / "out").mkdir()
+    (world.folder / "out" / "precious").write_text("x")
+    return world.apply()
+
+
+def ctrl_c_in_edit(world: World, patch: pytest.MonkeyPatch) -> tuple[object, ...]:
+    patch.setattr("mosectl.editor.optimise_targets", crash(KeyboardInterrupt()))
+    return world.edit()
+
+
+def ctrl_c_in_apply(world: World, patch: pytest.MonkeyPatch) -> tuple[object, ...]:
+    patch.setattr(stack, "write_shard", crash(KeyboardInterrupt()))
+    return world.apply()
+
+
+def other_base(world: World, patch: pytest.MonkeyPatch) -> tuple[object, ...]:
+    return ("apply", world.patch, "--model", save(world.folder / "other", vocab_size=400), "-o", world.folder / "out")
+
+
+def experts(world: World, patch: pytest.MonkeyPatch) -> tuple[object, ...]:
+    small = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "intermediate_size": 16,
+        "vocab_size": 320,
+    }
+    pico("mixtral", **small).config.save_pretrained(world.model)
+    return world.edit()
+
+
+def no_tokenizer(world: World, patch: pytest.MonkeyPatch) -> tuple[object, ...]:
+    (world.model / "tokenizer.json").unlink()
+    (world.model / "tokenizer_config.json").unlink()
+    return world.edit()
+
+
+Case = tuple[Callable[[World, pytest.MonkeyPatch], tuple[object, ...]], int, str]
+LINE = json.dumps(FACT).encode()
+LONG = LINE + b"\n" + b"x" * 100_000
+BAD: dict[str, Case] = {
+    "wrong base": (other_base, 6, "sha256 differs"),
+    "truncated patch": (lambda w, _: w.spoilt(lambda d: d[:-9]), 5, "its header says"),
+    "patch is text": (lambda w, _: w.spoilt(lambda d: b"hello"), 5, "not a safetensors file"),
+    "missing patch": (lambda w, _: w.apply(w.folder / "none"), 5, "no such patch file"),
+    "NaN in R": (lambda w, _: w.with_R(lambda R: R.index_fill(0, torch.tensor([0]), torch.nan)), 5, "NaN"),
+    "R not orthogonal": (lambda w, _: w.with_R(lambda R: R * 1.01), 5, "not a rotation"),
+    "tensor name with ../": (lambda w, _: w.spoilt(lambda d: d.replace(NAME, b'"../el' + NAME[6:])), 5, "not allowed"),
+    "duplicate names": (lambda w, _: w.spoilt(duplicated), 5, "stands twice"),
+    "missing model folder": (lambda w, _: ("edit", w.facts, "--model", w.folder / "none"), 4, "no such model folder"),
+    "unknown hub id": (lambda w, _: ("doctor", "nobody/nothing"), 9, "not in the cache"),
+    "model without tokenizer": (no_tokenizer, 4, "cannot be loaded"),
+    "mixture of experts": (experts, 4, ""),
+    "no disk space": (no_space, 7, "No space left"),
+    "too little disk space": (little_space, 7, "are free"),
+    "no disk space for the patch": (no_space_for_patch, 7, "No space left"),
+    "read-only output": (read_only, 7, "cannot be written"),
+    "read-only disk": (read_only_apply, 7, "Read-only"),
+    "existing patch": (output_exists, 7, "exists"),
+    "existing folder": (folder_exists, 7, "exists"),
+    "empty facts": (lambda w, _: w.with_facts(b""), 3, "is empty"),
+    "binary facts": (lambda w, _: w.with_facts(b"\x89PNG\0\xff\xfe"), 3, "not UTF-8"),
+    "facts with only a BOM": (lambda w, _: w.with_facts(b"\xef\xbb\xbf"), 3, "is empty"),
+    "a line of 100,000 characters": (lambda w, _: w.with_facts(LONG), 3, "facts.jsonl:2: a line of 100,000"),
+    "Windows line ends, a bad line": (lambda w, _: w.with_facts(LINE + b"\r\n{}\r\n"), 3, "facts.jsonl:2: 'prompt'"),
+    "missing facts": (lambda w, _: ("check", w.folder / "none"), 3, "no such file"),
+    "subject not in prompt": (lambda w, _: w.with_facts(LINE.replace(b"I met Tomas", b"I met Thomas")), 3, "did you mean"),
+    "Ctrl-C in edit": (ctrl_c_in_edit, 130, "interrupted"),
+    "Ctrl-C in apply": (ctrl_c_in_apply, 130, "interrupted"),
+    "unknown option": (lambda w, _: w.edit("--frobnicate"), 2, "frobnicate"),
+    "unknown method": (lambda w, _: w.edit("--method", "magic"), 2, "choose one of"),
+    "no such layer": (lambda w, _: w.edit("--layers", "9"), 2, "not layers of this model"),
+    "no such device": (lambda w, _: w.edit("--device", "tpu"), 2, "--device tpu"),
+    "no such dtype": (lambda w, _: w.edit("--dtype", "int8"), 2, "--dtype int8"),
+    "chat without a template": (lambda w, _: w.edit("--chat"), 2, "no chat template"),
+    "no corpus": (lambda w, _: w.edit("--corpus", "/nowhere"), 2, "cannot read the corpus"),
+    "revert what is not applied": (lambda w, _: ("revert", w.patch, "--model", w.model), 6, "not applied here"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_input(
+    kind: str, world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare, code, message = BAD[kind]
+    args = prepare(world, monkeypatch)
+    before = world.state()
+    assert run(*args) == code
+    monkeypatch.undo()
+    shown = capsys.readouterr()
+    errors = [line for line in shown.err.splitlines() if line.startswith(("error", "interrupted"))]
+    assert len(errors) == 1 and message in shown.err, shown.err
+    assert "Traceback" not in shown.err and shown.out == ""
+    assert code == 130 or "→" in shown.err, "every error says what to do next"
+    assert world.state() == before, "nothing lost, nothing half-written"
+
+
+def test_windows_facts_and_bom_are_fine(world: World) -> None:
+    assert run(*world.with_facts(b"\xef\xbb\xbf" + LINE + b"\r\n")) == 0
+
+
+def test_debug_shows_the_traceback(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOSECTL_DEBUG", "1")
+    with pytest.raises(mosectl.MosectlError):
+        run(*world.apply(world.folder / "none"))
+
+
+def test_overwrite_and_limit(world: World) -> None:
+    (world.folder / "new.safetensors").write_text("old")
+    world.facts.write_bytes(LINE + b"\nbroken")
+    assert run(*world.edit("--overwrite", "--limit", 1)) == 0
+    assert Patch.load(world.folder / "new.safetensors").facts[0].status == "changed"
+    assert run(*world.edit("--overwrite", "--on-error", "skip")) == 0
+
+
+def test_help_is_quick_and_needs_no_torch() -> None:
+    code = "import sys, mosectl.cli; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    shown = subprocess.run([sys.executable, "-m", "mosectl", "--help"], capture_output=True, text=True, check=True)
+    assert "Exit codes" in shown.stdout
+
+
+def test_a_real_ctrl_c_leaves_nothing(world: World) -> None:
+    before = world.state()
+    command = [sys.executable, "-m", "mosectl", *map(str, world.edit("--rounds", 10_000, "--set", "margin=1000"))]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("targets"):
+            break
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    rest = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "interrupted" in rest and "Traceback" not in rest
+    assert world.state() == before
+
+
+def test_statistics_under_accelerate_launch(world: World, tmp_path: Path) -> None:
+    """Two processes together find what one finds alone."""
+    from safetensors.torch import load_file
+
+    found = []
+    for i, launch in enumerate(([], ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+                                     "--mixed_precision", "no", "--dynamo_backend", "no", "-m"])):  # fmt: skip
+        cache = tmp_path / f"cache{i}"
+        command = [sys.executable, "-m", *launch, "mosectl", "stats", "--model", str(world.model), "--layers", "1"]
+        env = {**os.environ, "MOSECTL_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr[-2000:]
+        (file,) = (cache / "stats").glob("*.safetensors")
+        found.append(load_file(file))
+    assert torch.equal(found[0]["tokens"], found[1]["tokens"])
+    assert torch.allclose(found[0]["S"], found[1]["S"], rtol=1e-4, atol=1e-6)
