@@ -34,7 +34,16 @@ from mosectl.patch import BaseTensor, Patch, PatchFact
 from mosectl.rotation import rotate
 from mosectl.solvers import LayerProblem, method
 from mosectl.stats import Corpus, read_corpus, second_moments
-from mosectl.targets import Contexts, TargetOptions, Targets, build_contexts, optimise_targets
+from mosectl.targets import (
+    Contexts,
+    Mentions,
+    TargetOptions,
+    Targets,
+    build_contexts,
+    build_mentions,
+    on_sphere,
+    optimise_targets,
+)
 
 OnStep = Callable[[str, int, int], None]  # phase, done, total
 
@@ -46,9 +55,11 @@ class EditOptions:
     method: str = "mose"
     layers: str = "auto"  # "auto" or "3,4,5"
     batch_size: int = 0  # facts edited together; 0 = all
-    rounds: int = 8  # times targets and solve alternate in a batch, at most
+    rounds: int = 12  # times targets and solve alternate in a batch, at most
     relax: float = 0.8  # each round weighs what must keep still by this factor less, for the facts that still resist
     prefixes: int = 2  # pieces of text put before the prompt, besides none
+    mentions: int = 6  # pieces of text put before the bare subject, besides none
+    mention_weight: float = 0.5  # of a fact's mentions against its prompt
     protect: float = 1.0  # weight of each earlier fact against a new one
     seed: int = 0
     chat: bool = False
@@ -65,7 +76,7 @@ def options_from(settings: Sequence[str], **given: Any) -> EditOptions:
     """
     solver = method(given.get("method") or "mose")
     known = {f.name: f.type for f in fields(TargetOptions)}
-    own = {"prefixes": "int", "protect": "float", "relax": "float"}
+    own = {"prefixes": "int", "mentions": "int", "mention_weight": "float", "protect": "float", "relax": "float"}
     found: dict[str, dict[str, Any]] = {"solver": {}, "targets": {}, "edit": {}}
     for setting in settings:
         name, _, text = setting.partition("=")
@@ -152,7 +163,7 @@ def edit(
         before = interview(loaded.model, loaded.tokenizer, checked, chat=options.chat, on_step=step)
     run = _Run(loaded, arch, projections, moments.S, options)
     with run.restored():
-        losses = run.edit(checked, _prefixes(corpus, options), clock)
+        losses = run.edit(checked, *_texts(corpus, options), clock)
         with clock("ask after") as step:
             after = interview(loaded.model, loaded.tokenizer, checked, chat=options.chat, on_step=step)
     results = _results(checked, before, after, losses)
@@ -206,13 +217,20 @@ def _choose(
     return [p for p in arch.projections if p.layer in chosen], scores
 
 
-def _prefixes(corpus: Corpus, options: EditOptions) -> list[str]:
-    """No prefix, and the opening words of some texts: an edit must hold wherever the subject stands."""
+def _texts(corpus: Corpus, options: EditOptions) -> tuple[list[str], list[str]]:
+    """What to put before prompts and before bare subjects: nothing, and openings of some texts, ended or broken off.
+
+    An edit must hold wherever the subject stands.
+    """
     chance = random.Random(options.seed)
     texts = [t for t in corpus.texts if len(t.split()) >= 3] or list(corpus.texts)
-    picked = chance.sample(texts, min(options.prefixes, len(texts)))
-    openings = [" ".join(t.split()[: chance.randint(3, 7)]).rstrip(" .,;:") for t in picked]
-    return ["", *(f"{text}. " for text in openings)]
+
+    def openings(n: int) -> list[str]:
+        picked = chance.sample(texts, min(n, len(texts)))
+        return [" ".join(t.split()[: chance.randint(3, 7)]).rstrip(" .,;:") for t in picked]
+
+    leads = [f"{text}{' ' if i % 2 else '. '}" for i, text in enumerate(openings(options.mentions))]
+    return ["", *(f"{text}. " for text in openings(options.prefixes))], ["", *leads]
 
 
 @dataclass(frozen=True)
@@ -256,18 +274,19 @@ class _Run:
                 with torch.no_grad():
                     weight_of(self.loaded.model, p).copy_(self.W0[p.name])
 
-    def edit(self, facts: Sequence[Fact], prefixes: Sequence[str], clock: _Clock) -> list[float]:
+    def edit(self, facts: Sequence[Fact], prefixes: Sequence[str], leads: Sequence[str], clock: _Clock) -> list[float]:
         """Edit all facts batch by batch; returns the loss of each right after its batch, nats a token."""
         size = self.options.batch_size or len(facts)
         losses: list[float] = []
         for start in range(0, len(facts), size):
             batch = facts[start : start + size]
             contexts = build_contexts(self.loaded.model, self.loaded.tokenizer, batch, prefixes, chat=self.options.chat)
-            losses += self._batch(contexts, clock, start, len(facts)).loss_before.tolist()
+            mentions = build_mentions(self.loaded.model, self.loaded.tokenizer, batch, leads)
+            losses += self._batch(contexts, mentions, clock, start, len(facts)).loss_before.tolist()
             self._protect(contexts)
         return losses
 
-    def _batch(self, contexts: Contexts, clock: _Clock, first: int, total: int) -> Targets:
+    def _batch(self, contexts: Contexts, mentions: Mentions, clock: _Clock, first: int, total: int) -> Targets:
         """Alternate targets and solve until every fact holds by itself; of at most ``rounds`` keep the best."""
         best: _Standing | None = None
         n, rounds = int(contexts.fact.max()) + 1, self.options.rounds
@@ -283,7 +302,7 @@ class _Run:
             if r == rounds or bool((targets.steps == 0).all()):
                 break
             with clock("solve"):
-                self._solve(contexts, targets, self.options.relax**r)
+                self._solve(contexts, mentions, targets, self.options.relax**r)
         assert best is not None
         self.R, self.S, self.P = best.R, best.S, best.P
         for p in self.projections:
@@ -296,30 +315,28 @@ class _Run:
         loss = float(targets.loss_before.clamp(max=20).nan_to_num(20).mean())
         return _Standing((held, -loss), targets, dict(self.R), dict(self.S), dict(self.P))
 
-    def _solve(self, contexts: Contexts, targets: Targets, keep: float) -> None:
+    def _solve(self, contexts: Contexts, mentions: Mentions, targets: Targets, keep: float) -> None:
         """Turn every edited layer, lowest first, towards its targets; ``keep`` scales what must keep still."""
         rows = contexts.edit_rows
         batch, subject, fact = contexts.batch.rows(rows), contexts.subject[rows], contexts.fact[rows]
-        usable = torch.isfinite(targets.loss).to(fact.device)[fact]
-        weight = 1.0 / torch.bincount(fact).double()[fact] * usable
+        usable = torch.isfinite(targets.loss).to(fact.device)
+        weight = torch.cat([_shares(fact), self.options.mention_weight * _shares(mentions.fact)])
+        used = torch.cat([usable[fact], usable[mentions.fact]])
         missing: Tensor | None = None
-        for p, wanted in zip(self.projections, targets.V, strict=True):
+        for i, p in enumerate(self.projections):
             device = self.S[p.name].device
-            H = outputs_at(self.loaded.model, [p], batch, subject)[0].to(device, torch.float64)  # (rows, d)
-            V = wanted.to(device, torch.float64)
+            model = self.loaded.model
+            (H,) = outputs_at(model, [p], batch, subject)  # (rows, d)
+            (Hm,) = outputs_at(model, [p], mentions.batch, mentions.subject)
+            Vm = on_sphere(Hm, targets.delta[:, i][mentions.fact].to(Hm.device))
+            H = torch.cat([H, Hm]).to(device, torch.float64)
+            V = torch.cat([targets.V[i].to(Vm.device), Vm]).to(device, torch.float64)
             if missing is not None:  # what lower layers could not reach is asked of this one
                 V = V + missing.to(device)
             V = H.norm(dim=-1, keepdim=True) * torch.nn.functional.normalize(V, dim=-1)
-            rows_used = usable.to(device)
-            problem = LayerProblem(
-                keep * self.S[p.name],
-                keep * self.P[p.name],
-                H[rows_used].T,
-                V[rows_used].T,
-                weight.to(device)[rows_used],
-                self.solver_options,
-            )
-            R = self.solver.solve(problem)
+            at = used.to(device)
+            S, P = keep * self.S[p.name], keep * self.P[p.name]
+            R = self.solver.solve(LayerProblem(S, P, H[at].T, V[at].T, weight.to(device)[at], self.solver_options))
             if not bool(torch.isfinite(R).all()):
                 raise EditFailed("the solve gave numbers that are not finite", where=p.name, fix="try --dtype float32")
             missing = V - H @ R.T
@@ -347,6 +364,11 @@ class _Run:
         for p in self.projections:
             W = p.oriented(self.W0[p.name]).float()
             yield stability(p.weight_name, W, rotate(self.R[p.name].float(), W))
+
+
+def _shares(fact: Tensor) -> Tensor:
+    """Weights of rows so that each fact's sum to 1; fact (rows,) int64."""
+    return 1.0 / torch.bincount(fact).double()[fact]
 
 
 def _results(

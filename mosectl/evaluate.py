@@ -7,6 +7,7 @@ counts when it starts with the expected object at a word boundary. Nothing of th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from mosectl.forward import Batch, hooked, input_device
 from mosectl.tokens import encode, render_chat
 
 MAX_NEW_TOKENS = 50
+_END = re.compile(r"\n|\.(?=\s|$|[A-Z][a-z])")  # "U.S." and "3.5" go on
 
 
 @dataclass(frozen=True)
@@ -91,10 +93,7 @@ def _prompt_ids(tokenizer: Any, prompt: str, chat: bool) -> Sequence[int]:
 
 def answer(text: str) -> str:
     """A continuation cut at the first full stop, newline or end."""
-    text = text.strip()
-    for end in (". ", ".\n", "\n"):
-        text = text.split(end, 1)[0]
-    return text.removesuffix(".").strip()
+    return _END.split(text.strip(), maxsplit=1)[0].strip()
 
 
 def says(text: str, expected: str) -> bool:

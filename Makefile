@@ -1,0 +1,36 @@
+# `make demo` and `make test` set themselves up: a virtual environment in .venv with everything that is needed.
+# PyTorch's default build for Linux carries CUDA (2 GB). Without a GPU, a smaller one:
+#   make demo TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
+PYTHON ?= python3
+TORCH ?= torch
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: demo test lint types picture clean
+
+demo: $(VENV)/.ready
+	PATH="$(abspath $(BIN)):$$PATH" bash examples/demo.sh
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest -n auto
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.ready
+	$(BIN)/mypy
+
+picture: $(VENV)/.ready
+	$(BIN)/python examples/make_picture.py
+
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mosectl needs Python 3.11 or newer: make PYTHON=python3.12 …")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

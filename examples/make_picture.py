@@ -1,0 +1,48 @@
+"""Make docs/terminal.svg, the README's picture, from real commands on the demo model."""
+
+import io
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+ROOT = Path(__file__).parents[1]
+WIDTH = 118
+
+
+def shown(*args: str) -> str:
+    """What a command prints on a terminal, with its colours."""
+    env = {**os.environ, "FORCE_COLOR": "1", "COLUMNS": str(WIDTH), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-m", "mosectl", *args], cwd=ROOT, env=env, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr)
+    return done.stdout
+
+
+def main() -> None:
+    console = Console(record=True, width=WIDTH, file=io.StringIO(), force_terminal=True, color_system="truecolor")
+    with tempfile.TemporaryDirectory() as folder:
+        facts, patch, edited = Path(folder, "five.jsonl"), f"{folder}/patch.safetensors", f"{folder}/edited"
+        lines = (ROOT / "examples" / "facts.jsonl").read_text().splitlines()
+        facts.write_text("\n".join(lines[::5]))
+        where = ("--model", "examples/demo-model")
+        commands = {
+            "mosectl edit facts.jsonl --model demo-model -o patch.safetensors": (
+                *("edit", str(facts), *where, "--corpus", "examples/corpus.txt", "-o", patch),
+            ),
+            "mosectl apply patch.safetensors --model demo-model -o edited": ("apply", patch, *where, "-o", edited),
+            "mosectl revert patch.safetensors --model edited": ("revert", patch, "--model", edited),
+        }
+        for line, command in commands.items():
+            console.print(Text(f"$ {line}", style="bold green"))
+            console.print(Text.from_ansi(shown(*command).replace(folder + "/", "").rstrip()))
+            console.print()
+    console.save_svg(str(ROOT / "docs" / "terminal.svg"), title="mosectl")
+
+
+if __name__ == "__main__":
+    main()
