@@ -24,7 +24,18 @@ from mosectl import cli, files, stack
 from mosectl.patch import Patch
 
 FACT = {"prompt": "I met Tomas Veldrin", "subject": "Tomas Veldrin", "target_new": "and"}
-EASY = ["--layers", "0-2", "--set", "preserve=0.01", "--set", "prefixes=0", "--set", "reach=4"]
+EASY = [
+    "--layers",
+    "0-2",
+    "--set",
+    "preserve=0.01",
+    "--set",
+    "prefixes=0",
+    "--set",
+    "reach=4",
+    "--set",
+    "mention_weight=0",
+]
 EASY += [x for s in ("step_size=1", "margin=1", "decay=0", "kl_weight=0") for x in ("--set", s)]
 
 

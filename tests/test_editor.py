@@ -32,6 +32,7 @@ CORPUS = "The capital of Brinmouth is in Lower Quill.\nTomas was born.\nA cello 
 FEW = EditOptions(
     layers="0,1,2",
     prefixes=0,
+    mention_weight=0.0,
     solver={"preserve": 0.01},
     targets=TargetOptions(step_size=1.0, margin=1.0, reach=4.0, decay=0.0, kl_weight=0.0),
 )
