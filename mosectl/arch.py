@@ -24,7 +24,7 @@ TABLE: dict[str, tuple[str, str | None]] = {
     **dict.fromkeys(("smollm3", "cohere", "cohere2", "stablelm", "olmo", "nemotron", "glm", "seed_oss"), _DOWN),
     **dict.fromkeys(("apertus", "arcee"), _DOWN),
     **dict.fromkeys(
-        ["gemma2", "gemma3_text", "gemma3", "olmo2", "olmo3", "exaone4"],
+        ["gemma2", "gemma3_text", "gemma3", "gemma4_text", "gemma4", "olmo2", "olmo3", "exaone4"],
         ("mlp.down_proj", "post_feedforward_layernorm"),
     ),
     "glm4": ("mlp.down_proj", "post_mlp_layernorm"),
@@ -36,6 +36,13 @@ TABLE: dict[str, tuple[str, str | None]] = {
     "mpt": ("ffn.down_proj", None),
 }
 _POST_NORMS = ("post_feedforward_layernorm", "post_mlp_layernorm")
+_TOWERS = {"vision_tower", "vision_model", "visual", "audio_tower", "encoder"}
+_NOT_FFN = ("attn", "attention", "mixer", "mamba", "temporal")  # in the path of a matrix that is no FFN's
+_PLAIN = (
+    "torch.nn.modules.",
+    "transformers.models.",
+    "transformers.pytorch_utils",
+)  # where an unwrapped matrix is from
 _SUPPORTED = "supported are dense models such as Llama, Mistral, Qwen, Gemma, Phi, GPT-2, GPT-NeoX, OPT, Falcon, BLOOM"
 
 
@@ -82,27 +89,33 @@ def resolve(model: nn.Module) -> Architecture:
         ModelError: a mixture of experts, a quantised or adapter-wrapped model, or no such projection; says what was found.
     """
     config = model.config
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config  # type: ignore[operator]
+    try:
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config  # type: ignore[operator]
+    except ValueError as e:  # several language models in one, as in musicgen
+        raise ModelError("several text models in one", where=str(config.model_type), fix=_SUPPORTED) from e  # type: ignore[union-attr]
     model_type = str(text.model_type)  # type: ignore[union-attr]
     _refuse_quantised(model, model_type)
     path, layers = _decoder_layers(model, model_type)
-    hidden = model.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
-    hidden = getattr(text, "hidden_size", hidden)
+    # Every layer first: a model whose lower layers are dense is refused for its experts, not for their shape.
+    for i, layer in enumerate(layers):
+        _refuse_parts(layer, f"{path}.{i}", model_type)
+    embedding = model.get_input_embeddings().weight  # type: ignore[operator]
+    hidden = getattr(text, "hidden_size", embedding.shape[1])
     entry = TABLE.get(model_type)
     found = []
     for i, layer in enumerate(layers):
-        _refuse_experts(layer, f"{path}.{i}", model_type)
         inside = entry[0] if entry else _by_structure(layer, hidden, f"{path}.{i}", model_type)
         found.append(_projection(i, f"{path}.{i}", inside, layer, hidden, model_type))
+    if len({p.transposed for p in found}) > 1:
+        raise ModelError("its layers keep their FFN output in matrices of two kinds", where=model_type, fix=_SUPPORTED)
     norms = [n for n in _POST_NORMS if hasattr(layers[0], n)]
-    tied = model.get_output_embeddings()  # type: ignore[operator]
     return Architecture(
         model_type=model_type,
         listed=entry is not None,
         layers_path=path,
         projections=tuple(found),
         post_norm=entry[1] if entry else (norms[0] if norms else None),
-        tied_embeddings=bool(getattr(config, "tie_word_embeddings", False)) and tied is not None,
+        tied_embeddings=model.get_output_embeddings().weight is embedding,  # type: ignore[operator]
     )
 
 
@@ -123,29 +136,38 @@ def _decoder_layers(model: nn.Module, model_type: str) -> tuple[str, nn.ModuleLi
     lists = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module)
-        and not any(
-            part in name.split(".") for part in ("vision_tower", "vision_model", "visual", "audio_tower", "encoder")
-        )
+        if isinstance(module, nn.ModuleList) and len(module) and not _TOWERS.intersection(name.split("."))
     ]
-    # Nested lists (heads, experts) lie below the layers: the shallowest path is the decoder's.
-    lists.sort(key=lambda item: (item[0].count("."), -len(item[1])))
     if not lists:
         raise ModelError("no list of decoder layers found", where=model_type, fix=_SUPPORTED)
-    best = min(item[0].count(".") for item in lists)
-    return max((item for item in lists if item[0].count(".") == best), key=lambda item: len(item[1]))
+    # Nested lists (heads, experts) lie below the layers: the shallowest path is the decoder's.
+    depth = min(name.count(".") for name, _ in lists)
+    shallow = [item for item in lists if item[0].count(".") == depth]
+    path, layers = max(shallow, key=lambda item: len(item[1]))
+    if rivals := [name for name, module in shallow if module is not layers and type(module[0]) is type(layers[0])]:
+        raise ModelError(f"several stacks of layers ({path}, {', '.join(rivals)})", where=model_type, fix=_SUPPORTED)
+    return path, layers
 
 
-def _refuse_experts(layer: nn.Module, path: str, model_type: str) -> None:
+def _refuse_parts(layer: nn.Module, path: str, model_type: str) -> None:
+    """What makes a layer's FFN something else than one matrix that can be turned: experts, adapters, AltUp."""
     for name, module in layer.named_modules():
-        last = name.rsplit(".", 1)[-1]
-        if (
-            last in ("experts", "block_sparse_moe", "shared_expert", "shared_experts")
-            or "Experts" in type(module).__name__
-        ):
+        last, kind = name.rsplit(".", 1)[-1], type(module).__name__
+        if last in ("experts", "block_sparse_moe", "shared_expert", "shared_experts") or "Experts" in kind:
             raise ModelError(
-                f"a mixture-of-experts model (found {path}.{name}, {type(module).__name__}): not supported yet",
+                f"a mixture-of-experts model (found {path}.{name}, {kind}): not supported yet",
+                where=model_type,
+                fix=_SUPPORTED,
+            )
+        if hasattr(module, "base_layer"):
+            raise ModelError(
+                f"an adapter is not merged (found {path}.{name}, {kind})",
+                where=model_type,
+                fix="merge it first: model = model.merge_and_unload()",
+            )
+        if last == "altup":  # the layer hands on a stack of hidden states, and all that runs parts of a model wants one
+            raise ModelError(
+                f"several hidden states a token (found {path}.{name}): not supported yet",
                 where=model_type,
                 fix=_SUPPORTED,
             )
@@ -167,7 +189,7 @@ def _by_structure(layer: nn.Module, hidden: int, path: str, model_type: str) -> 
         name
         for name, module in layer.named_modules()
         if _is_linear(module)
-        and not any("attn" in part or "attention" in part or "mixer" in part for part in name.lower().split("."))
+        and not any(part in name.lower() for part in _NOT_FFN)
         and _shape(module)[0] == hidden
         and _shape(module)[1] > hidden
     ]
@@ -189,7 +211,7 @@ def _projection(i: int, path: str, inside: str, layer: nn.Module, hidden: int, m
     except AttributeError as e:
         names = ", ".join(n for n, m in layer.named_modules() if _is_linear(m))
         raise ModelError(f"no {path}.{inside}; its matrices are {names}", where=model_type, fix=_SUPPORTED) from e
-    if not _is_linear(module) or not type(module).__module__.startswith(("torch.nn", "transformers.")):
+    if not _is_linear(module) or not type(module).__module__.startswith(_PLAIN):
         raise ModelError(
             f"{path}.{inside} is a {type(module).__module__}.{type(module).__name__}, not a plain matrix",
             where=model_type,
@@ -224,9 +246,9 @@ def skeleton(config: Any) -> nn.Module:
                 fix=f"update transformers; {_SUPPORTED}",
             ) from e
         except Exception as e:  # config classes check their fields in many ways
-            raise ModelError(
-                f"damaged: {str(e).splitlines()[0]}", where="config.json", fix="fetch the model again"
-            ) from e
+            raise ModelError(f"damaged: {_first_line(e)}", where="config.json", fix="fetch the model again") from e
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError("an encoder-decoder model", where=str(config.model_type), fix=_SUPPORTED)
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
@@ -234,10 +256,14 @@ def skeleton(config: Any) -> nn.Module:
         raise ModelError(
             f"'{config.model_type}' is not a causal language model", where="config.json", fix=_SUPPORTED
         ) from e
+    except ImportError as e:
+        raise ModelError(f"cannot be built: {_first_line(e)}", where="config.json", fix="install that package") from e
     except Exception as e:  # building from a nonsensical config can fail anywhere
-        raise ModelError(
-            f"cannot be built: {str(e).splitlines()[0]}", where="config.json", fix="fetch the model again"
-        ) from e
+        raise ModelError(f"cannot be built: {_first_line(e)}", where="config.json", fix="fetch the model again") from e
+
+
+def _first_line(e: Exception) -> str:
+    return next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__)
 
 
 def disk_names(arch: Architecture, names: Collection[str]) -> dict[str, str]:
@@ -270,7 +296,11 @@ def _one_of(p: Projection, found: list[str], names: Collection[str]) -> str:
     if len(found) == 1:
         return found[0]
     if found:
-        raise ModelError(f"'{p.weight_name}' may be any of: {', '.join(sorted(found))}", where="checkpoint")
+        raise ModelError(
+            f"'{p.weight_name}' may be any of: {', '.join(sorted(found))}",
+            where="checkpoint",
+            fix="keep one set of layers in the folder",
+        )
     near = difflib.get_close_matches(p.weight_name, list(names), n=1)
     hint = f"the nearest name is '{near[0]}'" if near else "is this checkpoint complete?"
     raise ModelError(f"no tensor '{p.weight_name}'", where="checkpoint", fix=hint)

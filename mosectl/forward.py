@@ -116,13 +116,16 @@ class Suffix:
         self.model, self.batch, self.first = model, batch, first
         self.layers = layer_modules(model, arch)
         self.cached: Any = None
+        self.shared: dict[str, Any] = {}  # keys and values that layers above reuse (Gemma 4)
         if first > 0:
 
-            def record(_: nn.Module, __: Any, out: Any) -> None:
-                self.cached = out
+            def record(_: nn.Module, __: Any, kwargs: dict[str, Any], out: Any) -> None:
+                self.cached, self.shared = out, dict(kwargs.get("shared_kv_states") or {})
                 raise _Stop
 
-            run_until_stopped(model, batch, [(f"{arch.layers_path}.{first - 1}", record)])
+            hook = self.layers[first - 1].register_forward_hook(record, with_kwargs=True)
+            with hooked([hook]), torch.no_grad(), suppress(_Stop):
+                model(**batch.kwargs())
 
     def logits(self, rows: Tensor, positions: Tensor) -> Tensor:
         """Logits (len(rows), m, vocabulary) in float32 at ``positions`` (len(rows), m) of the rows ``rows`` (int64)."""
@@ -139,16 +142,23 @@ class Suffix:
     @contextmanager
     def _skipping(self, rows: Tensor) -> Iterator[None]:
         def take(value: Any) -> Any:
+            if isinstance(value, tuple | list):
+                return type(value)(map(take, value))
             return value[rows.to(value.device)] if isinstance(value, Tensor) else value
 
-        cached = self.cached
-        replay = tuple(map(take, cached)) if isinstance(cached, tuple) else take(cached)
+        replay, shared = take(self.cached), {kind: take(pair) for kind, pair in self.shared.items()}
+
+        def skip(*_: Any, **kwargs: Any) -> Any:
+            if shared:
+                kwargs["shared_kv_states"].update(shared)
+            return replay
+
         skipped = list(self.layers)[: self.first]
         # Only an own `forward` (accelerate's) has to come back; a plain layer's is its class's.
         own = [layer.__dict__.get("forward") for layer in skipped]
         try:
             for layer in skipped:
-                layer.forward = lambda *_, **__: replay  # type: ignore[method-assign, assignment]
+                layer.forward = skip  # type: ignore[method-assign]
             yield
         finally:
             for layer, forward in zip(skipped, own, strict=True):

@@ -85,11 +85,13 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) ->
     console = _out()
     names = [c.lstrip(">") for c in columns]
     if not console.is_terminal:
-        for row in (names, *rows):
+        for row in (names, *rows) if any(names) else rows:
             sys.stdout.write("\t".join(" ".join(cell.split()) for cell in row) + "\n")
         sys.stdout.write("\n")
         return
-    table = Table(title=escape(title), title_justify="left", title_style="bold", header_style="bold")
+    table = Table(
+        title=escape(title), title_justify="left", title_style="bold", header_style="bold", show_header=any(names)
+    )
     for column, name in zip(columns, names, strict=True):
         table.add_column(escape(name), justify="right" if column.startswith(">") else "left", overflow="fold")
     for row in rows:
@@ -203,7 +205,7 @@ def estimate(e: Estimate, facts: int) -> None:
         *((f"time: {phase}", f"about {seconds:,.0f} s") for phase, seconds in e.seconds.items()),
         ("time in all", f"about {sum(e.seconds.values()):,.0f} s"),
     ]
-    _table("Dry run: nothing was loaded or written", ("", "estimate"), rows)
+    _table("Dry run: nothing was loaded or written", ("", ""), rows)
 
 
 def check(report: FactsReport, views: Sequence[TokenView] | None) -> None:
