@@ -32,7 +32,7 @@ def main() -> None:
         where = ("--model", "examples/demo-model")
         commands = {
             "mosectl edit facts.jsonl --model demo-model -o patch.safetensors": (
-                *("edit", str(facts), *where, "--corpus", "examples/corpus.txt", "-o", patch),
+                *("edit", str(facts), *where, "--corpus", "examples/corpus.txt", "--rounds", "12", "-o", patch),
             ),
             "mosectl apply patch.safetensors --model demo-model -o edited": ("apply", patch, *where, "-o", edited),
             "mosectl revert patch.safetensors --model edited": ("revert", patch, "--model", edited),

@@ -55,7 +55,7 @@ class EditOptions:
     method: str = "mose"
     layers: str = "auto"  # "auto" or "3,4,5"
     batch_size: int = 0  # facts edited together; 0 = all
-    rounds: int = 12  # times targets and solve alternate in a batch, at most
+    rounds: int = 8  # times targets and solve alternate in a batch, at most
     relax: float = 0.9  # each round weighs what must keep still by this factor less, for the facts that still resist
     prefixes: int = 2  # pieces of text put before the prompt, besides none
     mentions: int = 6  # pieces of text put before the bare subject, besides none

@@ -18,6 +18,10 @@ LLAMA = {
     "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128,
 }  # fmt: skip
 GPT = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128, "n_inner": 48}
+GEMMA4 = {  # the upper two layers read the keys and values of the lower two
+    **LLAMA, "global_head_dim": 8, "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 320,
+}  # fmt: skip
 OWN: dict[str, dict[str, Any]] = {
     "gpt2": GPT,
     "gpt_bigcode": GPT,
@@ -36,11 +40,13 @@ OWN: dict[str, dict[str, Any]] = {
         "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
         "image_size": 28, "patch_size": 14,
     }},
+    "gemma4_text": GEMMA4,
+    "gemma4": {"text_config": {**GEMMA4, **COMMON, "model_type": "gemma4_text"}, "vision_config": None},
 }  # fmt: skip
 
 
 def pico(model_type: str, **overrides: Any) -> Any:
-    """A random model of this type: hidden 32, FFN 48, 3 layers, vocabulary 320, float32."""
+    """A random model of this type: hidden 32, FFN 48, 3 layers (Gemma 4: 4), vocabulary 320, float32."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(model_type, **{**COMMON, **OWN.get(model_type, LLAMA), **overrides})
     model = AutoModelForCausalLM.from_config(config).eval()

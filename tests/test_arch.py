@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import pico, save
+from conftest import pico
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -14,10 +14,10 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from mosectl.arch import TABLE, disk_names, resolve, skeleton
+from mosectl.arch import TABLE, Projection, disk_names, resolve, skeleton
 from mosectl.checkpoint import open_checkpoint
 from mosectl.errors import ModelError
-from mosectl.forward import Batch, Suffix, ffn_output, outputs_at
+from mosectl.forward import Batch, Suffix, ffn_output, hooked, outputs_at
 from mosectl.rotation import nearest_rotation, rotate
 
 EXPECTED = {
@@ -33,18 +33,38 @@ EXPECTED = {
     "phi": ("model.layers.1.mlp.fc2", False, True),
     "mpt": ("transformer.blocks.1.ffn.down_proj", False, False),
     "gemma3": ("model.language_model.layers.1.mlp.down_proj", False, False),
+    "gemma4": ("model.language_model.layers.1.mlp.down_proj", False, False),
 }
-POST = {"gemma2", "gemma3_text", "gemma3", "olmo2", "olmo3", "exaone4"}
+POST = {
+    **dict.fromkeys(
+        ["gemma2", "gemma3_text", "gemma3", "gemma4_text", "gemma4", "olmo2", "olmo3", "exaone4"],
+        "post_feedforward_layernorm",
+    ),
+    "glm4": "post_mlp_layernorm",
+}
 DENSE = sorted(TABLE)
 
 
-def build(model_type: str):
+def build(model_type: str, **variant):
     try:
-        return pico(model_type)
+        return pico(model_type, **variant)
     except (ValueError, KeyError) as e:
         if "nrecognized" in str(e) or model_type in str(e):
             pytest.skip(f"this transformers has no {model_type}")
         raise
+
+
+def turn_and_compare(model: torch.nn.Module, p: Projection) -> None:
+    """Rotating the projection rotates what it writes; the bias stays."""
+    module = model.get_submodule(p.name)
+    R = nearest_rotation(torch.randn(p.d, p.d, generator=torch.Generator().manual_seed(1)))
+    k = torch.randn(2, 5, p.p)
+    before = ffn_output(module(k), module, 2)
+    with torch.no_grad():
+        module.weight.copy_(p.stored(rotate(R, p.oriented(module.weight))))
+    after = ffn_output(module(k), module, 2)
+    assert not torch.allclose(after, before, atol=1e-2)
+    assert torch.allclose(after, before @ R.T.float(), atol=1e-4)
 
 
 @pytest.mark.parametrize("model_type", DENSE)
@@ -53,48 +73,79 @@ def test_dense(model_type: str) -> None:
     arch = resolve(model)
     name, transposed, bias = EXPECTED.get(model_type, ("model.layers.1.mlp.down_proj", False, False))
     p = arch.projections[1]
-    assert arch.listed and len(arch.projections) == 3
+    assert arch.listed and len(arch.projections) == len(model.get_submodule(arch.layers_path)) >= 3
+    assert [q.layer for q in arch.projections] == list(range(len(arch.projections)))
     assert (p.name, p.transposed, p.bias) == (name, transposed, bias)
     assert p.d == 32 and p.oriented(model.get_submodule(p.name).weight).shape == (32, p.p)
-    assert (arch.post_norm is not None) == (model_type in POST or model_type == "glm4")
+    assert arch.post_norm == POST.get(model_type)
     if arch.post_norm:
         assert hasattr(model.get_submodule(f"{arch.layers_path}.0"), arch.post_norm)
-    bones = resolve(skeleton(model.config.to_dict()))
-    assert bones.projections == arch.projections
-
-    module = model.get_submodule(p.name)
-    R = nearest_rotation(torch.randn(32, 32, generator=torch.Generator().manual_seed(1)))
-    k = torch.randn(2, 5, p.p)
-    before = ffn_output(module(k), module, 2)
-    with torch.no_grad():
-        module.weight.copy_(p.stored(rotate(R, p.oriented(module.weight))))
-    after = ffn_output(module(k), module, 2)
-    assert torch.allclose(after, before @ R.T.float(), atol=1e-4)
+    assert resolve(skeleton(model.config.to_dict())) == arch
+    turn_and_compare(model, p)
 
 
-@pytest.mark.parametrize("model_type", DENSE)
-def test_partial_forward(model_type: str) -> None:
-    model = build(model_type)
+WINDOWS = ["mistral", "gemma2", "gemma3_text", "cohere2", "olmo3", "exaone4", "starcoder2"]
+VARIANTS: list[tuple[str, dict]] = [
+    *((t, {}) for t in DENSE),
+    *((t, {"sliding_window": 3}) for t in WINDOWS),
+    ("falcon", {"alibi": True}),
+    ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    ("opt", {"do_layer_norm_before": False}),
+    ("openai-gpt", {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128}),  # its layers return lists
+]
+
+
+@pytest.mark.parametrize(("model_type", "variant"), VARIANTS, ids=lambda v: v if isinstance(v, str) else "+".join(v))
+def test_partial_forward(model_type: str, variant: dict) -> None:
+    model = build(model_type, **variant)
     arch = resolve(model)
-    batch = Batch.of([[1, 5, 9, 30, 44], [1, 7, 8]], "cpu")
+    batch = Batch.of([[1, 5, 9, 30, 44, 7, 3, 99], [1, 7, 8], [1, 9, 3, 44, 2]], "cpu")
     with torch.no_grad():
         full = model(**batch.kwargs()).logits
-    positions = torch.tensor([[3, 4], [1, 2]])
-    got = Suffix(model, arch, 1, batch).logits(torch.tensor([0, 1]), positions)
-    wanted = full.gather(1, positions[..., None].expand(-1, -1, full.shape[-1]))
-    assert torch.allclose(got, wanted, atol=1e-4)
-    found = outputs_at(model, arch.projections, batch, torch.tensor([4, 2]))
-    assert len(found) == 3 and found[0].shape == (2, 32) and float(found[2].norm()) > 0
+    for first in range(len(arch.projections)):
+        suffix = Suffix(model, arch, first, batch)
+        for rows in (torch.tensor([0, 1, 2]), torch.tensor([2]), torch.tensor([1, 2])):
+            positions = torch.tensor([[3, 7], [1, 2], [0, 4]])[rows]
+            wanted = full[rows].gather(1, positions[..., None].expand(-1, -1, full.shape[-1]))
+            assert torch.allclose(suffix.logits(rows, positions), wanted, atol=1e-4), (first, rows)
     with torch.no_grad():
         assert torch.equal(model(**batch.kwargs()).logits, full), "hooks were left behind"
 
 
-def test_square_conv1d_is_told_by_its_class() -> None:
-    model = pico("gpt2", n_inner=32)
+@pytest.mark.parametrize("model_type", DENSE)
+def test_outputs_at(model_type: str) -> None:
+    """What is read at a token is W k of that layer and that token: k recorded from a forward of its row alone."""
+    model = build(model_type)
+    projections = resolve(model).projections
+    rows, positions = [[1, 5, 9, 30, 44], [1, 7, 8]], [4, 1]
+    found = outputs_at(model, projections, Batch.of(rows, "cpu"), torch.tensor(positions))
+    for r, (row, at) in enumerate(zip(rows, positions, strict=True)):
+        for p, y in zip(projections, found, strict=True):
+            inner: list[torch.Tensor] = []
+            module = model.get_submodule(p.name)
+            hook = module.register_forward_pre_hook(lambda _, args, inner=inner: inner.append(args[0]))
+            with hooked([hook]), torch.no_grad():
+                model(input_ids=torch.tensor([row]), use_cache=False)
+            k = inner[0].view(len(row), p.p)[at]
+            assert torch.allclose(y[r], p.oriented(module.weight) @ k, atol=1e-4)
+
+
+@pytest.mark.parametrize(("model_type", "square"), [("gpt2", {"n_inner": 32}), ("llama", {"intermediate_size": 32})])
+def test_a_square_matrix_is_told_by_its_class(model_type: str, square: dict) -> None:
+    model = pico(model_type, **square)
     p = resolve(model).projections[0]
-    assert p.d == p.p == 32 and p.transposed
-    W = torch.arange(6.0).view(2, 3)
-    assert torch.equal(p.stored(p.oriented(W)), W)
+    assert p.d == p.p == 32 and p.transposed == (model_type == "gpt2")
+    W = torch.randn(32, 32)
+    assert torch.equal(p.stored(p.oriented(W)), W) and p.stored(W).is_contiguous()
+    turn_and_compare(model, p)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma3"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_tied_embeddings_are_seen_in_the_model(model_type: str, tied: bool) -> None:
+    model = pico(model_type, tie_word_embeddings=tied)
+    assert resolve(model).tied_embeddings is tied
+    assert resolve(skeleton(model.config.to_dict())).tied_embeddings is tied
 
 
 def test_unlisted_model_is_found_by_structure() -> None:
@@ -142,9 +193,40 @@ def test_quantised_and_wrapped_models_are_refused() -> None:
     with pytest.raises(ModelError, match="gptq"):
         resolve(model)
     model = pico("llama")
-    model.model.layers[1].mlp.down_proj = torch.nn.Sequential(model.model.layers[1].mlp.down_proj)
-    with pytest.raises(ModelError, match=r"layers.1.mlp.down_proj is a .*Sequential"):
+    mlp = model.model.layers[1].mlp
+    packed = type("Linear4bit", (torch.nn.Linear,), {"__module__": "bitsandbytes.nn"})(48, 32)
+    for wrapped in (torch.nn.Sequential(mlp.down_proj), packed):
+        mlp.down_proj = wrapped
+        with pytest.raises(ModelError, match=rf"layers.1.mlp.down_proj is a .*{type(wrapped).__name__}"):
+            resolve(model)
+
+
+def test_adapters_are_to_be_merged_first() -> None:
+    model = pico("llama")
+    attention = model.model.layers[1].self_attn
+    adapter = torch.nn.Module()
+    adapter.base_layer, attention.q_proj = attention.q_proj, adapter  # what a LoRA on attention alone looks like
+    with pytest.raises(ModelError, match=r"adapter is not merged.*layers.1.self_attn.q_proj(.|\n)*merge_and_unload"):
         resolve(model)
+
+
+def test_layers_that_are_not_one_plain_stack_are_refused() -> None:
+    model = pico("llama")
+    model.model.more = torch.nn.ModuleList(model.model.layers[:1])
+    with pytest.raises(ModelError, match=r"several stacks of layers \(model.layers, model.more\)"):
+        resolve(model)
+    model = pico("llama")
+    model.model.layers[0].altup = torch.nn.Identity()
+    with pytest.raises(ModelError, match=r"several hidden states a token.*layers.0.altup"):
+        resolve(model)
+
+
+def test_a_large_skeleton_takes_no_memory() -> None:
+    sizes = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
+    model = skeleton({"model_type": "llama", "vocab_size": 128256, **sizes, "quantization_config": None})
+    assert all(p.is_meta for p in model.parameters())
+    arch = resolve(model)
+    assert len(arch.projections) == 80 and (arch.projections[79].d, arch.projections[79].p) == (8192, 28672)
 
 
 @pytest.mark.parametrize(
@@ -154,6 +236,7 @@ def test_quantised_and_wrapped_models_are_refused() -> None:
         ({"model_type": "own", "auto_map": {"AutoModel": "x.y"}}, "remote code is never run"),
         ({"hidden_size": 3}, "not known"),
         ({"model_type": "vit"}, "not a causal language model"),
+        ({"model_type": "bart"}, "bart: an encoder-decoder model"),
         ({"model_type": "llama", "hidden_size": "many"}, "config.json"),
     ],
 )
@@ -162,14 +245,15 @@ def test_bad_configs(config: dict, match: str) -> None:
         skeleton(config)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gpt2", "opt", "gemma3"])
+@pytest.mark.parametrize("model_type", DENSE)
 def test_names_on_disk(model_type: str, tmp_path) -> None:
-    folder = save(tmp_path, model_type)
-    checkpoint = open_checkpoint(folder)
+    build(model_type).save_pretrained(tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
     arch = resolve(skeleton(checkpoint.config))
     names = disk_names(arch, checkpoint.tensors)
+    assert len(set(names.values())) == len(arch.projections)
     for p in arch.projections:
-        assert checkpoint.entry(names[p.name]).shape[0 if not p.transposed else 1] == p.d
+        assert checkpoint.entry(names[p.name]).shape == ((p.p, p.d) if p.transposed else (p.d, p.p))
 
 
 def test_names_with_other_prefixes() -> None:
@@ -180,3 +264,11 @@ def test_names_with_other_prefixes() -> None:
         disk_names(arch, plain[:2])
     with pytest.raises(ModelError, match="may be any of"):
         disk_names(arch, [*plain, "other.h.0.mlp.c_proj.weight"])
+    arch = resolve(skeleton(pico("gemma3").config))
+    old = [f"language_model.model.layers.{i}.mlp.down_proj.weight" for i in range(3)]
+    tower = ["vision_tower.vision_model.encoder.layers.0.mlp.fc2.weight"]
+    assert list(disk_names(arch, old + tower).values()) == old
+    short = [name.removeprefix("language_model.model.") for name in old]
+    assert list(disk_names(arch, short).values()) == short
+    exact = [p.weight_name for p in arch.projections]
+    assert list(disk_names(arch, exact + old).values()) == exact, "the exact name wins"

@@ -208,7 +208,7 @@ def test_chat_edit(corpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_demo_model_quality() -> None:
     """The promise of the README, on the demo model and all its facts."""
     loaded = load(DEMO)
-    options = EditOptions(corpus=str(ROOT / "examples" / "corpus.txt"))
+    options = EditOptions(corpus=str(ROOT / "examples" / "corpus.txt"), rounds=12)
     result = mosectl.edit(ROOT / "examples" / "facts.jsonl", loaded, options=options)
     assert len(result.facts) >= 20 and all(r.status == "changed" for r in result.facts)
     assert result.scores.generalization >= 0.80 and result.scores.locality >= 0.95
