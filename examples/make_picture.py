@@ -31,7 +31,7 @@ def main() -> None:
         facts.write_text("\n".join(lines[::5]))
         where = ("--model", "examples/demo-model")
         commands = {
-            "mosectl edit facts.jsonl --model demo-model -o patch.safetensors": (
+            "mosectl edit facts.jsonl --model demo-model --corpus corpus.txt --rounds 12 -o patch.safetensors": (
                 *("edit", str(facts), *where, "--corpus", "examples/corpus.txt", "--rounds", "12", "-o", patch),
             ),
             "mosectl apply patch.safetensors --model demo-model -o edited": ("apply", patch, *where, "-o", edited),

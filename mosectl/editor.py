@@ -56,10 +56,10 @@ class EditOptions:
     layers: str = "auto"  # "auto" or "3,4,5"
     batch_size: int = 0  # facts edited together; 0 = all
     rounds: int = 8  # times targets and solve alternate in a batch, at most
-    relax: float = 0.9  # each round weighs what must keep still by this factor less, for the facts that still resist
+    relax: float = 0.8  # each round weighs what must keep still by this factor less, for the facts that still resist
     prefixes: int = 2  # pieces of text put before the prompt, besides none
     mentions: int = 6  # pieces of text put before the bare subject, besides none
-    mention_weight: float = 0.5  # of a fact's mentions against its prompt
+    mention_weight: float = 0.0  # of a fact's mentions against its prompt
     protect: float = 50.0  # weight of each earlier fact against a new one
     seed: int = 0
     chat: bool = False

@@ -9,7 +9,7 @@ from mosectl.rotation import nearest_rotation
 from mosectl.solvers import LayerProblem, register
 
 
-@register("mose", side="output", source="arXiv 2601.07873", preserve=50.0, damping=0.01)
+@register("mose", side="output", source="arXiv 2601.07873", preserve=100.0, damping=0.01)
 def mose(problem: LayerProblem) -> Tensor:
     """R = argmin over rotations of λ‖R Y₀ − Y₀‖² + ‖R H − V‖², for W' = R W.
 
