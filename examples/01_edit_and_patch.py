@@ -8,7 +8,7 @@ import mosectl
 HERE = Path(__file__).parent
 
 facts = mosectl.read_facts(HERE / "facts.jsonl", limit=2).facts
-options = mosectl.EditOptions(corpus=str(HERE / "corpus.txt"))
+options = mosectl.EditOptions(corpus=str(HERE / "corpus.txt"), rounds=12)
 result = mosectl.edit(facts, HERE / "demo-model", options=options)
 for fact in result.facts:
     print(f"{fact.fact.prompt}: {fact.before} -> {fact.after} ({fact.status})")

@@ -1,4 +1,4 @@
-"""Where subject and target lie in the tokens, from character offsets of the joined string.
+"""Where subject and target lie in the tokens, from character offsets of the text.
 
 The model will be asked with the prompt's own tokens, so these must be the beginning of prompt + target. Where a token
 spans the border (some tokenizers merge across spaces), the target is encoded on its own and the text checked.
@@ -19,8 +19,8 @@ class Encoded:
     """Token ids of context + target, and positions in them; −1 where there is no subject."""
 
     input_ids: tuple[int, ...]
-    subject_first: int
     subject_last: int
+    subject_first: int
     target_start: int  # index of the target's first token; len(input_ids) without a target
     split: bool  # the target had to be encoded on its own
 
@@ -32,20 +32,41 @@ class TokenView:
     subject: tuple[str, ...]
     target: tuple[str, ...]
     subject_span: tuple[int, int]  # first and last token, inclusive
-    tokens: int
+    n_tokens: int
     split: bool
+    note: str  # what is unusual; empty otherwise
+
+    @property
+    def tokens(self) -> int:
+        """The same as ``n_tokens``."""
+        return self.n_tokens
+
+
+@dataclass(frozen=True)
+class _Context:
+    """What stands before the target: its text, and where in it the prompt lies (prefix and template left out)."""
+
+    text: str
+    start: int
+    end: int
+    special: bool  # the tokenizer adds its own special tokens; a chat template holds them already
 
 
 def render_chat(tokenizer: Any, prompt: str) -> str:
     """The prompt as a user's message in the tokenizer's chat template, ready for the answer.
 
     Raises:
-        UsageError: the tokenizer has no chat template.
+        UsageError: the tokenizer has no chat template, or its template fails.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise UsageError("this tokenizer has no chat template", fix="leave --chat out, or give the chat model")
+    import jinja2
+
     message = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    try:
+        return tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    except (jinja2.TemplateError, ValueError, TypeError) as e:
+        raise UsageError(f"the chat template of {_name(tokenizer)} fails: {e}", fix="leave --chat out") from e
 
 
 def encode(
@@ -53,80 +74,147 @@ def encode(
 ) -> Encoded:
     """Tokenise prefix + prompt + target and find the subject's last occurrence in the prompt.
 
+    The tokens before ``target_start`` are those the model is asked with. An end-of-text token that the tokenizer
+    appends by itself is left out. In a chat the target follows the template's generation prompt directly.
+
     Raises:
         FactsError: the subject is not in the prompt, or the tokenizer cannot represent the text.
-        ModelError: the tokenizer gives no character offsets. UsageError: --chat without a template.
+        ModelError: the tokenizer's tokens cannot be traced back to the text. UsageError: chat without a template.
     """
-    text, context = prefix + prompt, prefix + prompt
-    start = 0
-    if chat:
-        context = render_chat(tokenizer, text)
-        start = context.rfind(text)
-        if start < 0:  # templates trim the message
-            text, start = text.strip(), context.rfind(text.strip())
-        if start < 0:
-            raise FactsError("the chat template changes the prompt", where=prompt, fix="leave --chat out")
-    ids, offsets = _tokenise(tokenizer, context, special=not chat)
+    context = _context(tokenizer, prompt, chat, prefix)
+    ids, offsets = _tokenise(tokenizer, context.text, context.special, trace=subject is not None)
     first = last = -1
     if subject is not None:
-        at = context.rfind(subject, max(0, start + len(text) - len(prompt)), start + len(text))
+        at = context.text.rfind(subject, context.start, context.end) if subject else -1
         if at < 0:
-            raise FactsError(
-                f"subject '{subject}' is not in the prompt", where=prompt, fix="spell it as the prompt does"
-            )
-        first = _covering(offsets, at, prompt)[0]
-        last = _covering(offsets, at + len(subject) - 1, prompt)[-1]
+            raise FactsError(f"subject '{subject}' is not in the prompt", where=_short(prompt), fix="spell it as there")
+        first, last = _span(tokenizer, offsets, at, at + len(subject), prompt)
     if target is None:
-        return Encoded(tuple(ids), first, last, len(ids), False)
-    joined = context + target.lstrip() if chat else join(context, target)
-    whole, _ = _tokenise(tokenizer, joined, special=not chat)
+        return Encoded(tuple(ids), last, first, len(ids), False)
+    if not target.strip():
+        raise FactsError("the target is empty", where=_short(prompt), fix="fill it in")
+    joined = context.text + target.lstrip() if chat else join(context.text, target)
+    whole, _ = _tokenise(tokenizer, joined, context.special, trace=False)
     split = whole[: len(ids)] != ids or len(whole) == len(ids)
     if split:
-        whole = ids + _target_alone(tokenizer, joined, context, ids)
-    return Encoded(tuple(whole), first, last, len(ids), split)
+        whole = ids + _target_alone(tokenizer, context.text, joined[len(context.text) :], ids)
+    return Encoded(tuple(whole), last, first, len(ids), split)
 
 
-def _tokenise(tokenizer: Any, text: str, *, special: bool) -> tuple[list[int], list[tuple[int, int]]]:
-    """Ids and character offsets, without the end-of-text token that some tokenizers add."""
+def _context(tokenizer: Any, prompt: str, chat: bool, prefix: str) -> _Context:
+    text = prefix + prompt
+    if not chat:
+        return _Context(text, len(prefix), len(text), True)
+    rendered = render_chat(tokenizer, text)
+    cut = 0
+    if (at := rendered.rfind(text)) < 0:  # many templates trim the message
+        cut = len(text) - len(text.lstrip())
+        text = text.strip()
+        at = rendered.rfind(text)
+    if at < 0:
+        raise FactsError("the chat template changes the prompt", where=_short(prompt), fix="leave --chat out")
+    return _Context(rendered, at + max(0, len(prefix) - cut), at + len(text), False)
+
+
+# Tokens and their characters.
+
+
+def _tokenise(tokenizer: Any, text: str, special: bool, trace: bool) -> tuple[list[int], list[tuple[int, int]]]:
+    """Ids and, where asked for, character offsets, without the end-of-text token that some tokenizers add."""
     if not getattr(tokenizer, "is_fast", False):
-        raise ModelError(
-            "this tokenizer gives no character offsets",
-            where=type(tokenizer).__name__,
-            fix="use its fast version (tokenizer.json)",
-        )
-    out = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
-    ids, offsets = list(out["input_ids"]), [tuple(o) for o in out["offset_mapping"]]
-    ends = {tokenizer.eos_token_id, getattr(tokenizer, "sep_token_id", None)} - {None}
-    # An empty span: the tokenizer's own addition, not a special token that stands in the text (a chat template's).
-    while special and len(ids) > 1 and ids[-1] in ends and offsets[-1][0] == offsets[-1][1]:
-        ids, offsets = ids[:-1], offsets[:-1]
-    return ids, offsets
+        return _tokenise_slowly(tokenizer, text, special, trace)
+    out = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, return_special_tokens_mask=True)
+    ids, offsets, added = list(out["input_ids"]), [tuple(o) for o in out["offset_mapping"]], out["special_tokens_mask"]
+    n = len(ids)
+    # An added token has an empty span, unlike one that stands in the text (a chat template's).
+    while special and n > 1 and added[n - 1] and offsets[n - 1][0] == offsets[n - 1][1]:
+        n -= 1
+    return ids[:n], offsets[:n]
 
 
-def _covering(offsets: Sequence[tuple[int, int]], at: int, prompt: str) -> list[int]:
-    """Tokens that hold the character ``at``; several where its bytes are spread over tokens."""
-    found = [i for i, (a, b) in enumerate(offsets) if a <= at < b]
+def _tokenise_slowly(tokenizer: Any, text: str, special: bool, trace: bool) -> tuple[list[int], list[tuple[int, int]]]:
+    """For tokenizers without offsets: a token covers what decoding one token more adds to the text."""
+    plain = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    lead: list[int] = []
+    if special:
+        ids = list(tokenizer(text, add_special_tokens=True)["input_ids"])
+        found = (i for i in range(len(ids) - len(plain) + 1) if ids[i : i + len(plain)] == plain)
+        if (at := next(found, None)) is None:
+            raise _untraceable(tokenizer, text)
+        lead = ids[:at]
+    if not trace:
+        return lead + plain, []
+    full = _decode(tokenizer, plain, keep_special=True)
+    shift = len(full) - len(text)  # SentencePiece may give back one leading space more or less
+    if full.strip() != text.strip() or full[max(0, shift) :] != text[max(0, -shift) :]:
+        raise _untraceable(tokenizer, text)
+    offsets, reached = [(0, 0)] * len(lead), 0
+    for i in range(1, len(plain) + 1):
+        part = _decode(tokenizer, plain[:i], keep_special=True)
+        # Part of a character is decoded as U+FFFD, or as nothing.
+        whole = part if full.startswith(part) else part.rstrip("\ufffd")
+        end = max(reached, len(whole) - shift) if full.startswith(whole) else reached
+        offsets.append((reached, end))
+        reached = end
+    if reached < len(text.rstrip()):
+        raise _untraceable(tokenizer, text)
+    for i in range(len(offsets) - 2, len(lead) - 1, -1):  # such a part covers the character, as in fast tokenizers
+        if offsets[i][0] == offsets[i][1]:
+            offsets[i] = (offsets[i + 1][0], min(offsets[i + 1][0] + 1, offsets[i + 1][1]))
+    return lead + plain, offsets
+
+
+def _untraceable(tokenizer: Any, text: str) -> ModelError:
+    return ModelError(
+        f"the tokens of '{_short(text)}' cannot be traced back to the text",
+        where=_name(tokenizer),
+        fix="use the fast version of this tokenizer (tokenizer.json)",
+    )
+
+
+def _span(tokenizer: Any, offsets: Sequence[tuple[int, int]], start: int, end: int, prompt: str) -> tuple[int, int]:
+    """First and last token of the characters start … end − 1.
+
+    A character whose bytes are spread over tokens ends with the last of them. One that the tokenizer drops (an accent
+    it merges into its letter) belongs to its neighbour in the subject.
+    """
+    found = [i for i, (a, b) in enumerate(offsets) if a < end and b > start]
     if not found:
-        raise FactsError("the tokenizer drops a character of the subject", where=prompt, fix="check the spelling")
-    return found
+        what = f"the tokenizer {_name(tokenizer)} drops the whole subject"
+        raise FactsError(what, where=_short(prompt), fix="write the subject in another way")
+    return found[0], found[-1]
 
 
-def _target_alone(tokenizer: Any, joined: str, context: str, ids: list[int]) -> list[int]:
-    """Tokens of the target when the joint tokenisation does not begin with the context's tokens."""
-    rest = joined[len(context) :]
-    base = tokenizer.decode(ids, skip_special_tokens=True)
-    for text in (rest, rest.lstrip()):  # SentencePiece puts the space back by itself
-        alone, _ = _tokenise(tokenizer, text, special=False)
-        if alone and tokenizer.decode(ids + alone, skip_special_tokens=True) == base + rest:
+def _target_alone(tokenizer: Any, context: str, rest: str, ids: list[int]) -> list[int]:
+    """Tokens of the target ``rest`` when the joint tokenisation does not begin with the context's tokens."""
+    base = _decode(tokenizer, ids)
+    candidates = [_tokenise(tokenizer, text, False, trace=False)[0] for text in (rest, rest.lstrip())]
+    backs = [_decode(tokenizer, ids + alone) for alone in candidates]
+    for alone, back in zip(candidates, backs, strict=True):
+        if alone and back == base + rest:  # the second: SentencePiece puts the space back by itself
             return alone
-    alone, _ = _tokenise(tokenizer, rest, special=False)
-    back = tokenizer.decode(ids + alone, skip_special_tokens=True)
     # Tokenizers that normalise (case, accents) cannot give the text back letter for letter; the words must be there.
-    if not alone or back[len(base) :].strip().casefold() != rest.strip().casefold():
-        raise FactsError(
-            f"the tokenizer cannot write '{rest.strip()}' after this prompt", where=context, fix="check the spelling"
-        )
-    return alone
+    for alone, back in zip(candidates, backs, strict=True):
+        if alone and back[len(base) :].strip().casefold() == rest.strip().casefold():
+            return alone
+    what = f"the tokenizer {_name(tokenizer)} cannot write '{_short(rest.strip())}' after this prompt"
+    raise FactsError(what, where=_short(context), fix="write the target in another way")
+
+
+def _decode(tokenizer: Any, ids: Sequence[int], keep_special: bool = False) -> str:
+    # Cleaning up would change "is ." to "is.": texts could not be compared.
+    return tokenizer.decode(list(ids), skip_special_tokens=not keep_special, clean_up_tokenization_spaces=False)
+
+
+def _name(tokenizer: Any) -> str:
+    return str(getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+# For people to look at.
 
 
 def describe(tokenizer: Any, fact: Fact, chat: bool = False) -> TokenView:
@@ -136,31 +224,46 @@ def describe(tokenizer: Any, fact: Fact, chat: bool = False) -> TokenView:
         FactsError, ModelError, UsageError: as :func:`encode`.
     """
     e = encode(tokenizer, fact.prompt, fact.subject, fact.target_new, chat=chat)
+    subject, target = e.input_ids[e.subject_first : e.subject_last + 1], e.input_ids[e.target_start :]
+    notes = ["target encoded apart from its prompt"] if e.split else []
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    notes += [f"{n} has unknown tokens" for n, ids in (("subject", subject), ("target", target)) if unknown in ids]
+    if len(_decode(tokenizer, subject).strip()) > len(fact.subject):
+        notes.append("the subject's tokens hold more than the subject")
 
     def pieces(ids: Sequence[int]) -> tuple[str, ...]:
-        return tuple(tokenizer.convert_ids_to_tokens(i) for i in ids)
+        return tuple(str(tokenizer.convert_ids_to_tokens(i)) for i in ids)
 
-    return TokenView(
-        subject=pieces(e.input_ids[e.subject_first : e.subject_last + 1]),
-        target=pieces(e.input_ids[e.target_start :]),
-        subject_span=(e.subject_first, e.subject_last),
-        tokens=len(e.input_ids),
-        split=e.split,
-    )
+    span = (e.subject_first, e.subject_last)
+    return TokenView(pieces(subject), pieces(target), span, len(e.input_ids), e.split, "; ".join(notes))
+
+
+_SAMPLES = (
+    "The capital of France is Paris, founded 2000 years ago .",
+    "Zoë Müller, café: 東京 🦊",
+    "two  spaces and 12,345.67",
+)
 
 
 def check_tokenizer(tokenizer: Any) -> list[str]:
-    """What is unusual about a tokenizer, found by using it."""
+    """What is unusual about a tokenizer, found by using it on a few texts; one note each, for people."""
+    try:
+        ids, offsets = _tokenise(tokenizer, _SAMPLES[0], True, trace=True)
+    except ModelError as e:
+        return [f"{e.what}: no fact can be placed in it; {e.fix}"]
     notes = []
-    text = "The capital of France is Paris, founded 2000 years ago: café."
-    ids, offsets = _tokenise(tokenizer, text, special=True)
-    raw = list(tokenizer(text)["input_ids"])
-    if len(raw) != len(ids):
+    if len(tokenizer(_SAMPLES[0])["input_ids"]) != len(ids):
         notes.append("the tokenizer adds an end-of-text token by itself; mosectl leaves it out")
     if ids and ids[0] != tokenizer.bos_token_id:
         notes.append("no begin-of-text token")
-    if any(" " in text[a:b].strip() for a, b in offsets):
+    if any(" " in _SAMPLES[0][a:b].strip() for a, b in offsets):
         notes.append("tokens span spaces: a target may be encoded apart from its prompt (see mosectl check)")
-    if tokenizer.decode(ids, skip_special_tokens=True).strip() != text:
-        notes.append("the tokenizer does not give back the same text (it normalises)")
+    if not getattr(tokenizer, "is_fast", False):
+        notes.append("a slow tokenizer: positions are found by decoding, which takes longer")
+    for text in _SAMPLES:
+        ids, _ = _tokenise(tokenizer, text, False, trace=False)
+        if getattr(tokenizer, "unk_token_id", None) in ids:
+            notes.append(f"no tokens for some of '{text}'")
+        elif _decode(tokenizer, ids).strip() != text:
+            notes.append(f"does not give back the same text (it normalises): '{text}'")
     return notes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,21 @@ def test_easyedit_shape(tmp_path: Path) -> None:
     flat = {**GOOD, "rephrase_prompt": "Ava's capital is", "locality_prompt": "Oz is", "locality_ground_truth": "far"}
     fact = one(tmp_path, flat)
     assert fact.rephrase_prompts == ("Ava's capital is",) and fact.locality == (Probe("Oz is", "far"),)
+    lists = {
+        "locality_prompt": ["a", "b"], "locality_ground_truth": ["x", "y"], "portability_prompt": ["p", "q"],
+        "portability_ground_truth": "z", "rephrase_prompt": ["r", "s"],
+    }  # fmt: skip
+    fact = one(tmp_path, {**GOOD, **lists})
+    assert fact.locality == (Probe("a", "x"), Probe("b", "y")) and fact.rephrase_prompts == ("r", "s")
+    assert fact.portability == (Probe("p", "z"), Probe("q", "z"))
+    grouped = {
+        **GOOD,
+        "portability": {"Reasoning": [{"prompt": "a is", "ground_truth": [["x"], ["y"]]}], "Other": None},
+    }
+    assert one(tmp_path, grouped).portability == (Probe("a is", "x"),)
+    alternatives = {**GOOD, "locality_prompt": "a", "locality_ground_truth": ["x", "y"], "ground_truth": ["Quill", "Q"]}
+    fact = one(tmp_path, alternatives)
+    assert fact.locality == (Probe("a", "x"),) and fact.ground_truth == "Quill"
     nested = {**GOOD, "locality": {"neighborhood": {"prompt": ["a is", "b is"], "ground_truth": ["x", ["y", "z"]]}}}
     assert one(tmp_path, nested).locality == (Probe("a is", "x"), Probe("b is", "y"))
 
@@ -55,16 +71,17 @@ def test_counterfact_shape(tmp_path: Path) -> None:
     fact = one(tmp_path, row)
     assert (fact.prompt, fact.target_new, fact.ground_truth) == ("The mother tongue of Ann is", "French", "Dutch")
     assert fact.rephrase_prompts == ("Ann speaks",) and fact.locality == (Probe("Bob speaks", "Dutch"),)
+    fact = one(tmp_path, CF)  # ROME's and MEMIT's requests: the inner part alone
+    assert (fact.prompt, fact.target_new, fact.ground_truth) == ("Ann speaks", "French", "Dutch")
 
 
 def test_zsre_shape(tmp_path: Path) -> None:
-    row = {
-        "src": "What is Ann's job?", "subject": "Ann", "alt": "cook", "answers": ["smith"], "rephrase": "Ann's job is?",
-        "loc": "nq question: who sings", "loc_ans": "Bob",
-    }  # fmt: skip
-    fact = one(tmp_path, row)
-    assert (fact.target_new, fact.ground_truth) == ("cook", "smith")
-    assert fact.locality == (Probe("who sings", "Bob"),)
+    fact = one(tmp_path, ZSRE)
+    assert (fact.prompt, fact.target_new, fact.ground_truth) == ("What is Ann's job?", "cook", "smith")
+    assert fact.rephrase_prompts == ("Ann's job is?",) and fact.locality == (Probe("who sings", "Bob"),)
+    hop = {"Recalled Relation": "(a, b)", "New Question": "Where do cooks work?", "New Answer": "kitchen"}
+    fact = one(tmp_path, {**ZSRE, "answers": [], "pred": "baker", "portability": hop})
+    assert fact.ground_truth == "baker" and fact.portability == (Probe("Where do cooks work?", "kitchen"),)
 
 
 def test_csv_and_json_list(tmp_path: Path) -> None:
@@ -81,57 +98,212 @@ def test_csv_and_json_list(tmp_path: Path) -> None:
 
 def test_bom_windows_line_ends_blank_lines_and_separators(tmp_path: Path) -> None:
     file = tmp_path / "w.jsonl"
-    other = {**GOOD, "prompt": "A line\u2028break of Ava is"}
-    text = json.dumps(GOOD) + "\r\n\r\n" + json.dumps(other, ensure_ascii=False) + "\r\n"
+    row = {**GOOD, "prompt": "A line\u2028break of Ava is"}
+    text = json.dumps(GOOD) + "\r\n\r\n" + json.dumps(row, ensure_ascii=False) + "\r\n"
     file.write_bytes(b"\xef\xbb\xbf" + text.encode())
     facts = read_facts(file).facts
     assert len(facts) == 2 and facts[1].source.endswith(":3")
 
 
-BAD_LINES = [
-    ("not json", r":2: not JSON.*column 1", "one JSON object"),
-    ('{"prompt": "x"', "not JSON", ""),
-    ("[1]", "a JSON list, not an object", ""),
-    ('{"a":' * 90_000, "a line of", "under"),
-    ('{"a":' * 15_000, "nested too deep|not JSON", ""),
-    ({k: v for k, v in GOOD.items() if k != "subject"}, "'subject' is missing", 'add "subject"'),
-    ({"prompt": "Ava is", "subject": "Ava", "target": "x"}, "'target_new' is missing", "did you mean 'target_new'"),
-    ({**GOOD, "target_new": ""}, "'target_new' is empty", "fill"),
-    ({**GOOD, "target_new": 7}, "'target_new' is a int", ""),
-    ({**GOOD, "target_new": "a\nb"}, "line break", "remove"),
-    ({**GOOD, "subject": "ava"}, "subject 'ava' does not stand in prompt", "did you mean 'Ava'"),
-    ({**GOOD, "prompt": "The capital of Avva is"}, "does not stand", "did you mean 'Avva'"),
-    ({**GOOD, "target_new": "Quill"}, "equals the old answer 'Quill'", "nothing to change"),
-    ({**GOOD, "rephrase_prompts": 3}, "'rephrase_prompts' is not", ""),
-    ({**GOOD, "prompt": "b of Ava is", "locality": [{"q": 1}]}, "an entry of 'locality' has no prompt", ""),
-    (GOOD, "repeats facts.jsonl:1", "remove"),
-    ({**GOOD, "target_new": "Else"}, "contradicts facts.jsonl:1.*'Else' here, 'Brin' there", "keep one"),
-    ({**GOOD, "prompt": "Ava " + "x" * MAX_LINE}, "a line of", ""),
-]
+def without(name: str) -> dict:
+    return {k: v for k, v in GOOD.items() if k != name}
 
 
-@pytest.mark.parametrize(("row", "what", "fix"), BAD_LINES, ids=[w[:25] for _, w, _ in BAD_LINES])
+def other(**changes: object) -> dict:
+    """A second good fact, changed."""
+    return {"prompt": "The capital of Oz is", "subject": "Oz", "target_new": "Em", **changes}
+
+
+CF = {"prompt": "{} speaks", "subject": "Ann", "target_new": {"str": "French"}, "target_true": {"str": "Dutch"}}
+ZSRE = {
+    "src": "What is Ann's job?", "subject": "Ann", "alt": "cook", "answers": ["smith"], "rephrase": "Ann's job is?",
+    "loc": "nq question: who sings", "loc_ans": "Bob",
+}  # fmt: skip
+UNEVEN = {"locality_prompt": ["a", "b", "c"], "locality_ground_truth": ["x", "y"]}
+BAD_LINES = {
+    "words": ("not json", "not JSON: Expecting value .column 1", "one JSON object"),
+    "cut off": ('{"prompt": "x"', "not JSON", "one JSON object"),
+    "two objects": ('{"prompt": "x"} {}', "not JSON: Extra data .column 17", "one JSON object"),
+    "list": ("[1]", "is a list, not an object", "give entries like"),
+    "number": ("7", "is a number, not an object", "give entries like"),
+    "null line": ("null", "is null, not an object", "give entries like"),
+    "huge number": ('{"prompt": ' + "1" * 5000 + "}", "not JSON: a number is too long", "one JSON object"),
+    "deep, long": ('{"a":' * 90_000, "a line of 450,000 characters", "keep it under 100,000"),
+    "deep": ('{"a":' * 15_000, "nested too deep|not JSON", "one"),
+    "long": (other(prompt="Oz " + "x" * MAX_LINE), "a line of 100,", "keep it under"),
+    "no prompt": (without("prompt"), "'prompt' is missing", 'add "prompt": "…"'),
+    "no subject": (without("subject"), "'subject' is missing", 'add "subject": "…"'),
+    "no target": (without("target_new"), "'target_new' is missing", 'add "target_new": "…"'),
+    "target": ({**without("target_new"), "target": "x"}, "'target_new' is missing", "where it says 'target'"),
+    "misspelt": ({**without("subject"), "Subjekt": "x"}, "'subject' is missing", "where it says 'Subjekt'"),
+    "upper case": ({**without("prompt"), "PROMPT": "x"}, "'prompt' is missing", "where it says 'PROMPT'"),
+    "rephrasing only": ({**without("prompt"), "rephrase_prompt": "x"}, "'prompt' is missing", 'add "prompt"'),
+    "known facts": ({**without("target_new"), "attribute": "x"}, "'target_new' is missing", "known ('attribute')"),
+    "empty": (other(target_new=""), "'target_new' is empty", "fill"),
+    "blank": (other(subject=" \u00a0\u200b"), "'subject' is empty", "fill"),
+    "blank prompt": (other(prompt=" \n"), "'prompt' is empty", "fill"),
+    "number target": (other(target_new=7), "'target_new' is a number, not text", 'write it as "…"'),
+    "list target": (other(target_new=["x"]), "'target_new' is a list, not text", 'write it as "…"'),
+    "null target": (other(target_new=None), "'target_new' is null, not text", 'write it as "…"'),
+    "bool subject": (other(subject=True), "'subject' is true or false, not text", 'write it as "…"'),
+    "line break": (other(target_new="a\nb"), "'target_new' holds a line break", "on one line"),
+    "last line break": (other(target_new="a\n"), "'target_new' holds a line break", "on one line"),
+    "separator": (other(target_new="a\u2028b"), "'target_new' holds a line break", "on one line"),
+    "control": (other(target_new="a\x1bb"), r"'target_new' holds the control character U\+001B at 1", "remove"),
+    "control in prompt": (other(prompt="a\x00 Oz"), r"'prompt' holds the control character U\+0000", "remove"),
+    "half a character": ('{"prompt": "Oz", "subject": "Oz", "target_new": "\\ud83e"}', r"U\+D83E at 0", "remove"),
+    "case": (other(subject="oz"), "subject 'oz' is not in prompt 'The capital of Oz is'", "did you mean 'Oz'"),
+    "spelling": (other(prompt="I met Tomas Veldrin in", subject="Thomas Veldrin"), "is not", "mean 'Tomas Veldrin'"),
+    "no likeness": (other(subject="Mars"), "subject 'Mars' is not in prompt", "as the prompt spells it"),
+    "form": (other(prompt="Zoe\u0301 is", subject="Zoé"), "is not in prompt", "another Unicode form"),
+    "same as old": (other(ground_truth="Em "), "'target_new' equals the old answer 'Em'", "change or remove"),
+    "among the old": (other(ground_truth=["X", "Em"]), "'target_new' equals the old answer 'Em'", "change or remove"),
+    "old is a number": (other(ground_truth=5), "'ground_truth' is a number", 'write it as "…"'),
+    "rephrasings": (other(rephrase_prompts=3), "'rephrase_prompts' is not text or a list of texts", '["…", "…"]'),
+    "rephrasing": (other(rephrase_prompt=[3]), "'rephrase_prompt' is not text or a list", '["…", "…"]'),
+    "locality number": (other(locality=5), "an entry of 'locality' has no prompt", '{"prompt": "…", "ground_truth"'),
+    "locality numbers": (other(locality=[5]), "an entry of 'locality' has no prompt", '{"prompt"'),
+    "locality fields": (other(locality=[{"q": "x"}]), "an entry of 'locality' has no prompt", '{"prompt"'),
+    "locality group": (other(locality={"promt": "x"}), "an entry of 'locality' has no prompt", '{"prompt"'),
+    "locality prompt": (other(locality=[{"prompt": 5}]), "'locality' is a number, not text", "write it"),
+    "locality answer": (other(locality=[{"prompt": "a", "ground_truth": 5}]), "'locality' is a number", "write it"),
+    "portability": (other(portability=[{"prompt": ["a", 1]}]), "'portability' is a number", "write it"),
+    "uneven": (other(**UNEVEN), "'locality_prompt' has 3 prompts and 2 answers", "one answer"),
+    "repeats": (GOOD, "stands already in facts.jsonl:1", "remove"),
+    "repeats, spaced": ({**GOOD, "prompt": " The  capital of Ava is ", "target_new": " Brin"}, "already", "remove"),
+    "contradicts": ({**GOOD, "target_new": "Else"}, "contradicts facts.jsonl:1.*'Else' here, 'Brin' there", "keep one"),
+    "rewrite": ({"requested_rewrite": 5}, "'requested_rewrite' is a number, not an object", "CounterFact"),
+    "rewrite target": ({"requested_rewrite": {**CF, "target_new": {}}}, "'requested_rewrite.target_new.str' is", "add"),
+    "rewrite subject": ({"requested_rewrite": {**CF, "prompt": "speaks"}}, "subject 'Ann' is not in prompt", "spells"),
+    "neighbours": ({"requested_rewrite": CF, "neighborhood_prompts": 5}, "'neighborhood_prompts' is a number", "write"),
+    "paraphrases": ({"requested_rewrite": CF, "paraphrase_prompts": 5}, "'paraphrase_prompts' is not text", "write"),
+    "zsRE target": ({**ZSRE, "alt": ""}, "'alt' is empty", "fill"),
+    "zsRE no target": ({k: v for k, v in ZSRE.items() if k != "alt"}, "'alt' is missing", "add"),
+    "zsRE same": ({**ZSRE, "alt": "smith"}, "'alt' equals the old answer 'smith'", "change"),
+    "zsRE loc": ({**ZSRE, "loc": 5}, "'loc' is a number", "write"),
+}
+
+
+@pytest.mark.parametrize(("row", "what", "fix"), BAD_LINES.values(), ids=BAD_LINES)
 def test_bad_lines(row: object, what: str, fix: str, tmp_path: Path) -> None:
     file = write(tmp_path, GOOD, row)
     with pytest.raises(FactsError, match=what) as e:
         read_facts(file)
-    assert f"{file}:2" in str(e.value) and fix in e.value.fix
+    assert str(e.value).startswith(f"{file}:2: ") and fix in e.value.fix and "--on-error skip" in e.value.fix
     kept = read_facts(file, "skip")
     assert len(kept.facts) == 1 and kept.skipped == 1 and kept.problems[0].where == f"{file}:2"
     assert read_facts(file, limit=1).skipped == 0, "lines behind the limit do not count"
+
+
+def test_optional_fields_may_be_null_or_empty(tmp_path: Path) -> None:
+    empty = {"ground_truth": "", "rephrase_prompts": None, "rephrase_prompt": "", "locality": {}, "portability": []}
+    assert one(tmp_path, {**GOOD, **empty}) == one(tmp_path, without("ground_truth"))
+    fact = one(tmp_path, {**GOOD, "locality": ["a is", {"prompt": "b is", "ground_truth": None}], "note": 1})
+    assert fact.locality == (Probe("a is"), Probe("b is"))
+
+
+def test_prompts_are_cleaned_at_their_end_and_may_have_lines(tmp_path: Path) -> None:
+    fact = one(tmp_path, {**GOOD, "prompt": "Q: capital of {}?\n\tA: ", "rephrase_prompt": "{} has the capital\n"})
+    assert fact.prompt == "Q: capital of Ava?\n\tA:" and fact.rephrase_prompts == ("Ava has the capital",)
+
+
+def test_repeated_rephrasings_are_dropped_with_a_warning(tmp_path: Path) -> None:
+    file = write(tmp_path, {**GOOD, "rephrase_prompts": ["The capital of Ava is ", "Ava's is", "Ava's is"]})
+    report = read_facts(file)
+    assert report.facts[0].rephrase_prompts == ("Ava's is",) and report.skipped == 0
+    (problem,) = report.problems
+    assert (problem.where, problem.severity) == (f"{file}:1", "warning")
+
+
+@pytest.mark.parametrize("name", ["f.json", "f.jsonl", "f.txt"])
+def test_json_documents(tmp_path: Path, name: str) -> None:
+    file = write(tmp_path, json.dumps({"facts": [GOOD, other()]}, indent=1), name=name)
+    assert [f.source for f in read_facts(file).facts] == [f"{file}[0]", f"{file}[1]"]
+    assert len(read_facts(write(tmp_path, json.dumps([GOOD, other()]), name=name)).facts) == 2
+    assert read_facts(write(tmp_path, json.dumps(GOOD, indent=1), name=name)).facts[0].source == f"{file}:1"
+    assert len(read_facts(write(tmp_path, GOOD, other(), name=name)).facts) == 2
+    bad = write(tmp_path, json.dumps([GOOD, 7, {**GOOD, "target_new": "X"}]), name=name)
+    with pytest.raises(FactsError, match=rf"2 of 3.*\n.*{name}\[1\]: is a number.*\n.*\[2\]: contradicts {name}\[0\]"):
+        read_facts(bad)
+
+
+def test_a_list_among_lines_is_one_bad_line(tmp_path: Path) -> None:
+    file = write(tmp_path, "[1]", GOOD)
+    assert read_facts(file, "skip").skipped == 1 and len(read_facts(file, "skip").facts) == 1
+
+
+CSV = {
+    "comma": ('prompt,subject,target_new\nAva is,Ava,"a, b"\n', "a, b"),
+    "semicolon": ("prompt;subject;target_new\r\nAva is;Ava;a, b\r\n", "a, b"),
+    "tab": ("subject\ttarget_new\tprompt\nAva\ta, b\tAva is", "a, b"),
+    "blank lines, BOM": ("\ufeff prompt , subject,target_new, ground_truth\n\nAva is,Ava,b,\n,,,\n", "b"),
+    "zsRE": ("src,subject,alt,loc,loc_ans\nWho is Ava?,Ava,b,nq question: x,y\n", "b"),
+}
+
+
+@pytest.mark.parametrize("kind", CSV)
+def test_csv(kind: str, tmp_path: Path) -> None:
+    text, target = CSV[kind]
+    (fact,) = read_facts(write(tmp_path, text, name="f.csv")).facts
+    assert (fact.subject, fact.target_new, fact.ground_truth) == ("Ava", target, None)
+
+
+def test_csv_probes(tmp_path: Path) -> None:
+    head = "prompt,subject,target_new,locality_prompt,locality_ground_truth,rephrase_prompt"
+    (fact,) = read_facts(write(tmp_path, head, "Ava is,Ava,x,a | b|,1|2|,r|s|", name="f.csv")).facts
+    assert fact.locality == (Probe("a", "1"), Probe("b", "2")) and fact.rephrase_prompts == ("r", "s")
+
+
+HEAD = "prompt,subject,target_new\n"
+BAD_CSV = {
+    "no header": ("Ava is,Ava,b\n", ":1: the first line is not a header", "prompt,subject,target_new"),
+    "column": ("prompt,subject,target\nAva is,Ava,b", ":1: column 'target_new' is missing", "where it says 'target'"),
+    "no column": ("prompt,subject\nAva is,Ava", ":1: column 'target_new' is missing", "add it: target_new"),
+    "twice": ("prompt,prompt,subject,target_new\n", ":1: column 'prompt' stands there twice", "rename"),
+    "no rows": (HEAD, "f.csv: holds no fact", "give lines"),
+    "cells": (HEAD + "Ava, or A, is,Ava,b", ":2: more cells than the header has", "quote"),
+    "fewer": (HEAD + "Ava is,Ava", ":2: 'target_new' is missing", "add"),
+    "empty cell": (HEAD + "Ava is,,b", ":2: 'subject' is empty", "fill"),
+    "open quote": (HEAD + 'Ava is,Ava,x\n"Oz is,Oz,b\nx,y,z\n', ":3: not CSV: unexpected end of data", "close every"),
+    "two lines": (HEAD + '\n"Ava is",Ava,"b\nc"\n', ":3: 'target_new' holds a line break", "on one line"),
+    "long": (HEAD + "Ava " + "x" * MAX_LINE + ",Ava,b", ":2: a line of 100,", "keep it under"),
+    "longer": (HEAD + "Ava " + "x" * 200_000 + ",Ava,b", ":2: not CSV: field larger", "close every quote"),
+    "contradiction": (HEAD + "Ava is,Ava,b\n\nAva is,Ava,c", ":4: contradicts f.csv:2", "keep one"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_CSV)
+def test_bad_csv(kind: str, tmp_path: Path) -> None:
+    text, what, fix = BAD_CSV[kind]
+    with pytest.raises(FactsError) as e:
+        read_facts(write(tmp_path, text, name="f.csv"))
+    assert what in str(e.value) and fix in e.value.fix
+
+
+def test_a_broken_csv_row_leaves_the_others(tmp_path: Path) -> None:
+    file = write(tmp_path, HEAD + 'Ava is,"Ava"x,b\nOz is,Oz,c\n', name="f.csv")
+    report = read_facts(file, "skip")
+    assert [f.subject for f in report.facts] == ["Oz"] and report.problems[0].where == f"{file}:2"
 
 
 BAD_FILES = [
     (b"", "is empty"),
     (b"  \n\n", "is empty"),
     (b"\xef\xbb\xbf", "is empty"),
-    (b"\x89PNG\r\n\x1a\n\0\0", "is not UTF-8 text .byte 0"),
-    (b"{}\0\0", "binary"),
+    (b"\x89PNG\r\n\x1a\n\0\0", "binary file, not UTF-8 text .byte 8"),
+    (b"{}\n{}\0\0", "f.jsonl:2: is a binary"),
+    (b'{"a": 1}\n' * 10_000 + b"\0", "f.jsonl:10001: is a binary"),
     ('{"prompt": "é"}'.encode("utf-16"), "UTF-16"),
-    ('{"prompt": "ok"}\n{"prompt": "é"}'.encode("latin-1"), r"f.jsonl:2.*not UTF-8"),
-    (b"just some words", "not a|not JSON"),
+    ('{"prompt": "é"}'.encode("utf-16-le"), "UTF-16"),
+    ('{"prompt": "é"}'.encode("utf-16-be"), "UTF-16"),
+    ('{"prompt": "ok"}\n{"prompt": "é"}'.encode("latin-1"), r"f.jsonl:2: is not UTF-8 text .byte 29"),
+    (b"\xef\xbb\xbf{}\n" + b"\xe9", r"f.jsonl:2: is not UTF-8 text .byte 6"),
+    (b"just some words", "f.jsonl:1: not JSON"),
     (b"[]", "holds no fact"),
-    (b"[1, 2", "not JSON"),
+    (b'{"facts": []}', "holds no fact"),
+    (b"[1,\n 2", "f.jsonl:2: not JSON: Expecting ',' delimiter .column 3"),
+    (b"[" * 100_000, "nested too deep"),
+    (b"[" + b"1" * 5000 + b"]", "not JSON: a number is too long"),
 ]
 
 
@@ -144,19 +316,58 @@ def test_bad_files(data: bytes, what: str, tmp_path: Path) -> None:
     assert str(file) in str(e.value) and e.value.fix and e.value.exit_code == 3
 
 
-def test_missing_file_folder_and_policy(tmp_path: Path) -> None:
-    with pytest.raises(FactsError, match="no such file"):
-        read_facts(tmp_path / "none")
-    with pytest.raises(FactsError, match="cannot be read"):
-        read_facts(tmp_path)
+def test_missing_file_folder_and_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write(tmp_path, GOOD)
+    for path, what in ((tmp_path / "none", "no such file"), (tmp_path, "is a folder"), (file / "x", "Not a directory")):
+        with pytest.raises(FactsError, match=what):
+            read_facts(path)
+    with pytest.raises(FactsError, match="cannot be read: embedded null"):
+        read_facts("a\0b")
+    with pytest.raises(FactsError, match="not a facts file"):
+        read_facts(write(tmp_path, "just some words", name="f.txt"))
     with pytest.raises(UsageError, match="--on-error maybe"):
-        read_facts(write(tmp_path, GOOD), "maybe")
+        read_facts(file, "maybe")
+    with pytest.raises(UsageError, match="--limit 0"):
+        read_facts(file, limit=0)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(FactsError, match="cannot be read: Permission denied"):
+        read_facts(file)
+
+
+def test_no_usable_fact(tmp_path: Path) -> None:
+    file = write(tmp_path, {}, {})
+    with pytest.raises(FactsError, match="none of the 2 entries is usable") as e:
+        read_facts(file, "skip")
+    assert e.value.fix == f"run: mosectl check {file}"
+    report = read_facts(file, "report")
+    assert (report.facts, report.skipped, len(report.problems)) == ((), 2, 2)
+
+
+def test_report_collects_everything_in_order(tmp_path: Path) -> None:
+    rows = [GOOD, other(rephrase_prompt="The capital of Oz is"), {}, GOOD]
+    report = read_facts(write(tmp_path, *rows), "report")
+    found = [(p.where.rsplit(":", 1)[1], p.severity) for p in report.problems]
+    assert found == [("2", "warning"), ("3", "error"), ("4", "error")]
+    assert len(report.facts) == 2 and report.skipped == 2
+
+
+def test_many_facts_are_read_in_no_time(tmp_path: Path) -> None:
+    file = write(tmp_path, *[other(prompt=f"Number {i} of Oz is") for i in range(20_000)])
+    started = time.perf_counter()
+    assert len(read_facts(file).facts) == 20_000
+    assert time.perf_counter() - started < 10, "duplicates are found in linear time"
 
 
 def test_many_problems_are_listed(tmp_path: Path) -> None:
     file = write(tmp_path, GOOD, *[{"prompt": f"{i}"} for i in range(8)])
-    with pytest.raises(FactsError, match=r"(?s)8 of 9 entries.*:2: .*:6: .*and 3 more"):
+    with pytest.raises(FactsError, match=r"(?s)8 of 9 entries.*:2: .*:6: .*and 3 more") as e:
         read_facts(file)
+    assert f"mosectl check {file}" in e.value.fix and "--on-error skip" in e.value.fix
+    assert f"{file}:7" not in str(e.value)
     assert len(read_facts(file, "report").problems) == 8
 
 
@@ -165,10 +376,20 @@ def test_join_and_dict() -> None:
     assert fact_from_dict({**GOOD, "prompt": "{} is "}, "here").prompt == "Ava is"
     with pytest.raises(FactsError, match="here: 'prompt' is missing"):
         fact_from_dict({}, "here")
+    with pytest.raises(FactsError, match="here: is a list, not an object"):
+        fact_from_dict([], "here")  # type: ignore[arg-type]
+    assert (join("a\n", "b"), join("a", "\nb"), join("a:", "b"), join("東京", "b")) == (
+        "a\nb",
+        "a\nb",
+        "a: b",
+        "東京 b",
+    )
 
 
 def test_real_files(shared: Path) -> None:
     assert len(read_facts(shared / "data" / "counterfact-factlm.jsonl").facts) == 1500
+    large = read_facts(shared / "data" / "counterfact-2k.jsonl", "skip")  # it contradicts itself here and there
+    assert len(large.facts) + large.skipped == 2000 and 0 < large.skipped < 50
     found = read_facts(shared / "data" / "zsre-1k.json", "skip")
     assert len(found.facts) > 950 and all(f.locality for f in found.facts)
     with pytest.raises(FactsError, match=r"known_1000.json\[0\]: 'target_new' is missing"):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import random
+import unicodedata
 from pathlib import Path
 
 import pytest
 from conftest import make_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from mosectl.errors import FactsError, ModelError, UsageError
-from mosectl.facts import fact_from_dict, read_facts
+from mosectl.facts import Fact, fact_from_dict, join, read_facts
 from mosectl.tokens import check_tokenizer, describe, encode, render_chat
 
 TEXT = [
@@ -124,17 +126,166 @@ def test_refusals() -> None:
     with pytest.raises(FactsError, match="not in the prompt"):
         encode(make_tokenizer(), "Ava is", "Oz", "x", prefix="Oz. ")
 
-    class Slow:
-        is_fast = False
+    with pytest.raises(FactsError, match="not in the prompt"):
+        encode(make_tokenizer(), "Ava is", "", "x")
+    with pytest.raises(FactsError, match="target is empty"):
+        encode(make_tokenizer(), "Ava is", "Ava", " ")
 
-    with pytest.raises(ModelError, match="no character offsets"):
-        encode(Slow(), "Ava is", "Ava", "x")
+
+def words(normalizer: object = None) -> PreTrainedTokenizerFast:
+    """A small vocabulary of whole words: everything else is <unk>."""
+    vocab = {w: i for i, w in enumerate(["<unk>", "<s>", "</s>", "the", "cafe", "is", "red"])}
+    core = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    core.normalizer, core.pre_tokenizer = normalizer, pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="</s>")
+
+
+DECOMPOSED = unicodedata.normalize("NFD", "Zoé")  # e and its accent are two characters
+FORMS = {
+    "nothing": None,
+    "NFC": normalizers.NFC(),
+    "NFD": normalizers.NFD(),
+    "NFKC, lower case": normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()]),
+    "no accents": normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()]),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("subject", ["Zoé", DECOMPOSED, "İZ", "ﬁx", "Å"])
+def test_normalising_tokenizers(form: str, subject: str) -> None:
+    tokenizer = make_tokenizer()
+    if FORMS[form] is not None:
+        tokenizer.backend_tokenizer.normalizer = FORMS[form]
+    e = encode(tokenizer, f"{subject} and {subject} sat", subject, "Tomas")
+    assert e == encode(tokenizer, f"{subject} sat", subject, "Tomas", prefix=f"{subject} and ")
+    alone = encode(tokenizer, f"x {subject}", subject, None)
+    n = alone.subject_last - alone.subject_first
+    assert e.subject_last - e.subject_first == n, "the whole subject and no more"
+    assert e.input_ids[e.subject_last] == alone.input_ids[-1] and e.target_start > e.subject_last
+
+
+def test_a_dropped_accent_and_a_dropped_subject() -> None:
+    tokenizer = words(normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()]))
+    e = encode(tokenizer, unicodedata.normalize("NFD", "the café"), unicodedata.normalize("NFD", "café"), "red")
+    assert (e.input_ids, e.subject_first, e.subject_last) == ((3, 4, 6), 1, 1)
+    with pytest.raises(FactsError, match="drops the whole subject"):
+        encode(tokenizer, "the \u0301 is", "\u0301", "red")
+
+
+def test_unknown_words_are_told() -> None:
+    fact = Fact("the xyz is", "xyz", "qqq")
+    assert describe(words(), fact).note == "subject has unknown tokens; target has unknown tokens"
+    assert any("no tokens for some of" in n for n in check_tokenizer(words()))
+
+
+def test_end_of_text_in_the_text_stays() -> None:
+    tokenizer = with_eos()
+    assert encode(tokenizer, "Tomas </s>", "Tomas", None).input_ids[-1] == 2
+    assert encode(tokenizer, "Tomas </s>", "Tomas", None).input_ids[-2] != 2
+
+
+def test_end_of_text_unknown_to_the_configuration() -> None:
+    tokenizer = with_eos()
+    tokenizer.eos_token = None
+    assert 2 not in encode(tokenizer, "Tomas is", "Tomas", "Av").input_ids
+
+
+def test_split_target_keeps_the_prompts_tokens() -> None:
+    tokenizer = spanning()
+    found = [encode(tokenizer, p, s, t) for p, s, t in CASES]
+    split = [(e, c) for e, c in zip(found, CASES, strict=True) if e.split]
+    assert split
+    for e, (prompt, _, target) in split:
+        asked = list(tokenizer(prompt)["input_ids"])
+        assert list(e.input_ids[: e.target_start]) == asked
+        assert tokenizer.decode(e.input_ids[e.target_start :]).strip() == target
+
+
+def test_split_target_that_cannot_be_written() -> None:
+    core = Tokenizer(models.WordLevel({"<unk>": 0, "a b": 1, "a": 2}, unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
+    with pytest.raises(FactsError, match="cannot write 'b' after this prompt"):
+        encode(tokenizer, "a", "a", "b")
+
+
+SYLLABLES = ["Ava", "né", " of ", "東", "🦊", "-", "o", "Tomas", "'s ", "ﬁ", "Z", "1", "  ", "\u200d", "."]
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "adds EOS", "ByT5"])
+def test_random_texts(kind: str) -> None:
+    tokenizer = ByT5Tokenizer() if kind == "ByT5" else KINDS[kind]()
+    chance = random.Random(0)
+
+    def text(n: int) -> str:
+        return "".join(chance.choices(SYLLABLES, k=n)).strip() or "A"
+
+    for _ in range(200):
+        subject, target = text(chance.randint(1, 4)), text(chance.randint(1, 3))
+        before, after = text(3) + " ", text(chance.randint(0, 2))
+        prompt, prefix = before + subject + " " + after, chance.choice(["", text(4) + " "])
+        at = len(prefix) + prompt.rindex(subject)
+        e = encode(tokenizer, prompt, subject, target, prefix=prefix)
+        ids = list(e.input_ids)
+        whole = prefix + join(prompt, target)
+        assert tokenizer.decode(ids, skip_special_tokens=True) == whole
+        assert e.input_ids[: e.target_start] == encode(tokenizer, prompt, None, None, prefix=prefix).input_ids
+        ends = [len(tokenizer.decode(ids[:i], skip_special_tokens=True).encode()) for i in range(len(ids) + 1)]
+        start, end = len(whole[:at].encode()), len(whole[: at + len(subject)].encode())
+        assert ends[e.subject_last + 1] >= end and ends[e.subject_first] <= start, (prompt, subject)
+        assert tokenizer.decode(ids[: e.subject_last], skip_special_tokens=True) != whole[: at + len(subject)]
+
+
+@pytest.mark.parametrize(("prompt", "subject"), [("Zoë 東京 is", "東京"), ("東京", "東京"), ("I like 🦊", "🦊")])
+def test_slow_tokenizer(prompt: str, subject: str) -> None:
+    tokenizer = ByT5Tokenizer()
+    assert not tokenizer.is_fast
+    e = encode(tokenizer, prompt, subject, "é x", prefix="東京🦊. ")
+    assert tokenizer.decode(e.input_ids[e.subject_first : e.subject_last + 1]) == subject
+    assert tokenizer.decode(e.input_ids) == f"東京🦊. {prompt} é x" and e.input_ids[-1] != tokenizer.eos_token_id
+    assert e.subject_last - e.subject_first + 1 == len(subject.encode())
+    tokenizer.chat_template = "{{ messages[0].content }}</s>A: "
+    e = encode(tokenizer, prompt, subject, "x", chat=True)
+    assert tokenizer.decode(e.input_ids[e.subject_first : e.subject_last + 1]) == subject
+
+
+def test_slow_tokenizer_that_loses_text() -> None:
+    class Lossy(ByT5Tokenizer):
+        def decode(self, ids: list[int], **options: object) -> str:
+            return str(super().decode(ids, **options)).lower()
+
+    with pytest.raises(ModelError, match="cannot be traced back") as e:
+        encode(Lossy(), "Tomas is", "Tomas", "x")
+    assert "fast version" in e.value.fix
+    assert check_tokenizer(Lossy()) and "no fact can be placed" in check_tokenizer(Lossy())[0]
+
+
+def test_chat_templates_that_trim_or_fail() -> None:
+    trims = make_tokenizer(chat_template="<s>[{{ messages[0].content | trim }}]")
+    e = encode(trims, "Ava is ", "Ava", "x", chat=True, prefix="  Ava! ")
+    assert trims.decode(e.input_ids) == "<s>[Ava! Ava is]x"
+    assert trims.decode(e.input_ids[: e.subject_last + 1]) == "<s>[Ava! Ava"
+    with pytest.raises(FactsError, match="not in the prompt"):
+        encode(trims, "he is  ", "Ava", "x", chat=True, prefix="Ava ")
+    with pytest.raises(FactsError, match="changes the prompt"):
+        encode(make_tokenizer(chat_template="{{ messages[0].content | upper }}"), "Ava is", "Ava", "x", chat=True)
+    fails = make_tokenizer(chat_template="{{ raise_exception('give a system message') }}")
+    with pytest.raises(UsageError, match="give a system message"):
+        render_chat(fails, "Ava is")
 
 
 def test_describe_and_check() -> None:
     fact = fact_from_dict({"prompt": "The capital of Avaland is", "subject": "Avaland", "target_new": "Brinmouth"}, "x")
     view = describe(make_tokenizer(), fact)
     assert "".join(view.subject).replace("Ġ", "") == "Avaland" and "".join(view.target) == "ĠBrinmouth"
+    assert view.n_tokens == view.tokens > view.subject_span[1] > view.subject_span[0] and not view.note
+    split = [describe(spanning(), Fact(*c)) for c in CASES]
+    assert any("encoded apart" in v.note for v in split if v.split)
+    assert any("more than the subject" in v.note for v in split)
+    assert check_tokenizer(make_tokenizer()) == []
+    assert any("no begin-of-text" in n for n in check_tokenizer(ByT5Tokenizer()))
+    lower = make_tokenizer()
+    lower.backend_tokenizer.normalizer = normalizers.Lowercase()
+    assert any("does not give back" in n for n in check_tokenizer(lower))
     assert any("end-of-text" in n for n in check_tokenizer(with_eos()))
 
 
