@@ -8,7 +8,7 @@ trap 'rm -rf "$work"' EXIT
 say() { printf '\n\033[1m$ %s\033[0m\n' "$*"; "$@"; }
 
 say mosectl check facts.jsonl
-say mosectl edit facts.jsonl --model demo-model --corpus corpus.txt --rounds 12 -o "$work/patch.safetensors"
+say mosectl edit facts.jsonl --model demo-model --corpus corpus.txt --rounds 12 --set margin=4 -o "$work/patch.safetensors"
 say mosectl inspect "$work/patch.safetensors" --model demo-model
 say mosectl apply "$work/patch.safetensors" --model demo-model -o "$work/edited"
 first="$(head -n 1 facts.jsonl | python3 -c 'import json, sys; print(json.loads(sys.stdin.readline())["prompt"])')"

@@ -36,12 +36,9 @@ from mosectl.solvers import LayerProblem, method
 from mosectl.stats import Corpus, read_corpus, second_moments
 from mosectl.targets import (
     Contexts,
-    Mentions,
     TargetOptions,
     Targets,
     build_contexts,
-    build_mentions,
-    on_sphere,
     optimise_targets,
 )
 
@@ -58,8 +55,6 @@ class EditOptions:
     rounds: int = 8  # times targets and solve alternate in a batch, at most
     relax: float = 0.8  # each round weighs what must keep still by this factor less, for the facts that still resist
     prefixes: int = 2  # pieces of text put before the prompt, besides none
-    mentions: int = 6  # pieces of text put before the bare subject, besides none
-    mention_weight: float = 0.0  # of a fact's mentions against its prompt
     protect: float = 50.0  # weight of each earlier fact against a new one
     seed: int = 0
     chat: bool = False
@@ -76,7 +71,7 @@ def options_from(settings: Sequence[str], **given: Any) -> EditOptions:
     """
     solver = method(given.get("method") or "mose")
     known = {f.name: f.type for f in fields(TargetOptions)}
-    own = {"prefixes": "int", "mentions": "int", "mention_weight": "float", "protect": "float", "relax": "float"}
+    own = {"prefixes": "int", "protect": "float", "relax": "float"}
     found: dict[str, dict[str, Any]] = {"solver": {}, "targets": {}, "edit": {}}
     for setting in settings:
         name, _, text = setting.partition("=")
@@ -163,7 +158,7 @@ def edit(
         before = interview(loaded.model, loaded.tokenizer, checked, chat=options.chat, on_step=step)
     run = _Run(loaded, arch, projections, moments.S, options)
     with run.restored():
-        losses = run.edit(checked, *_texts(corpus, options), clock)
+        losses = run.edit(checked, _prefixes(corpus, options), clock)
         with clock("ask after") as step:
             after = interview(loaded.model, loaded.tokenizer, checked, chat=options.chat, on_step=step)
     results = _results(checked, before, after, losses)
@@ -217,20 +212,13 @@ def _choose(
     return [p for p in arch.projections if p.layer in chosen], scores
 
 
-def _texts(corpus: Corpus, options: EditOptions) -> tuple[list[str], list[str]]:
-    """What to put before prompts and before bare subjects: nothing, and openings of some texts, ended or broken off.
-
-    An edit must hold wherever the subject stands.
-    """
+def _prefixes(corpus: Corpus, options: EditOptions) -> list[str]:
+    """What to put before prompts: nothing, and openings of some texts; an edit must hold wherever the subject stands."""
     chance = random.Random(options.seed)
     texts = [t for t in corpus.texts if len(t.split()) >= 3] or list(corpus.texts)
-
-    def openings(n: int) -> list[str]:
-        picked = chance.sample(texts, min(n, len(texts)))
-        return [" ".join(t.split()[: chance.randint(3, 7)]).rstrip(" .,;:") for t in picked]
-
-    leads = [f"{text}{' ' if i % 2 else '. '}" for i, text in enumerate(openings(options.mentions))]
-    return ["", *(f"{text}. " for text in openings(options.prefixes))], ["", *leads]
+    picked = chance.sample(texts, min(options.prefixes, len(texts)))
+    openings = [" ".join(t.split()[: chance.randint(3, 7)]).rstrip(" .,;:") for t in picked]
+    return ["", *(f"{text}. " for text in openings)]
 
 
 @dataclass(frozen=True)
@@ -274,19 +262,18 @@ class _Run:
                 with torch.no_grad():
                     weight_of(self.loaded.model, p).copy_(self.W0[p.name])
 
-    def edit(self, facts: Sequence[Fact], prefixes: Sequence[str], leads: Sequence[str], clock: _Clock) -> list[float]:
+    def edit(self, facts: Sequence[Fact], prefixes: Sequence[str], clock: _Clock) -> list[float]:
         """Edit all facts batch by batch; returns the loss of each right after its batch, nats a token."""
         size = self.options.batch_size or len(facts)
         losses: list[float] = []
         for start in range(0, len(facts), size):
             batch = facts[start : start + size]
             contexts = build_contexts(self.loaded.model, self.loaded.tokenizer, batch, prefixes, chat=self.options.chat)
-            mentions = build_mentions(self.loaded.model, self.loaded.tokenizer, batch, leads)
-            losses += self._batch(contexts, mentions, clock, start, len(facts)).loss_before.tolist()
+            losses += self._batch(contexts, clock, start, len(facts)).loss_before.tolist()
             self._protect(contexts)
         return losses
 
-    def _batch(self, contexts: Contexts, mentions: Mentions, clock: _Clock, first: int, total: int) -> Targets:
+    def _batch(self, contexts: Contexts, clock: _Clock, first: int, total: int) -> Targets:
         """Alternate targets and solve until every fact holds by itself; of at most ``rounds`` keep the best."""
         best: _Standing | None = None
         n, rounds = int(contexts.fact.max()) + 1, self.options.rounds
@@ -302,7 +289,7 @@ class _Run:
             if r == rounds or bool((targets.steps == 0).all()):
                 break
             with clock("solve"):
-                self._solve(contexts, mentions, targets, self.options.relax**r)
+                self._solve(contexts, targets, self.options.relax**r)
         assert best is not None
         self.R, self.S, self.P = best.R, best.S, best.P
         for p in self.projections:
@@ -315,22 +302,17 @@ class _Run:
         loss = float(targets.loss_before.clamp(max=20).nan_to_num(20).mean())
         return _Standing((held, -loss), targets, dict(self.R), dict(self.S), dict(self.P))
 
-    def _solve(self, contexts: Contexts, mentions: Mentions, targets: Targets, keep: float) -> None:
+    def _solve(self, contexts: Contexts, targets: Targets, keep: float) -> None:
         """Turn every edited layer, lowest first, towards its targets; ``keep`` scales what must keep still."""
         rows = contexts.edit_rows
         batch, subject, fact = contexts.batch.rows(rows), contexts.subject[rows], contexts.fact[rows]
         usable = torch.isfinite(targets.loss).to(fact.device)
-        weight = torch.cat([_shares(fact), self.options.mention_weight * _shares(mentions.fact)])
-        used = torch.cat([usable[fact], usable[mentions.fact]])
+        weight, used = _shares(fact), usable[fact]
         missing: Tensor | None = None
         for i, p in enumerate(self.projections):
             device = self.S[p.name].device
-            model = self.loaded.model
-            (H,) = outputs_at(model, [p], batch, subject)  # (rows, d)
-            (Hm,) = outputs_at(model, [p], mentions.batch, mentions.subject)
-            Vm = on_sphere(Hm, targets.delta[:, i][mentions.fact].to(Hm.device))
-            H = torch.cat([H, Hm]).to(device, torch.float64)
-            V = torch.cat([targets.V[i].to(Vm.device), Vm]).to(device, torch.float64)
+            (H,) = outputs_at(self.loaded.model, [p], batch, subject)  # (rows, d)
+            H, V = H.to(device, torch.float64), targets.V[i].to(device, torch.float64)
             if missing is not None:  # what lower layers could not reach is asked of this one
                 V = V + missing.to(device)
             V = H.norm(dim=-1, keepdim=True) * torch.nn.functional.normalize(V, dim=-1)

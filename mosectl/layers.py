@@ -52,7 +52,7 @@ def score_layers(model: nn.Module, arch: Architecture, batch: Batch, subject: Te
 
     def layer_hook(layer: int) -> Callable[..., None]:
         def hook(_: nn.Module, __: Any, out: Any) -> None:
-            hidden[layer] = at(out[0] if isinstance(out, tuple) else out).norm(dim=-1)
+            hidden[layer] = at(out[0] if isinstance(out, tuple | list) else out).norm(dim=-1)
 
         return hook
 

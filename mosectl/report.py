@@ -222,9 +222,9 @@ def check(report: FactsReport, views: Sequence[TokenView] | None) -> None:
                 (
                     f.source.rsplit("/", 1)[-1],
                     " ".join(v.subject),
-                    f"{v.subject_span[0]}-{v.subject_span[1]} of {v.tokens}",
+                    f"{v.subject_span[0]}-{v.subject_span[1]} of {v.n_tokens}",
                     " ".join(v.target),
-                    "target encoded apart from its prompt" if v.split else "",
+                    v.note,
                 )
                 for f, v in zip(report.facts, views, strict=True)
             ],
@@ -319,7 +319,9 @@ def applied(r: ApplyReport, verb: str) -> None:
         _stability("Stability on the stored dtype", drifts)
     if r.restored:
         _line("all tensors have their original sha256 again")
-    _line(f"{r.folder}: {len(r.stack)} patches applied, {size(r.bytes_written)} written")
+    _line(
+        f"{r.folder}: {len(r.stack)} patch{'' if len(r.stack) == 1 else 'es'} applied, {size(r.bytes_written)} written"
+    )
 
 
 def asked(answers: Sequence[Asked]) -> None:

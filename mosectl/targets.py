@@ -58,7 +58,6 @@ class Targets:
     """Result of the optimisation for n facts on L layers; rows are the edit rows of the contexts, in order."""
 
     V: list[Tensor]  # per layer (rows, d) float32: what the layer should write
-    delta: Tensor  # (n, L, d) float32: the δ of each fact and layer, in units of ‖W k‖
     loss: Tensor  # (n,) negative log likelihood of the target, nats per token, mean over prefixes
     margin: Tensor  # (n,) smallest lead of a target token over its best rival, nats
     converged: Tensor  # (n,) bool
@@ -94,26 +93,6 @@ def build_contexts(
         positions=positions.to(device),
         targets=targets.to(device),
         is_edit=torch.tensor([r[4] is not None for r in rows], device=device),
-    )
-
-
-@dataclass(frozen=True)
-class Mentions:
-    """Each fact's subject alone behind several pieces of text: where else its FFN outputs must turn the same way."""
-
-    batch: Batch
-    fact: Tensor  # (B,)
-    subject: Tensor  # (B,) position of the subject's last token
-
-
-def build_mentions(model: nn.Module, tokenizer: Any, facts: Sequence[Fact], leads: Sequence[str]) -> Mentions:
-    """Tokenise lead + subject for every fact and lead."""
-    encoded = [encode(tokenizer, f.subject, f.subject, None, prefix=lead) for f in facts for lead in leads]
-    device = input_device(model)
-    return Mentions(
-        batch=Batch.of([e.input_ids for e in encoded], device),
-        fact=torch.arange(len(facts), device=device).repeat_interleave(len(leads)),
-        subject=torch.tensor([e.subject_last for e in encoded], device=device),
     )
 
 
@@ -158,7 +137,6 @@ def optimise_targets(
         return parts[0]
     return Targets(
         V=[torch.cat([p.V[i] for p in parts]) for i in range(len(projections))],
-        delta=torch.cat([p.delta for p in parts]),
         loss=torch.cat([p.loss for p in parts]),
         margin=torch.cat([p.margin for p in parts]),
         converged=torch.cat([p.converged for p in parts]),
@@ -252,8 +230,7 @@ class _Optimiser:
             self._step(nll + o.kl_weight * kl, active)
         assert V is not None
         edit = c.edit_rows
-        delta = torch.stack(self.deltas).detach()
-        return Targets([v[edit] for v in V], delta, loss.cpu(), margin.cpu(), converged.cpu(), steps.cpu(), *first)
+        return Targets([v[edit] for v in V], loss.cpu(), margin.cpu(), converged.cpu(), steps.cpu(), *first)
 
     def _step(self, objective: Tensor, active: Tensor) -> None:
         chosen = active.nonzero().flatten().tolist()

@@ -36,11 +36,6 @@ class TokenView:
     split: bool
     note: str  # what is unusual; empty otherwise
 
-    @property
-    def tokens(self) -> int:
-        """The same as ``n_tokens``."""
-        return self.n_tokens
-
 
 @dataclass(frozen=True)
 class _Context:

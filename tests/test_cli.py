@@ -33,8 +33,6 @@ EASY = [
     "prefixes=0",
     "--set",
     "reach=4",
-    "--set",
-    "mention_weight=0",
 ]
 EASY += [x for s in ("step_size=1", "margin=1", "decay=0", "kl_weight=0") for x in ("--set", s)]
 

@@ -32,7 +32,6 @@ CORPUS = "The capital of Brinmouth is in Lower Quill.\nTomas was born.\nA cello 
 FEW = EditOptions(
     layers="0,1,2",
     prefixes=0,
-    mention_weight=0.0,
     solver={"preserve": 0.01},
     targets=TargetOptions(step_size=1.0, margin=1.0, reach=4.0, decay=0.0, kl_weight=0.0),
 )
@@ -208,7 +207,7 @@ def test_chat_edit(corpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_demo_model_quality() -> None:
     """The promise of the README, on the demo model and all its facts."""
     loaded = load(DEMO)
-    options = EditOptions(corpus=str(ROOT / "examples" / "corpus.txt"), rounds=12)
+    options = EditOptions(corpus=str(ROOT / "examples" / "corpus.txt"), rounds=12, targets=TargetOptions(margin=4.0))
     result = mosectl.edit(ROOT / "examples" / "facts.jsonl", loaded, options=options)
     assert len(result.facts) >= 20 and all(r.status == "changed" for r in result.facts)
     assert result.scores.generalization >= 0.80 and result.scores.locality >= 0.95
