@@ -5,7 +5,9 @@ cd "$(dirname "$0")"
 export HF_HUB_OFFLINE=1
 work="$(mktemp -d)"
 trap 'rm -rf "$work"' EXIT
-say() { printf '\n\033[1m$ %s\033[0m\n' "$*"; "$@"; }
+bold="" plain=""
+if [ -t 1 ]; then bold=$'\033[1m' plain=$'\033[0m'; fi
+say() { printf '\n%s$' "$bold"; printf ' %q' "$@" | sed 's/\\ / /g'; printf '%s\n' "$plain"; "$@"; }
 
 say mosectl check facts.jsonl
 say mosectl edit facts.jsonl --model demo-model --corpus corpus.txt --rounds 12 --set margin=4 -o "$work/patch.safetensors"

@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from mosectl.errors import ModelError
+from mosectl.errors import ModelError, UsageError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -88,10 +88,13 @@ def locate(model: str | Path, revision: str | None = None, *, weights: bool = Tr
     Args:
         weights: False fetches only config and tokenizer.
     Raises:
-        ModelError, HubError: as :func:`open_checkpoint`.
+        ModelError, HubError: as :func:`open_checkpoint`. UsageError: a revision of a folder.
     """
     path = Path(model)
     if path.is_dir():
+        if revision is not None:
+            what = f"--revision {revision}: is for hub models, {model} is a folder"
+            raise UsageError(what, fix="leave it out, or give the hub id")
         return path, path.resolve().name or "model", None
     from mosectl.hub import fetch_model, looks_like_repo
 

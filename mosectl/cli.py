@@ -1,11 +1,12 @@
 """The command line: parse, one library call, render. Nothing heavy is imported until a command runs.
 
 Exit codes: 0 done · 1 bug · 2 usage · 3 facts file · 4 model · 5 patch · 6 wrong base · 7 output · 8 nothing changed ·
-9 Hub · 130 Ctrl-C.
+9 Hub · 130 Ctrl-C · 141 closed pipe.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -15,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from mosectl import __version__
-from mosectl.errors import FactsError, MosectlError, OutputError, UsageError
+from mosectl.errors import FactsError, MosectlError, OutputError, PatchError, UsageError
 
 app = typer.Typer(
     name="mosectl",
@@ -177,7 +178,7 @@ def edit(
     if as_json:
         report.data({"patch": str(out), "id": result.patch.id, **_without_patch(result)})
     else:
-        report.edit(result, out)
+        report.edit(result, out, model)
 
 
 @app.command()
@@ -196,6 +197,11 @@ def inspect(
         report.data({**_record(found.patch), "file_bytes": found.file_bytes, "rotations": found.rotations})
     else:
         report.inspection(found)
+    if model is not None and any(r.stability is None for r in found.rotations):
+        from mosectl.errors import BaseMismatch
+
+        what = "is not the model this patch was made for"
+        raise BaseMismatch(what, where=model, fix=f"give {found.patch.model}, unedited")
 
 
 @app.command()
@@ -255,6 +261,9 @@ def revert(
     if Path(patch).exists() or not _looks_like_id(patch):
         from mosectl.patch import Patch
 
+        if not Path(patch).is_file():
+            fix = "check the path, or give the beginning of an applied patch's id (mosectl.json has them)"
+            raise PatchError("no such patch file", where=repr(patch), fix=fix)
         wanted = Patch.load(patch)
     with report.progress() as on_step:
         done = run(wanted, model, out, base=base, force=force, on_step=_named("revert", on_step))
@@ -326,8 +335,8 @@ def _named(phase: str, on_step: Any) -> Any:
 
 def _writable(out: Path, overwrite: bool) -> None:
     """Find out before the work, not after it."""
-    if out.is_dir():
-        raise OutputError("is a folder", where=str(out), fix="give a file name, e.g. -o patch.safetensors")
+    if out.exists() and not out.is_file():
+        raise OutputError("is not a regular file", where=str(out), fix="give a file name, e.g. -o patch.safetensors")
     if out.exists() and not overwrite:
         raise OutputError("the output exists", where=str(out), fix="choose another -o, or give --overwrite")
     parent = next(p for p in (out.parent, *out.absolute().parents) if p.exists())
@@ -356,22 +365,31 @@ def main() -> None:
         code = app(standalone_mode=False)  # typer turns Exit and Ctrl-C into a returned code
         if code == 130:
             raise KeyboardInterrupt
+        sys.stdout.flush()  # here, where a closed pipe or a full disk can still be told
         sys.exit(code or 0)
     except BaseException as e:
         sys.exit(_failed(e))
+
+
+def _drop_stdout() -> None:
+    """What is still in its buffer cannot be written; Python would try again on the way out."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _failed(e: BaseException) -> int:
     from mosectl import report
 
     if isinstance(e, SystemExit):
-        raise e
+        return 141 if e.code == 1 else int(e.code or 0)  # 1: how rich leaves when the reader closes the pipe
     if isinstance(e, KeyboardInterrupt | typer.Abort):
         report.interrupted()
         return 130
     if isinstance(e, BrokenPipeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()
         return 141
+    if isinstance(e, OSError) and e.filename is None and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+        _drop_stdout()
+        e = OutputError(f"cannot write: {e.strerror}", where="standard output", fix="free some space")
     if report.debugging():
         raise e
     if type(e).__name__ == "OutOfMemoryError":
@@ -380,6 +398,8 @@ def _failed(e: BaseException) -> int:
             fix="try --dtype bfloat16, a smaller --batch-size or --set max_rows=32, or --device cpu",
         )
     if hasattr(e, "format_message"):  # typer's own usage errors
+        if not e.format_message():  # no arguments at all: the help was shown
+            return 2
         e = UsageError(e.format_message(), fix="see --help")
     report.error(e)
     return e.exit_code if isinstance(e, MosectlError) else 1

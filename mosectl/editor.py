@@ -194,8 +194,17 @@ class _Clock:
 
         start = time.perf_counter()
         step(0, 1)
+        reported = False
+
+        def told(done: int, total: int) -> None:
+            nonlocal reported
+            reported = True
+            step(done, total)
+
         try:
-            yield step
+            yield told
+            if not reported:
+                step(1, 1)
         finally:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 

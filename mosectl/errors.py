@@ -12,6 +12,7 @@
 | 8    | EditFailed      | the edit changed nothing, diverged or reached no target       |
 | 9    | HubError        | the Hugging Face Hub cannot be reached or refuses             |
 | 130  | (Ctrl-C)        | interrupted; nothing half-written is left behind              |
+| 141  | (closed pipe)   | whoever read the output stopped reading                       |
 """
 
 from __future__ import annotations

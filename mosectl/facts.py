@@ -25,6 +25,11 @@ from typing import Any
 from mosectl.errors import FactsError, UsageError
 from mosectl.rows import MAX_LINE, SAMPLE, bad, read_rows, rename
 
+_OPTIONAL = (
+    *("ground_truth", "target_true", "rephrase_prompts", "rephrase_prompt", "paraphrase_prompts"),
+    *("locality", "locality_prompt", "locality_ground_truth", "neighborhood_prompts"),
+    *("portability", "portability_prompt", "portability_ground_truth"),
+)
 _BREAK = re.compile("[\n\r\v\f\x85\u2028\u2029]")
 _CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff]")  # and half characters
 
@@ -88,9 +93,9 @@ def read_facts(path: str | Path, on_error: str = "fail", limit: int | None = Non
         UsageError: unknown ``on_error``, or a limit below 1.
     """
     if on_error not in ("fail", "skip", "report"):
-        raise UsageError(f"--on-error {on_error}", fix="choose fail or skip")
+        raise UsageError(f"--on-error {on_error}: no such way", fix="choose fail or skip")
     if limit is not None and limit < 1:
-        raise UsageError(f"--limit {limit}", fix="give 1 or more")
+        raise UsageError(f"--limit {limit}: out of range", fix="give 1 or more")
     path = Path(path)
     facts: dict[str, Fact] = {}  # by prompt
     problems: list[Problem] = []
@@ -143,6 +148,7 @@ def _fact(row: Any, where: str, problems: list[Problem]) -> Fact:
     if not isinstance(row, Mapping):
         raise bad(where, f"is {_kind(row)}, not an object", SAMPLE.replace("lines", "entries"))
     entry = _flatten(row, where)
+    problems += _unknown_fields(row, where)
     prompt, subject, target = entry.text("prompt", lines=True), entry.text("subject"), entry.text("target_new")
     prompt = prompt.replace("{}", subject).rstrip()
     if subject not in prompt:
@@ -157,6 +163,16 @@ def _fact(row: Any, where: str, problems: list[Problem]) -> Fact:
         what = "a rephrasing repeats the prompt or another rephrasing"
         problems.append(Problem(where, what, "it is not used", "warning"))
     return Fact(prompt, subject, target, truths[0] if truths else None, kept, locality, portability, where)
+
+
+def _unknown_fields(row: Mapping[str, Any], where: str) -> list[Problem]:
+    """Warnings about fields that look like a misspelt optional one; others are nobody's business."""
+    out = []
+    for name in map(str, row):
+        near = difflib.get_close_matches(name, _OPTIONAL, n=1, cutoff=0.75)
+        if near and name not in (*_OPTIONAL, "target_new") and near[0] not in row:
+            out.append(Problem(where, f"field '{name}' is not used", f"did you mean '{near[0]}'?", "warning"))
+    return out
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,10 @@ def write_bytes(path: Path, data: bytes) -> None:
     """Write ``data`` to a temporary file beside ``path``, fsync, give it the umask's rights, rename.
 
     Raises:
-        OutputError: no space, no right to write, or the folder cannot be made.
+        OutputError: no space, no right to write, the folder cannot be made, or ``path`` is a folder or a device.
     """
+    if path.exists() and not path.is_file():
+        raise OutputError("is not a regular file", where=str(path), fix="give a file name, e.g. -o patch.safetensors")
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     with output_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -79,13 +79,13 @@ def choose_layers(scores: Sequence[LayerScore], width: int = 3) -> tuple[int, ..
     return tuple(range(first, first + width))
 
 
-def parse_layers(text: str, n: int) -> tuple[int, ...] | None:
-    """ "auto" → None; "19,20,21" or "19-21" → layer indices, sorted.
+def parse_layers(text: str, n: int, every: str = "auto") -> tuple[int, ...] | None:
+    """``every`` → None; "19,20,21" or "19-21" → layer indices, sorted.
 
     Raises:
         UsageError: not a list of layers, or a layer the model does not have.
     """
-    if text == "auto":
+    if text == every:
         return None
     chosen: set[int] = set()
     try:
@@ -97,6 +97,6 @@ def parse_layers(text: str, n: int) -> tuple[int, ...] | None:
     if not chosen or min(chosen) < 0 or max(chosen) >= n:
         raise UsageError(
             f"--layers {text}: not layers of this model",
-            fix=f"give auto, or numbers from 0 to {n - 1} such as 3,4,5 or 3-5",
+            fix=f"give {every}, or numbers from 0 to {n - 1} such as 3,4,5 or 3-5",
         )
     return tuple(sorted(chosen))

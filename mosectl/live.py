@@ -19,6 +19,7 @@ from mosectl.evaluate import generate
 from mosectl.fingerprint import match
 from mosectl.patch import Patch
 from mosectl.rotation import rotate
+from mosectl.stack import check_stack
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -65,7 +66,7 @@ def load(model: str | Path, *, revision: str | None = None, device: str = "auto"
 def pick_dtype(dtype: str, device: str) -> torch.dtype | str:
     """The type to load weights in: a torch dtype, or "auto" for the checkpoint's own."""
     if dtype not in (*DTYPES, "auto"):
-        raise UsageError(f"--dtype {dtype}", fix=f"choose auto, {', '.join(DTYPES)}")
+        raise UsageError(f"--dtype {dtype}: no such type", fix=f"choose auto, {', '.join(DTYPES)}")
     return DTYPES.get(dtype, torch.float32 if device == "cpu" else "auto")
 
 
@@ -81,7 +82,7 @@ def pick_device(device: str) -> str:
     known = {"cpu": True, "balanced": torch.cuda.is_available(), "cuda": torch.cuda.is_available()}
     known["mps"] = torch.backends.mps.is_available()
     if kind not in known:
-        raise UsageError(f"--device {device}", fix="choose auto, cpu, cuda, cuda:1, mps or balanced")
+        raise UsageError(f"--device {device}: no such device", fix="choose auto, cpu, cuda, cuda:1, mps or balanced")
     if not known[kind]:
         raise UsageError(f"--device {device}: there is none here", fix="choose --device cpu")
     return device
@@ -181,6 +182,8 @@ def ask(
     Raises:
         ModelError, BaseMismatch, HubError, UsageError.
     """
+    if patches and not force:
+        check_stack(open_checkpoint(model, revision), patches)
     loaded = load(model, revision=revision, device=device, dtype=dtype)
 
     def answers() -> list[str]:
@@ -188,6 +191,6 @@ def ask(
 
     before, after = answers(), None
     if patches:
-        with patched(loaded.model, *patches, force=force):
+        with patched(loaded.model, *patches, force=True):  # checked above, against the files
             after = answers()
     return [Asked(p, before[i], after[i] if after else None) for i, p in enumerate(prompts)]

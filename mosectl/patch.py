@@ -59,15 +59,15 @@ class PatchFact:
 class Patch:
     """Rotations R (d, d) float32 by module path, and how they came about. W' = R W at every listed module."""
 
-    rotations: Mapping[str, Tensor]
+    rotations: Mapping[str, Tensor] = field(repr=False)
     method: str
     side: str
     options: dict[str, Any]
     model: str
     revision: str | None
     model_type: str
-    base: Mapping[str, BaseTensor]  # by module path, same keys as rotations
-    facts: tuple[PatchFact, ...]
+    base: Mapping[str, BaseTensor] = field(repr=False)  # by module path, same keys as rotations
+    facts: tuple[PatchFact, ...] = field(repr=False)
     metrics: dict[str, Any]
     seed: int
     versions: dict[str, str]
@@ -76,12 +76,13 @@ class Patch:
     @property
     def record(self) -> str:
         """Everything but the tensors as canonical JSON: sorted keys, no spaces, no dates."""
+        return _canonical(self._content())
+
+    def _content(self) -> dict[str, Any]:
         content = {k: v for k, v in vars(self).items() if k != "rotations"}
         content["base"] = {name: asdict(t) for name, t in self.base.items()}
         content["facts"] = [asdict(f) for f in self.facts]
-        return json.dumps(
-            {"format": FORMAT, **content}, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
-        )
+        return {"format": FORMAT, **content}
 
     @property
     def id(self) -> str:
@@ -99,7 +100,7 @@ class Patch:
             OutputError: the file cannot be written.
         """
         tensors = {f"{name}.R": R.cpu() for name, R in self.rotations.items()}
-        write_tensors(Path(path), tensors, {KEY: self.record})
+        write_tensors(Path(path), tensors, {KEY: _canonical({**self._content(), "id": self.id})})
 
     @staticmethod
     def load(path: str | Path) -> Patch:
@@ -121,6 +122,10 @@ class Patch:
             raise type(e)(e.what, where=f"{path}: {e.where}" if e.where else str(path), fix=e.fix) from e
 
 
+def _canonical(content: dict[str, Any]) -> str:
+    return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
 def parse(data: bytes) -> Patch:
     """Check every byte of a patch file and return the patch.
 
@@ -140,10 +145,19 @@ def parse(data: bytes) -> Patch:
         tensors = load(data)
     except (SafetensorError, ValueError, RuntimeError) as e:
         raise PatchError(f"damaged file: {e}", fix="fetch the patch again") from e
-    patch = _from_record(record, {name.removesuffix(".R"): R for name, R in tensors.items()})
+    names = sorted(tensors, key=_by_layer)  # safetensors gives them in any order
+    patch = _from_record(record, {name.removesuffix(".R"): tensors[name] for name in names})
     for name, R in patch.rotations.items():
         _check_rotation(f"{name}.R", R)
+    if record["id"] != patch.id:
+        what = "the content is not what its id says: damaged or altered"
+        raise PatchError(what, where="record.id", fix="fetch the patch again")
     return patch
+
+
+def _by_layer(name: str) -> list[tuple[int, str]]:
+    """Sorts "layers.2" before "layers.10"."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def _header(data: bytes) -> dict[str, Any]:
@@ -217,7 +231,8 @@ def _check_rotation(name: str, R: Tensor) -> None:
 
 def _from_record(record: dict[str, Any], rotations: dict[str, Tensor]) -> Patch:
     """Build the patch, checking every field's type."""
-    fields = {k: v for k, v in record.items() if k != "format"}
+    _check_fields({"id": record.get("id")}, {"id": str}, "record")
+    fields = {k: v for k, v in record.items() if k not in ("format", "id")}
     expected = {
         "method": str, "side": str, "options": dict, "model": str, "revision": (str, type(None)), "model_type": str,
         "base": dict, "facts": list, "metrics": dict, "seed": int, "versions": dict, "parents": list,

@@ -34,6 +34,7 @@ class Estimate:
     device: str
     dtype: str
     layers: tuple[int, ...]  # "auto" is counted as the middle three
+    auto: bool
     model_bytes: int
     peak_bytes: int
     patch_bytes: int
@@ -88,6 +89,7 @@ def estimate(
         device=device,
         dtype=str(kind).removeprefix("torch."),
         layers=layers,
+        auto=options.layers == "auto",
         model_bytes=model_bytes,
         peak_bytes=model_bytes + work.extra_bytes(kind.itemsize),
         patch_bytes=sum(4 * p.d * p.d for p in arch.projections if p.layer in layers),
@@ -207,6 +209,8 @@ def _notes(arch: Architecture, folder: Path) -> list[str]:
         out.append(f"'{arch.model_type}' is not in mosectl's table; its layers were found by their structure")
     if arch.post_norm:
         out.append(f"a norm follows the FFN ({arch.post_norm}): it sees the turned output at its old length")
+    if len(arch.projections) < 4:
+        out.append(f"only {len(arch.projections)} layers: an edit has little room here and may not reach its targets")
     if arch.tied_embeddings:
         out.append("input and output embeddings are tied (they are not edited)")
     if journal := read_journal(folder):

@@ -85,6 +85,7 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) ->
     console = _out()
     names = [c.lstrip(">") for c in columns]
     if not console.is_terminal:
+        sys.stdout.write(f"# {title}\n")
         for row in (names, *rows) if any(names) else rows:
             sys.stdout.write("\t".join(" ".join(cell.split()) for cell in row) + "\n")
         sys.stdout.write("\n")
@@ -137,7 +138,7 @@ def progress(quiet: bool = False) -> Iterator[OnStep]:
             yield move
 
 
-def edit(result: EditResult, path: Path | None) -> None:
+def edit(result: EditResult, path: Path | None, model: str) -> None:
     """Before/after, scores, stability and times of an edit."""
     mark = {
         "changed": "changed",
@@ -173,7 +174,7 @@ def edit(result: EditResult, path: Path | None) -> None:
         )
     if path:
         _line(f"patch {result.patch.id[:12]} → {path} ({size(path.stat().st_size)})")
-        hint(f"next: mosectl inspect {path}   |   mosectl apply {path} --model … -o edited/")
+        hint(f"next: mosectl inspect {path}   |   mosectl apply {path} --model {model} -o edited/")
 
 
 def _stability(title: str, drifts: Sequence[Stability]) -> None:
@@ -198,9 +199,9 @@ def estimate(e: Estimate, facts: int) -> None:
         ("model", f"{e.model} ({e.model_type}, {e.parameters / 1e6:,.1f} M parameters)"),
         ("device, dtype", f"{e.device}, {e.dtype}"),
         ("facts", str(facts)),
-        ("layers", ", ".join(map(str, e.layers)) + "  (auto: chosen when the model is loaded)"),
+        ("layers", ", ".join(map(str, e.layers)) + ("  (auto: stand-ins for those chosen later)" if e.auto else "")),
         ("weights in memory", size(e.model_bytes)),
-        ("peak memory", f"about {size(e.peak_bytes)}"),
+        ("peak memory", f"about {size(e.peak_bytes)}, beyond Python and PyTorch themselves (about 0.5 GB)"),
         ("patch file", size(e.patch_bytes)),
         *((f"time: {phase}", f"about {seconds:,.0f} s") for phase, seconds in e.seconds.items()),
         ("time in all", f"about {sum(e.seconds.values()):,.0f} s"),
@@ -317,6 +318,8 @@ def applied(r: ApplyReport, verb: str) -> None:
     )
     if drifts := [t.stability for t in r.tensors if t.stability]:
         _stability("Stability on the stored dtype", drifts)
+    for warning in r.warnings:
+        _err().print(f"[yellow]warning[/] {escape(warning)}")
     if r.restored:
         _line("all tensors have their original sha256 again")
     _line(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from safetensors import safe_open
@@ -48,6 +48,7 @@ class ApplyReport:
     tensors: tuple[TensorReport, ...]
     bytes_written: int
     restored: bool  # no patch is left and every tensor has its original sha256
+    warnings: tuple[str, ...] = ()
 
 
 def apply(
@@ -70,11 +71,7 @@ def apply(
         BaseMismatch: a patch was made for another base. ModelError, OutputError, HubError.
     """
     source = _Source(open_checkpoint(model, revision), base)
-    for patch in patches:
-        if patch.id in source.ids:
-            raise PatchError(
-                f"patch {patch.id[:12]} is already applied", where=str(model), fix="see mosectl.json there"
-            )
+    _check_new(source, patches)
     stack = [*source.stack, *patches]
     notes = {} if force else _check_bases(source, patches)
     with new_folder(Path(out)) as folder:
@@ -116,7 +113,22 @@ def revert(
     target = Path(model).resolve() if out is None else Path(out)
     with new_folder(target, replace=out is None) as folder:
         keep = source.journal is not None and source.journal.kept_base
-        return _rebuild(source, stack, folder, target, keep, notes, on_step)
+        done = _rebuild(source, stack, folder, target, keep, notes, on_step)
+    orphans = (
+        f"patch {p.id[:12]} was computed on top of it and may act differently now" for p in stack if wanted in p.parents
+    )
+    return replace(done, warnings=tuple(orphans))
+
+
+def check_stack(checkpoint: Checkpoint, patches: Sequence[Patch]) -> None:
+    """Would :func:`apply` take these patches, in this order, on this checkpoint?
+
+    Raises:
+        PatchError: one is given twice or already applied. BaseMismatch: one was made for another base.
+    """
+    source = _Source(checkpoint, None)
+    _check_new(source, patches)
+    _check_bases(source, patches)
 
 
 class _Source:
@@ -192,6 +204,16 @@ class _Source:
             except (ModelError, HubError):
                 continue
         return None
+
+
+def _check_new(source: _Source, patches: Sequence[Patch]) -> None:
+    """Refuse a patch that is there already, or given twice."""
+    for i, patch in enumerate(patches):
+        if patch.id in source.ids:
+            where, what = source.checkpoint.model, f"patch {patch.id[:12]} is already applied"
+            raise PatchError(what, where=where, fix="see mosectl.json there")
+        if patch.id in [p.id for p in patches[:i]]:
+            raise PatchError(f"patch {patch.id[:12]} is given twice", fix="leave one of the two out")
 
 
 def _check_bases(source: _Source, patches: Sequence[Patch]) -> dict[str, str]:

@@ -131,7 +131,7 @@ def prepare(
         device = str(PartialState().device)
     loaded = load(model, revision=revision, device=device, dtype=dtype)
     projections = resolve(loaded.model).projections
-    chosen = parse_layers("auto" if layers == "all" else layers, len(projections))
+    chosen = parse_layers(layers, len(projections), every="all")
     wanted = [p for p in projections if chosen is None or p.layer in chosen]
     return second_moments(loaded.model, loaded.tokenizer, wanted, read_corpus(corpus), on_step=on_step)
 

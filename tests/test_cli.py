@@ -257,6 +257,9 @@ BAD: dict[str, Case] = {
     "unknown option": (lambda w, _: w.edit("--frobnicate"), 2, "frobnicate"),
     "unknown method": (lambda w, _: w.edit("--method", "magic"), 2, "choose one of"),
     "no such layer": (lambda w, _: w.edit("--layers", "9"), 2, "not layers of this model"),
+    "a device as output": (lambda w, _: w.edit("-o", "/dev/null", "--overwrite"), 7, "not a regular file"),
+    "a revision of a folder": (lambda w, _: w.edit("--revision", "main"), 2, "is for hub models"),
+    "no such patch to revert": (lambda w, _: ("revert", "zzzz", "--model", w.model), 5, "an applied patch's id"),
     "no such device": (lambda w, _: w.edit("--device", "tpu"), 2, "--device tpu"),
     "no such dtype": (lambda w, _: w.edit("--dtype", "int8"), 2, "--dtype int8"),
     "chat without a template": (lambda w, _: w.edit("--chat"), 2, "no chat template"),
@@ -284,6 +287,42 @@ def test_bad_input(
 
 def test_windows_facts_and_bom_are_fine(world: World) -> None:
     assert run(*world.with_facts(b"\xef\xbb\xbf" + LINE + b"\r\n")) == 0
+
+
+def test_inspect_of_another_model_fails_after_showing_the_patch(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = save(tmp_path / "other", vocab_size=400)
+    assert run("inspect", world.patch, "--model", other) == 6
+    shown = capsys.readouterr()
+    assert world.good.id in shown.out and "not the model" in shown.err
+
+
+def test_ask_takes_what_apply_takes(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    second = world.folder / "second.safetensors"
+    patch_for(world.model, seed=1).save(second)
+    assert run(*world.apply()) == 0
+    assert run("ask", "I met", "--model", world.folder / "out", "-p", second) == 0
+    assert run("ask", "I met", "--model", world.folder / "out", "-p", world.patch) == 5
+    assert "already applied" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("args", [("doctor", "{model}"), ("--help",)])
+def test_a_pipe_that_closes_is_no_bug(world: World, args: tuple[str, ...]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "mosectl", *(a.format(model=world.model) for a in args)]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.returncode == 141 and done.stderr == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="no /dev/full here")
+def test_a_full_disk_behind_stdout_is_told(world: World) -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "mosectl", "doctor", str(world.model)]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 7 and "standard output" in done.stderr
 
 
 def test_debug_shows_the_traceback(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -394,3 +394,9 @@ def test_real_files(shared: Path) -> None:
     assert len(found.facts) > 950 and all(f.locality for f in found.facts)
     with pytest.raises(FactsError, match=r"known_1000.json\[0\]: 'target_new' is missing"):
         read_facts(shared / "data" / "known_1000.json")
+
+
+def test_a_misspelt_optional_field_is_told(tmp_path: Path) -> None:
+    found = read_facts(write(tmp_path, {**GOOD, "loclity": ["Oz is"], "case_id": 3, "rephrase": []}))
+    told = [(p.severity, p.what, p.fix) for p in found.problems]
+    assert told == [("warning", "field 'loclity' is not used", "did you mean 'locality'?")]

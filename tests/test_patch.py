@@ -137,17 +137,17 @@ def test_reflection_is_refused(tmp_path: Path) -> None:
 
 def test_random_damage_never_crashes(data: bytes) -> None:
     g = torch.Generator().manual_seed(0)
-    accepted = 0
     for _ in range(300):
         at = int(torch.randint(len(data), (1,), generator=g))
         value = int(torch.randint(256, (1,), generator=g))
         spoilt = data[:at] + bytes([value]) + data[at + 1 :]
         try:
             patch = parse(spoilt)
-            R = patch.rotations[MODULE]
-        except (PatchError, KeyError):
+        except PatchError:
             continue
-        accepted += spoilt != data
-        same = patch.record == make().record and torch.equal(R, make().rotations[MODULE])
-        assert (patch.id == make().id) == same, "the id must follow the content"
-    assert accepted < 150
+        assert patch.id == make().id, "only what does not change the content (white space of the header) may pass"
+
+
+def test_a_flipped_bit_is_found(data: bytes) -> None:
+    with pytest.raises(PatchError, match="damaged or altered"):
+        parse(data[:-4] + bytes([data[-4] ^ 1]) + data[-3:])

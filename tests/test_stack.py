@@ -19,7 +19,7 @@ from mosectl.fingerprint import fingerprint
 from mosectl.live import load, patched
 from mosectl.patch import Patch
 from mosectl.rotation import nearest_rotation, rotate
-from mosectl.stack import apply, revert
+from mosectl.stack import apply, check_stack, revert
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -83,6 +83,24 @@ def test_stack_is_rounded_once_and_undone_in_any_order(tmp_path: Path) -> None:
     assert hashes(tmp_path / "abc") == hashes(tmp_path / "ac")
     revert(a, tmp_path / "abc")
     assert revert(c, tmp_path / "abc").restored and hashes(tmp_path / "abc") == original
+
+
+def test_a_patch_counts_once_and_its_dependents_are_told(tmp_path: Path) -> None:
+    base = save(tmp_path / "base")
+    a = patch_for(base)
+    with pytest.raises(PatchError, match="given twice"):
+        apply([a, a], base, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    apply([a], base, tmp_path / "out")
+    with pytest.raises(PatchError, match="already applied"):
+        apply([a], tmp_path / "out", tmp_path / "again")
+    b = Patch(**{**vars(patch_for(tmp_path / "out", seed=1)), "parents": (a.id,)})
+    with pytest.raises(BaseMismatch, match="computed on top of"):
+        check_stack(open_checkpoint(base), [b])
+    check_stack(open_checkpoint(base), [a, b])
+    apply([b], tmp_path / "out", tmp_path / "both")
+    (warning,) = revert(a, tmp_path / "both").warnings
+    assert b.id[:12] in warning
 
 
 def test_journal_says_what_was_done(tmp_path: Path) -> None:
