@@ -10,7 +10,7 @@ if [ -t 1 ]; then bold=$'\033[1m' plain=$'\033[0m'; fi
 say() { printf '\n%s$' "$bold"; printf ' %q' "$@" | sed 's/\\ / /g'; printf '%s\n' "$plain"; "$@"; }
 
 say mosectl check facts.jsonl
-say mosectl edit facts.jsonl --model demo-model --corpus corpus.txt --rounds 12 --set margin=4 -o "$work/patch.safetensors"
+say mosectl edit facts.jsonl --model demo-model --corpus corpus.txt -o "$work/patch.safetensors"
 say mosectl inspect "$work/patch.safetensors" --model demo-model
 say mosectl apply "$work/patch.safetensors" --model demo-model -o "$work/edited"
 first="$(head -n 1 facts.jsonl | python3 -c 'import json, sys; print(json.loads(sys.stdin.readline())["prompt"])')"

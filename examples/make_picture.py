@@ -31,8 +31,8 @@ def main() -> None:
         facts.write_text("\n".join(lines[::5]))
         where = ("--model", "examples/demo-model")
         commands = {
-            "mosectl edit facts.jsonl --model demo-model --corpus corpus.txt --rounds 12 -o patch.safetensors": (
-                *("edit", str(facts), *where, "--corpus", "examples/corpus.txt", "--rounds", "12", "-o", patch),
+            "mosectl edit facts.jsonl --model demo-model --corpus corpus.txt -o patch.safetensors": (
+                *("edit", str(facts), *where, "--corpus", "examples/corpus.txt", "-o", patch),
             ),
             "mosectl apply patch.safetensors --model demo-model -o edited": ("apply", patch, *where, "-o", edited),
             "mosectl revert patch.safetensors --model edited": ("revert", patch, "--model", edited),

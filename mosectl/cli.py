@@ -122,7 +122,9 @@ def edit(
     revision: Revision = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    method: Annotated[str, typer.Option(help="Solver: mose.")] = "mose",
+    method: Annotated[
+        str, typer.Option(help="Solver: isospectral, mose, rome, memit, rect, emmet, prune, alphaedit.")
+    ] = "isospectral",
     layers: Annotated[str, typer.Option(help="auto, or layers such as 19,20,21 or 19-21.")] = "auto",
     batch_size: Annotated[
         int, typer.Option(min=0, help="Facts edited together; 1 = one after the other, 0 = all at once.")
@@ -194,10 +196,10 @@ def inspect(
 
     found = look(patch, model=model, revision=revision)
     if as_json:
-        report.data({**_record(found.patch), "file_bytes": found.file_bytes, "rotations": found.rotations})
+        report.data({**_record(found.patch), "file_bytes": found.file_bytes, "factors": found.factors})
     else:
         report.inspection(found)
-    if model is not None and any(r.stability is None for r in found.rotations):
+    if model is not None and any(r.stability is None for r in found.factors):
         from mosectl.errors import BaseMismatch
 
         what = "is not the model this patch was made for"
@@ -325,7 +327,7 @@ def stats(
         )
     if os.environ.get("RANK", "0") == "0":
         report.data(
-            {"layers": sorted(found.S), "tokens": found.tokens, "cached": found.cached}
+            {"layers": sorted(found.C), "tokens": found.tokens, "cached": found.cached}
         ) if as_json else report.statistics(found)
 
 

@@ -1,9 +1,9 @@
 """Facts to patch: the whole edit, told in :func:`edit`.
 
 Batches of facts are edited one after the other. For each batch, rounds of: find what the edited layers should write so
-that the model says the new objects (targets.py), then turn every edited layer, lowest first, towards it (solvers/); what
-a layer could not reach is handed to the next, and the next round starts from the model as it then is. The live weight is
-always R W₀, rounded once from the base, and is put back when the edit is done.
+that the model says the new objects (targets.py), then bring every edited layer, lowest first, towards it (solvers/); what
+a layer could not reach is handed to the next, and the next round starts from the model as it then is. Weights are kept
+in float64 and rounded once into the live model, which is put back when the edit is done.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from torch import Tensor
 
 from mosectl import __version__
 from mosectl.arch import Architecture, Projection, disk_names, resolve
+from mosectl.change import Change, change_between, changed
 from mosectl.errors import EditFailed, UsageError
 from mosectl.evaluate import Interview, Scores, answer, compare, interview, says
 from mosectl.facts import Fact, fact_from_dict, read_facts
 from mosectl.fingerprint import fingerprint
-from mosectl.forward import outputs_at
+from mosectl.forward import hidden_at, keys_at
 from mosectl.journal import read_journal
 from mosectl.layers import LayerScore, choose_layers, parse_layers, score_layers
-from mosectl.live import Loaded, load, solve_device, turn, weight_of
+from mosectl.live import Loaded, load, set_weight, solve_device, weight_of
 from mosectl.metrics import Stability, stability
 from mosectl.patch import BaseTensor, Patch, PatchFact
-from mosectl.rotation import rotate
 from mosectl.solvers import LayerProblem, method
 from mosectl.stats import Corpus, read_corpus, second_moments
 from mosectl.targets import (
@@ -47,13 +47,13 @@ OnStep = Callable[[str, int, int], None]  # phase, done, total
 
 @dataclass(frozen=True)
 class EditOptions:
-    """How to edit; the defaults are the measured ones (docs/LOG.md)."""
+    """How to edit; the defaults are those measured for the default method (docs/LOG.md), see :func:`default_options`."""
 
-    method: str = "mose"
+    method: str = "isospectral"
     layers: str = "auto"  # "auto" or "3,4,5"
     batch_size: int = 0  # facts edited together; 0 = all
     rounds: int = 8  # times targets and solve alternate in a batch, at most
-    relax: float = 0.8  # each round weighs what must keep still by this factor less, for the facts that still resist
+    relax: float = 1.0  # each round weighs what must keep still by this factor less, for the facts that still resist
     prefixes: int = 2  # pieces of text put before the prompt, besides none
     protect: float = 50.0  # weight of each earlier fact against a new one
     seed: int = 0
@@ -69,7 +69,7 @@ def options_from(settings: Sequence[str], **given: Any) -> EditOptions:
     Raises:
         UsageError: an unknown name, or not a number.
     """
-    solver = method(given.get("method") or "mose")
+    solver = method(given.get("method") or EditOptions.method)
     known = {f.name: f.type for f in fields(TargetOptions)}
     own = {"prefixes": "int", "protect": "float", "relax": "float"}
     found: dict[str, dict[str, Any]] = {"solver": {}, "targets": {}, "edit": {}}
@@ -84,8 +84,20 @@ def options_from(settings: Sequence[str], **given: Any) -> EditOptions:
             names = ", ".join((*solver.defaults, *known, *own))
             raise UsageError(f"--set {setting}: no such setting, or out of range", fix=f"settings: {names}")
         found[place][name] = number
+    usual = default_options(solver.name)
     given = {k: v for k, v in given.items() if v is not None} | found["edit"]
-    return EditOptions(**given, solver=found["solver"], targets=TargetOptions(**found["targets"]))
+    return replace(usual, **given, solver=found["solver"], targets=replace(usual.targets, **found["targets"]))
+
+
+def default_options(name: str = EditOptions.method) -> EditOptions:
+    """The measured defaults of method ``name``.
+
+    Raises:
+        UsageError: no such method.
+    """
+    settings, targets = dict(method(name).settings), TargetOptions()
+    aims = {f.name: settings.pop(f.name) for f in fields(TargetOptions) if f.name in settings}
+    return EditOptions(method=name, **settings, targets=replace(targets, **aims))
 
 
 @dataclass(frozen=True)
@@ -108,7 +120,7 @@ class EditResult:
     patch: Patch
     facts: tuple[FactResult, ...]
     scores: Scores
-    stability: tuple[Stability, ...]  # R W against W, both in float32
+    stability: tuple[Stability, ...]  # the changed W against W, both in float32
     layers: tuple[LayerScore, ...]
     corpus_tokens: int
     seconds: dict[str, float]  # by phase
@@ -156,17 +168,19 @@ def edit(
         moments = second_moments(loaded.model, loaded.tokenizer, projections, corpus, on_step=step)
     with clock("ask before") as step:
         before = interview(loaded.model, loaded.tokenizer, checked, chat=options.chat, on_step=step)
-    run = _Run(loaded, arch, projections, moments.S, options)
+    run = _Run(loaded, arch, projections, moments.C, options)
     with run.restored():
         losses = run.edit(checked, _prefixes(corpus, options), clock)
+        with clock("solve"):
+            changes = run.finish()
         with clock("ask after") as step:
             after = interview(loaded.model, loaded.tokenizer, checked, chat=options.chat, on_step=step)
     results = _results(checked, before, after, losses)
     _refuse_failure(results)
     with clock("check"):
-        drifts = tuple(run.stability())
+        drifts = tuple(run.stability(changes))
         scored = compare(checked, before, after)
-        patch = _patch(loaded, arch, run, results, scored, drifts, options, corpus)
+        patch = _patch(loaded, arch, run, changes, results, scored, drifts, options, corpus)
     return EditResult(patch, results, scored, drifts, tuple(scores), moments.tokens, clock.seconds)
 
 
@@ -236,30 +250,29 @@ class _Standing:
 
     score: tuple[int, float]
     targets: Targets
-    R: dict[str, Tensor]
-    S: dict[str, Tensor]
-    P: dict[str, Tensor]
+    W: dict[str, Tensor]
 
 
 class _Run:
-    """The edited layers of one live model: base weight, rotation so far, statistics turned along with it."""
+    """The edited layers of one live model: base weight, weight so far, statistics and earlier edits, by module path."""
 
     def __init__(
         self,
         loaded: Loaded,
         arch: Architecture,
         projections: list[Projection],
-        S: Mapping[str, Tensor],
+        C: Mapping[str, Tensor],
         options: EditOptions,
     ) -> None:
         self.loaded, self.arch, self.projections, self.options = loaded, arch, projections, options
         self.solver = method(options.method)
         self.solver_options = {**self.solver.defaults, **options.solver}
-        self.W0 = {p.name: weight_of(loaded.model, p).detach().clone() for p in projections}
-        device = {p.name: solve_device(self.W0[p.name].device) for p in projections}
-        self.S = {p.name: S[p.name].to(device[p.name], torch.float64) for p in projections}
-        self.P = {p.name: torch.zeros_like(self.S[p.name]) for p in projections}
-        self.R = {p.name: torch.eye(p.d, dtype=torch.float64, device=device[p.name]) for p in projections}
+        self.W0 = {p.name: weight_of(loaded.model, p).detach().clone() for p in projections}  # as stored
+        place = torch.empty(0, dtype=torch.float64, device=solve_device(self.W0[projections[0].name].device))
+        self.W = {p.name: p.oriented(self.W0[p.name]).to(place) for p in projections}  # (d, p)
+        self.C = {p.name: C[p.name].to(place) for p in projections}  # (p, p)
+        self.P = {p.name: torch.zeros_like(self.C[p.name]) for p in projections}  # Σ k kᵀ of earlier edits
+        self.Q = {p.name: torch.zeros_like(self.W[p.name]) for p in projections}  # Σ v kᵀ of earlier edits
 
     @contextmanager
     def restored(self) -> Iterator[None]:
@@ -286,6 +299,7 @@ class _Run:
         """Alternate targets and solve until every fact holds by itself; of at most ``rounds`` keep the best."""
         best: _Standing | None = None
         n, rounds = int(contexts.fact.max()) + 1, self.options.rounds
+        placed = self.projections[-1:] if self.solver.spread else self.projections
         for r in range(rounds + 1):
             with clock("targets") as step:
 
@@ -293,68 +307,103 @@ class _Run:
                     step(first * rounds + r * n + done * n // of, total * rounds)
 
                 options = self.options.targets if r < rounds else replace(self.options.targets, steps=0)
-                targets = optimise_targets(self.loaded.model, self.arch, self.projections, contexts, options, on_step)
+                targets = optimise_targets(self.loaded.model, self.arch, placed, contexts, options, on_step)
             best = max(best or self._standing(targets), self._standing(targets), key=lambda s: s.score)
             if r == rounds or bool((targets.steps == 0).all()):
                 break
             with clock("solve"):
-                self._solve(contexts, targets, self.options.relax**r)
+                (self._solve_spread if self.solver.spread else self._solve)(contexts, targets, self.options.relax**r)
         assert best is not None
-        self.R, self.S, self.P = best.R, best.S, best.P
         for p in self.projections:
-            turn(self.loaded.model, p, self.R[p.name], self.W0[p.name])
+            self._set(p, best.W[p.name])
         return best.targets
 
     def _standing(self, targets: Targets) -> _Standing:
         """How far the batch is, as the model stands: facts that hold, then the lower loss (a lost fact counts 20 nats)."""
         held = int((targets.margin_before > 0).sum())
         loss = float(targets.loss_before.clamp(max=20).nan_to_num(20).mean())
-        return _Standing((held, -loss), targets, dict(self.R), dict(self.S), dict(self.P))
+        return _Standing((held, -loss), targets, dict(self.W))
 
     def _solve(self, contexts: Contexts, targets: Targets, keep: float) -> None:
-        """Turn every edited layer, lowest first, towards its targets; ``keep`` scales what must keep still."""
-        rows = contexts.edit_rows
-        batch, subject, fact = contexts.batch.rows(rows), contexts.subject[rows], contexts.fact[rows]
-        usable = torch.isfinite(targets.loss).to(fact.device)
-        weight, used = _shares(fact), usable[fact]
-        missing: Tensor | None = None
+        """Bring every edited layer, lowest first, to its own targets; ``keep`` scales what must keep still."""
+        rows, fact = contexts.edit_rows, contexts.fact[contexts.edit_rows]
+        used = torch.isfinite(targets.loss).to(fact.device)[fact]
+        missing: Tensor | float = 0.0
         for i, p in enumerate(self.projections):
-            device = self.S[p.name].device
-            (H,) = outputs_at(self.loaded.model, [p], batch, subject)  # (rows, d)
-            H, V = H.to(device, torch.float64), targets.V[i].to(device, torch.float64)
-            if missing is not None:  # what lower layers could not reach is asked of this one
-                V = V + missing.to(device)
-            V = H.norm(dim=-1, keepdim=True) * torch.nn.functional.normalize(V, dim=-1)
-            at = used.to(device)
-            S, P = keep * self.S[p.name], keep * self.P[p.name]
-            R = self.solver.solve(LayerProblem(S, P, H[at].T, V[at].T, weight.to(device)[at], self.solver_options))
-            if not bool(torch.isfinite(R).all()):
-                raise EditFailed("the solve gave numbers that are not finite", where=p.name, fix="try --dtype float32")
-            missing = V - H @ R.T
-            self._turn(p, R)
+            K = self._keys(p, contexts, rows[used])
+            V = (
+                targets.V[i].to(K)[used.to(K.device)].T + missing
+            )  # what lower layers could not reach is asked of this one
+            self._set(p, self._solved(p, K, V, _shares(fact[used]).to(K), keep))
+            missing = V - self.W[p.name] @ K
 
-    def _turn(self, p: Projection, R: Tensor) -> None:
-        """Put R on top of what the layer has: weight, statistics and earlier edits turn together (S' = R S Rᵀ)."""
+    def _solve_spread(self, contexts: Contexts, targets: Targets, keep: float) -> None:
+        """One residual at the topmost edited layer's hidden state, an equal share to each layer below (MEMIT §4.3).
+
+        Keys and values are means over a fact's contexts there, so each fact is one column.
+        """
+        top, rows = self.projections[-1], contexts.edit_rows
+        rows = rows[torch.isfinite(targets.loss).to(rows.device)[contexts.fact[rows]]]
+        _, fact = contexts.fact[rows].unique(return_inverse=True)
+        mean = torch.zeros(int(fact.max()) + 1, len(fact), dtype=torch.float64, device=fact.device)
+        mean[fact, torch.arange(len(fact), device=fact.device)] = _shares(fact)  # (n, rows)
+        batch, subject = contexts.batch.rows(rows), contexts.subject[rows]
+        finite = torch.isfinite(targets.loss).to(contexts.fact.device)[contexts.fact[contexts.edit_rows]]
+        H = self.W[top.name] @ self._keys(top, contexts, rows)
+        shift = targets.V[0].to(H)[finite.to(H.device)].T - H  # (d, rows)
+        hidden = hidden_at(self.loaded.model, self.arch, top.layer, batch, subject).to(H).T
+        wanted = hidden + shift
+        for i, p in enumerate(self.projections):
+            hidden = hidden_at(self.loaded.model, self.arch, top.layer, batch, subject).to(H).T
+            average = mean.to(H).T
+            K = self._keys(p, contexts, rows) @ average
+            V = self.W[p.name] @ K + (wanted - hidden) @ average / (len(self.projections) - i)
+            self._set(p, self._solved(p, K, V, torch.ones(K.shape[1]).to(K), keep))
+
+    def _keys(self, p: Projection, contexts: Contexts, rows: Tensor) -> Tensor:
+        """Keys (p, rows) of some rows of the contexts at their subjects, float64."""
+        (k,) = keys_at(self.loaded.model, [p], contexts.batch.rows(rows), contexts.subject[rows])
+        return k.to(self.C[p.name]).T
+
+    def _solved(self, p: Projection, K: Tensor, V: Tensor, weight: Tensor, keep: float) -> Tensor:
         name = p.name
-        self.R[name] = R @ self.R[name]
-        self.S[name] = R @ self.S[name] @ R.T
-        self.P[name] = R @ self.P[name] @ R.T
-        turn(self.loaded.model, p, self.R[name], self.W0[name])
+        C, P, Q = keep * self.C[name], keep * self.P[name], keep * self.Q[name]
+        base = p.oriented(self.W0[name]).to(C)
+        W = self.solver.solve(LayerProblem(self.W[name], base, C, P, Q, K, V, weight, self.solver_options))
+        if not bool(torch.isfinite(W).all()):
+            raise EditFailed("the solve gave numbers that are not finite", where=name, fix="try --dtype float32")
+        return W
+
+    def _set(self, p: Projection, W: Tensor) -> None:
+        self.W[p.name] = W
+        set_weight(self.loaded.model, p, W)
 
     def _protect(self, contexts: Contexts) -> None:
         """From now on these facts' outputs keep still."""
         rows = contexts.edit_rows
-        per_fact = len(rows) / (int(contexts.fact.max()) + 1)
-        found = outputs_at(self.loaded.model, self.projections, contexts.batch.rows(rows), contexts.subject[rows])
-        for p, h in zip(self.projections, found, strict=True):
-            h = h.to(self.P[p.name])  # (rows, d)
-            self.P[p.name] = self.P[p.name] + self.options.protect / per_fact * h.T @ h
-
-    def stability(self) -> Iterator[Stability]:
-        """Norm, condition number and spectrum of R W against W, as float32 matrices."""
+        share = self.options.protect * (int(contexts.fact.max()) + 1) / len(rows)
         for p in self.projections:
-            W = p.oriented(self.W0[p.name]).float()
-            yield stability(p.weight_name, W, rotate(self.R[p.name].float(), W))
+            K = self._keys(p, contexts, rows)
+            self.P[p.name] = self.P[p.name] + share * K @ K.T
+            self.Q[p.name] = self.Q[p.name] + share * self.W[p.name] @ K @ K.T
+
+    def finish(self) -> dict[str, Change]:
+        """What the edit comes to, as a patch holds it; the live weights are set to just that."""
+        changes = {}
+        for p in self.projections:
+            base = p.oriented(self.W0[p.name]).to(self.W[p.name])
+            W = self.W[p.name]
+            if self.solver.finish:
+                W = self.solver.finish(base, W, self.solver_options)
+            changes[p.name] = change_between(base, W, self.solver.side)
+            set_weight(self.loaded.model, p, changes[p.name].apply(base.cpu()))
+        return changes
+
+    def stability(self, changes: Mapping[str, Change]) -> Iterator[Stability]:
+        """Norm, condition number and spectrum of the changed weights against the base, as float32 matrices."""
+        for p in self.projections:
+            W = p.oriented(self.W0[p.name]).float().cpu()
+            yield stability(p.weight_name, W, changed([changes[p.name]], W))
 
 
 def _shares(fact: Tensor) -> Tensor:
@@ -395,6 +444,7 @@ def _patch(
     loaded: Loaded,
     arch: Architecture,
     run: _Run,
+    changes: Mapping[str, Change],
     results: Sequence[FactResult],
     scores: Scores,
     drifts: Sequence[Stability],
@@ -412,7 +462,7 @@ def _patch(
     for key in ("method", "seed"):  # these stand in the record itself
         del recorded[key]
     return Patch(
-        rotations={name: R.float().cpu().contiguous() for name, R in run.R.items()},
+        changes=changes,
         method=run.solver.name,
         side=run.solver.side,
         options=recorded,

@@ -56,9 +56,14 @@ def layer_modules(model: nn.Module, arch: Architecture) -> nn.ModuleList:
     return model.get_submodule(arch.layers_path)  # type: ignore[return-value]
 
 
+def by_row(x: Tensor, batch_size: int) -> Tensor:
+    """(B, T, n), also where a model flattens its tokens (OPT)."""
+    return x if x.dim() == 3 else x.view(batch_size, -1, x.shape[-1])
+
+
 def ffn_output(out: Tensor, module: nn.Module, batch_size: int) -> Tensor:
     """W k of a projection's output W k + b, as (B, T, d): the bias does not turn with W."""
-    out = out if out.dim() == 3 else out.view(batch_size, -1, out.shape[-1])  # OPT flattens its tokens
+    out = by_row(out, batch_size)
     bias = module.bias
     return out - bias if isinstance(bias, Tensor) else out
 
@@ -73,8 +78,8 @@ def hooked(handles: Sequence[Any]) -> Iterator[None]:
             handle.remove()
 
 
-def outputs_at(model: nn.Module, projections: Sequence[Projection], batch: Batch, positions: Tensor) -> list[Tensor]:
-    """What each FFN writes, W k, at one token a row: a list of (B, d) float32; the forward stops at the last one.
+def keys_at(model: nn.Module, projections: Sequence[Projection], batch: Batch, positions: Tensor) -> list[Tensor]:
+    """Each FFN's inner activation k at one token a row: a list of (B, p) float32; the forward stops at the last one.
 
     Args:
         positions: (B,) token index in each row.
@@ -84,9 +89,9 @@ def outputs_at(model: nn.Module, projections: Sequence[Projection], batch: Batch
     rows = torch.arange(len(positions))
 
     def record(projection: Projection) -> Callable[..., None]:
-        def hook(module: nn.Module, _: Any, out: Tensor) -> None:
-            y = ffn_output(out, module, len(positions))
-            found[projection.name] = y[rows.to(y.device), positions.to(y.device)].float()
+        def hook(_: nn.Module, args: tuple[Tensor, ...], __: Tensor) -> None:
+            k = by_row(args[0], len(positions))
+            found[projection.name] = k[rows.to(k.device), positions.to(k.device)].float()
             if projection is last:
                 raise _Stop
 
@@ -94,6 +99,20 @@ def outputs_at(model: nn.Module, projections: Sequence[Projection], batch: Batch
 
     run_until_stopped(model, batch, [(p.name, record(p)) for p in projections])
     return [found[p.name] for p in projections]
+
+
+def hidden_at(model: nn.Module, arch: Architecture, layer: int, batch: Batch, positions: Tensor) -> Tensor:
+    """The hidden state that decoder layer ``layer`` hands on, at one token a row: (B, d) float32."""
+    found: list[Tensor] = []
+    rows = torch.arange(len(positions))
+
+    def hook(_: nn.Module, __: Any, out: Any) -> None:
+        h = by_row(out[0] if isinstance(out, tuple | list) else out, len(positions))
+        found.append(h[rows.to(h.device), positions.to(h.device)].float())
+        raise _Stop
+
+    run_until_stopped(model, batch, [(f"{arch.layers_path}.{layer}", hook)])
+    return found[0]
 
 
 @torch.no_grad()

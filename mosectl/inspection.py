@@ -10,27 +10,29 @@ import torch
 from torch import Tensor
 
 from mosectl.arch import disk_names, resolve, skeleton
+from mosectl.change import Change, changed
 from mosectl.checkpoint import Checkpoint, open_checkpoint
 from mosectl.errors import BaseMismatch
 from mosectl.fingerprint import match
 from mosectl.metrics import Stability, stability
 from mosectl.patch import Patch
-from mosectl.rotation import angles, orthogonality_error, rotate
+from mosectl.rotation import angles, orthogonality_error
 
 RANK_TOLERANCE = 1e-3  # share of the largest singular value of R − I that still counts as a direction
 
 
 @dataclass(frozen=True)
-class RotationReport:
-    """One rotation R (d, d) of a patch."""
+class FactorReport:
+    """One rotation R (n, n) of a patch, or the product B A of an additive one."""
 
     module: str
-    d: int
-    orthogonality_error: float  # ‖RᵀR − I‖_F / √d
-    largest_angle: float  # degrees
-    median_angle: float
-    rank: int  # directions of R − I above RANK_TOLERANCE of the strongest
-    distance: float  # ‖R − I‖_F / √d
+    factor: str  # "R", "R_in" or "B A"
+    shape: tuple[int, int]
+    orthogonality_error: float | None  # ‖RᵀR − I‖_F / √n; None for an additive change
+    largest_angle: float | None  # degrees
+    median_angle: float | None
+    rank: int  # directions of R − I, or of B A, above RANK_TOLERANCE of the strongest
+    distance: float  # ‖R − I‖_F / √n, or ‖B A‖_F
     base: str  # how the model's weight compares with the patch's base; "" without a model
     stability: Stability | None  # on the model's stored dtype
 
@@ -41,7 +43,7 @@ class Inspection:
 
     patch: Patch
     file_bytes: int
-    rotations: tuple[RotationReport, ...]
+    factors: tuple[FactorReport, ...]
 
 
 def inspect(path: str | Path, *, model: str | Path | None = None, revision: str | None = None) -> Inspection:
@@ -53,31 +55,50 @@ def inspect(path: str | Path, *, model: str | Path | None = None, revision: str 
     patch = Patch.load(path)
     checkpoint = open_checkpoint(model, revision) if model is not None else None
     effects = dict(_effects(patch, checkpoint)) if checkpoint else {}
-    rotations = tuple(_rotation(name, R, *effects.get(name, ("", None))) for name, R in patch.rotations.items())
-    return Inspection(patch, Path(path).stat().st_size, rotations)
-
-
-def _rotation(module: str, R: Tensor, base: str, drift: Stability | None) -> RotationReport:
-    turned = angles(R)
-    chords = 2 * torch.sin(torch.deg2rad(turned) / 2)  # singular values of R − I
-    return RotationReport(
-        module=module,
-        d=len(R),
-        orthogonality_error=orthogonality_error(R),
-        largest_angle=float(turned[0]),
-        median_angle=float(turned.median()),
-        rank=int((chords > RANK_TOLERANCE * chords[0]).sum()) if float(chords[0]) > 0 else 0,
-        distance=float(chords.norm() / len(R) ** 0.5),
-        base=base,
-        stability=drift,
+    factors = tuple(
+        report
+        for name, change in patch.changes.items()
+        for report in _factors(name, change, *effects.get(name, ("", None)))
     )
+    return Inspection(patch, Path(path).stat().st_size, factors)
+
+
+def _factors(module: str, change: Change, base: str, drift: Stability | None) -> Iterator[FactorReport]:
+    f = change.factors
+    if "A" in f:
+        strengths = torch.linalg.svdvals(f["B"].double() @ f["A"].double())
+        shape = (len(f["B"]), f["A"].shape[1])
+        yield FactorReport(
+            module, "B A", shape, None, None, None, _rank(strengths), float(strengths.norm()), base, drift
+        )
+        return
+    for name, R in f.items():
+        turned = angles(R)
+        chords = 2 * torch.sin(torch.deg2rad(turned) / 2)  # singular values of R − I
+        yield FactorReport(
+            module=module,
+            factor=name,
+            shape=(len(R), len(R)),
+            orthogonality_error=orthogonality_error(R),
+            largest_angle=float(turned[0]),
+            median_angle=float(turned.median()),
+            rank=_rank(chords),
+            distance=float(chords.norm() / len(R) ** 0.5),
+            base=base,
+            stability=drift,
+        )
+
+
+def _rank(strengths: Tensor) -> int:
+    """How many of the singular values, largest first, count."""
+    return int((strengths > RANK_TOLERANCE * strengths[0]).sum()) if float(strengths[0]) > 0 else 0
 
 
 def _effects(patch: Patch, checkpoint: Checkpoint) -> Iterator[tuple[str, tuple[str, Stability | None]]]:
     arch = resolve(skeleton(checkpoint.config))
     names = disk_names(arch, checkpoint.tensors)
     projections = {p.name: p for p in arch.projections}
-    for module, R in patch.rotations.items():
+    for module, change in patch.changes.items():
         if module not in projections:
             raise BaseMismatch(
                 f"no module '{module}' in this {arch.model_type} model",
@@ -89,5 +110,5 @@ def _effects(patch: Patch, checkpoint: Checkpoint) -> Iterator[tuple[str, tuple[
         drift = None
         if found.same:
             W = projections[module].oriented(W)
-            drift = stability(names[module], W, rotate(R, W))
+            drift = stability(names[module], W, changed([change], W))
         yield module, (found.note, drift)

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from mosectl.arch import Projection, resolve
+from mosectl.change import Change, changed
 from mosectl.checkpoint import Checkpoint, open_checkpoint
 from mosectl.errors import BaseMismatch, ModelError, UsageError
 from mosectl.evaluate import generate
 from mosectl.fingerprint import match
 from mosectl.patch import Patch
-from mosectl.rotation import rotate
 from mosectl.stack import check_stack
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -105,11 +105,10 @@ def weight_of(model: nn.Module, projection: Projection) -> Tensor:
     return weight  # type: ignore[return-value]
 
 
-def turn(model: nn.Module, projection: Projection, R: Tensor, W0: Tensor) -> None:
-    """Set a live weight to R W0, rounded once; R (d, d), W0 the base weight as stored."""
-    weight = weight_of(model, projection)
+def set_weight(model: nn.Module, projection: Projection, W: Tensor) -> None:
+    """Set a live weight to W (d, p), rounded once to the model's type."""
     with torch.no_grad():
-        weight.copy_(projection.stored(rotate(R, projection.oriented(W0))))
+        weight_of(model, projection).copy_(projection.stored(W))
 
 
 @contextmanager
@@ -123,19 +122,20 @@ def patched(model: nn.Module, *patches: Patch, force: bool = False) -> Iterator[
     """
     projections = {p.name: p for p in resolve(model).projections}  # type: ignore[arg-type]
     before: dict[str, Tensor] = {}
-    turned: dict[str, Tensor] = {}
+    changes: dict[str, list[Change]] = {}
     try:
         for patch in patches:
-            for module, R in patch.rotations.items():
+            for module, change in patch.changes.items():
                 if module not in projections:
                     raise BaseMismatch(f"no module '{module}' in this model", fix="give the model the patch is for")
                 weight = weight_of(model, projections[module])
                 before.setdefault(module, weight.detach().clone())
                 if not force:
                     _check(patch, module, before[module] if not patch.parents else None)
-                turned[module] = R.double() @ turned[module] if module in turned else R.double()
-        for module, R in turned.items():
-            turn(model, projections[module], R, before[module])
+                changes.setdefault(module, []).append(change)
+        for module, stacked in changes.items():
+            p = projections[module]
+            set_weight(model, p, changed(stacked, p.oriented(before[module])))
         yield model
     finally:
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The patch file, `mosectl-patch` format 1: a safetensors file of rotations with one canonical JSON record.
+"""The patch file, `mosectl-patch` format 1: a safetensors file of rotations (or of low-rank additions) with one record.
 
 Specified in patches/FORMAT.md. Everything is checked on reading: a patch comes from strangers.
 """
@@ -19,13 +19,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
+from mosectl.change import SIDES, Change
 from mosectl.errors import PatchError
 from mosectl.files import write_tensors
 from mosectl.rotation import is_rotation, orthogonality_error, orthogonality_tolerance
 
 FORMAT = 1
 KEY = "mosectl"
-_NAME = re.compile(r"[A-Za-z_]\w*(?:\.\w+)*\.R", re.ASCII)
+_NAME = re.compile(r"([A-Za-z_]\w*(?:\.\w+)*)\.(R|R_in|A|B)", re.ASCII)
 _MAX_HEADER = 100_000_000  # safetensors' own limit
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -57,16 +58,16 @@ class PatchFact:
 
 @dataclass(frozen=True)
 class Patch:
-    """Rotations R (d, d) float32 by module path, and how they came about. W' = R W at every listed module."""
+    """What changes in each edited weight, by module path and in the order of the layers, and how it came about."""
 
-    rotations: Mapping[str, Tensor] = field(repr=False)
+    changes: Mapping[str, Change] = field(repr=False)
     method: str
     side: str
     options: dict[str, Any]
     model: str
     revision: str | None
     model_type: str
-    base: Mapping[str, BaseTensor] = field(repr=False)  # by module path, same keys as rotations
+    base: Mapping[str, BaseTensor] = field(repr=False)  # by module path, same keys as changes
     facts: tuple[PatchFact, ...] = field(repr=False)
     metrics: dict[str, Any]
     seed: int
@@ -79,7 +80,7 @@ class Patch:
         return _canonical(self._content())
 
     def _content(self) -> dict[str, Any]:
-        content = {k: v for k, v in vars(self).items() if k != "rotations"}
+        content = {k: v for k, v in vars(self).items() if k != "changes"}
         content["base"] = {name: asdict(t) for name, t in self.base.items()}
         content["facts"] = [asdict(f) for f in self.facts]
         return {"format": FORMAT, **content}
@@ -88,10 +89,15 @@ class Patch:
     def id(self) -> str:
         """sha256 over the record and every tensor's name, shape and little-endian bytes, in name order."""
         digest = hashlib.sha256(self.record.encode())
-        for name, R in sorted(self.rotations.items()):
-            digest.update(f"\0{name}.R{list(R.shape)}\0".encode())
-            digest.update(R.contiguous().cpu().numpy().tobytes())
+        for name, factor in sorted(self.tensors.items()):
+            digest.update(f"\0{name}{list(factor.shape)}\0".encode())
+            digest.update(factor.contiguous().cpu().numpy().tobytes())
         return digest.hexdigest()
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Every factor under its name in the file, such as "model.layers.5.mlp.down_proj.R"."""
+        return {f"{module}.{kind}": f for module, c in self.changes.items() for kind, f in c.factors.items()}
 
     def save(self, path: str | Path) -> None:
         """Write the patch atomically; the same patch gives the same bytes.
@@ -99,8 +105,7 @@ class Patch:
         Raises:
             OutputError: the file cannot be written.
         """
-        tensors = {f"{name}.R": R.cpu() for name, R in self.rotations.items()}
-        write_tensors(Path(path), tensors, {KEY: _canonical({**self._content(), "id": self.id})})
+        write_tensors(Path(path), self.tensors, {KEY: _canonical({**self._content(), "id": self.id})})
 
     @staticmethod
     def load(path: str | Path) -> Patch:
@@ -145,14 +150,22 @@ def parse(data: bytes) -> Patch:
         tensors = load(data)
     except (SafetensorError, ValueError, RuntimeError) as e:
         raise PatchError(f"damaged file: {e}", fix="fetch the patch again") from e
-    names = sorted(tensors, key=_by_layer)  # safetensors gives them in any order
-    patch = _from_record(record, {name.removesuffix(".R"): tensors[name] for name in names})
-    for name, R in patch.rotations.items():
-        _check_rotation(f"{name}.R", R)
+    for name, factor in tensors.items():
+        _check_factor(name, factor)
+    patch = _from_record(record, _changes(tensors))
     if record["id"] != patch.id:
         what = "the content is not what its id says: damaged or altered"
         raise PatchError(what, where="record.id", fix="fetch the patch again")
     return patch
+
+
+def _changes(tensors: Mapping[str, Tensor]) -> dict[str, Change]:
+    """Tensors by name to changes by module, in the order of the layers: safetensors gives them in any order."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for name in sorted(tensors, key=_by_layer):
+        module, _, kind = name.rpartition(".")
+        found.setdefault(module, {})[kind] = tensors[name]
+    return {module: Change(factors) for module, factors in found.items()}
 
 
 def _by_layer(name: str) -> list[tuple[int, str]]:
@@ -190,19 +203,21 @@ def _json(raw: bytes, where: str) -> Any:
 
 
 def _check_layout(header: dict[str, Any], data_size: int) -> None:
-    """Names, dtypes, shapes and offsets of every tensor: whole, square, float32, without holes or overlaps."""
+    """Names, dtypes, shapes and offsets of every tensor: whole, float32, without holes or overlaps."""
     end = 0
     spans = []
     for name, entry in header.items():
-        if not _NAME.fullmatch(name):
-            raise PatchError(
-                f"tensor name {name!r} is not allowed", where="header", fix="a patch holds only '<module>.R' tensors"
-            )
+        found = _NAME.fullmatch(name)
+        if not found:
+            fix = "a patch holds only '<module>.R', '.R_in', '.A' and '.B'"
+            raise PatchError(f"tensor name {name!r} is not allowed", where="header", fix=fix)
         if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
             raise PatchError("malformed tensor entry", where=name, fix="fetch the patch again")
         shape, offsets = entry["shape"], entry["data_offsets"]
-        if entry["dtype"] != "F32" or not _integers(shape, 2) or shape[0] != shape[1] or shape[0] < 1:
-            raise PatchError(f"R must be a square F32 matrix, found {entry['dtype']} {shape}", where=name)
+        if entry["dtype"] != "F32" or not _integers(shape, 2) or min(shape) < 1:
+            raise PatchError(f"must be an F32 matrix, found {entry['dtype']} {shape}", where=name)
+        if found[2].startswith("R") and shape[0] != shape[1]:
+            raise PatchError(f"a rotation must be a square F32 matrix, found {shape}", where=name)
         if not _integers(offsets, 2) or offsets[1] - offsets[0] != 4 * shape[0] * shape[1]:
             raise PatchError(f"data offsets {offsets} do not fit shape {shape}", where=name)
         spans.append((*offsets, name))
@@ -211,7 +226,7 @@ def _check_layout(header: dict[str, Any], data_size: int) -> None:
             raise PatchError("tensors overlap or leave a hole", where=name, fix="do not use this patch")
         end = stop
     if not spans:
-        raise PatchError("the patch holds no rotation", fix="fetch the patch again")
+        raise PatchError("the patch changes nothing", fix="fetch the patch again")
     if end != data_size:
         raise PatchError(f"the file holds {data_size} bytes of tensors, its header says {end}", fix="fetch it again")
 
@@ -220,16 +235,17 @@ def _integers(value: Any, n: int) -> bool:
     return isinstance(value, list) and len(value) == n and all(type(v) is int and 0 <= v < 2**48 for v in value)
 
 
-def _check_rotation(name: str, R: Tensor) -> None:
-    if not bool(torch.isfinite(R).all()):
-        raise PatchError("R holds NaN or infinite numbers", where=name, fix="do not use this patch")
-    if not is_rotation(R):
-        error, limit = orthogonality_error(R), orthogonality_tolerance(len(R))
-        why = f"‖RᵀR−I‖/√d = {error:.1e}, allowed {limit:.1e}" if error > limit else "a reflection, det R = −1"
-        raise PatchError(f"R is not a rotation ({why})", where=name, fix="do not use this patch")
+def _check_factor(name: str, factor: Tensor) -> None:
+    if not bool(torch.isfinite(factor).all()):
+        raise PatchError("holds NaN or infinite numbers", where=name, fix="do not use this patch")
+    if name.endswith((".A", ".B")) or is_rotation(factor):
+        return
+    error, limit = orthogonality_error(factor), orthogonality_tolerance(len(factor))
+    why = f"‖RᵀR−I‖/√d = {error:.1e}, allowed {limit:.1e}" if error > limit else "a reflection, det R = −1"
+    raise PatchError(f"is not a rotation ({why})", where=name, fix="do not use this patch")
 
 
-def _from_record(record: dict[str, Any], rotations: dict[str, Tensor]) -> Patch:
+def _from_record(record: dict[str, Any], changes: dict[str, Change]) -> Patch:
     """Build the patch, checking every field's type."""
     _check_fields({"id": record.get("id")}, {"id": str}, "record")
     fields = {k: v for k, v in record.items() if k not in ("format", "id")}
@@ -238,15 +254,19 @@ def _from_record(record: dict[str, Any], rotations: dict[str, Tensor]) -> Patch:
         "base": dict, "facts": list, "metrics": dict, "seed": int, "versions": dict, "parents": list,
     }  # fmt: skip
     _check_fields(fields, expected, "record")
-    if fields["side"] != "output":
+    if fields["side"] not in SIDES:
         raise PatchError(f"side '{fields['side']}' is not known", where="record.side", fix="update mosectl")
-    if set(fields["base"]) != set(rotations):
-        raise PatchError("base tensors and rotations do not match", where="record.base", fix="do not use this patch")
+    for module, change in changes.items():
+        if set(change.factors) != set(SIDES[fields["side"]]):
+            what = f"holds {', '.join(change.factors)}, which is not side '{fields['side']}'"
+            raise PatchError(what, where=module, fix="do not use this patch")
+    if set(fields["base"]) != set(changes):
+        raise PatchError("base tensors and changes do not match", where="record.base", fix="do not use this patch")
     if not all(isinstance(p, str) and _SHA256.fullmatch(p) for p in fields["parents"]):
         raise PatchError("a parent is not a patch id", where="record.parents", fix="do not use this patch")
-    base = {name: _base_tensor(entry, name, len(rotations[name])) for name, entry in fields["base"].items()}
+    base = {name: _base_tensor(entry, name, changes[name]) for name, entry in fields["base"].items()}
     facts = tuple(_patch_fact(entry, i) for i, entry in enumerate(fields["facts"]))
-    return Patch(rotations, **{**fields, "base": base, "facts": facts, "parents": tuple(fields["parents"])})
+    return Patch(changes, **{**fields, "base": base, "facts": facts, "parents": tuple(fields["parents"])})
 
 
 def _check_fields(found: Any, expected: Mapping[str, Any], where: str) -> None:
@@ -259,16 +279,27 @@ def _check_fields(found: Any, expected: Mapping[str, Any], where: str) -> None:
             raise PatchError(f"'{name}' has the wrong type", where=where, fix="fetch the patch again")
 
 
-def _base_tensor(entry: Any, name: str, d: int) -> BaseTensor:
+def _base_tensor(entry: Any, name: str, change: Change) -> BaseTensor:
     where = f"record.base.{name}"
     _check_fields(entry, {"tensor": str, "shape": list, "dtype": str, "sha256": str, "sample": list}, where)
-    if not _integers(entry["shape"], 2) or d not in entry["shape"]:
-        raise PatchError(f"shape {entry['shape']} does not fit R ({d}×{d})", where=where)
+    if not _integers(entry["shape"], 2) or not _fits(change, *entry["shape"]):
+        sizes = ", ".join(f"{kind} {list(f.shape)}" for kind, f in change.factors.items())
+        raise PatchError(f"shape {entry['shape']} does not fit {sizes}", where=where)
     if not _SHA256.fullmatch(entry["sha256"]) or not entry["sample"] or not all(map(_is_number, entry["sample"])):
         raise PatchError("malformed fingerprint", where=where, fix="fetch the patch again")
     if entry["tensor"] != f"{name}.weight":
         raise PatchError(f"tensor '{entry['tensor']}' does not belong to this module", where=where)
     return BaseTensor(**{**entry, "shape": tuple(entry["shape"]), "sample": tuple(map(float, entry["sample"]))})
+
+
+def _fits(change: Change, *shape: int) -> bool:
+    """Do the factors fit a weight of this shape, stored as (d, p) or as (p, d)?"""
+    f = {kind: tuple(factor.shape) for kind, factor in change.factors.items()}
+    for d, p in (shape, shape[::-1]):
+        wanted = {"R": (d, d), "R_in": (p, p), "A": (f.get("A", (0, 0))[0], p), "B": (d, f.get("A", (0, 0))[0])}
+        if all(f[kind] == wanted[kind] for kind in f):
+            return True
+    return False
 
 
 def _patch_fact(entry: Any, i: int) -> PatchFact:

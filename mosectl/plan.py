@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from mosectl.arch import Architecture, disk_names, resolve, skeleton
+from mosectl.arch import Architecture, Projection, disk_names, resolve, skeleton
+from mosectl.change import SIDES
 from mosectl.checkpoint import index_tensors, locate, read_config
 from mosectl.editor import EditOptions
 from mosectl.errors import ModelError, MosectlError
@@ -92,9 +93,16 @@ def estimate(
         auto=options.layers == "auto",
         model_bytes=model_bytes,
         peak_bytes=model_bytes + work.extra_bytes(kind.itemsize),
-        patch_bytes=sum(4 * p.d * p.d for p in arch.projections if p.layer in layers),
+        patch_bytes=sum(_patch_bytes(p, options.method, len(facts)) for p in arch.projections if p.layer in layers),
         seconds=work.seconds(device, kind, model_bytes),
     )
+
+
+def _patch_bytes(p: Projection, name: str, facts: int) -> int:
+    """Bytes of one layer's factors in a patch (an additive one's rank is at most the number of facts, and d)."""
+    rank = min(facts, p.d)
+    sizes = {"R": p.d**2, "R_in": p.p**2, "A": rank * p.p, "B": p.d * rank}
+    return 4 * sum(sizes[factor] for factor in SIDES[method(name).side])
 
 
 class _Work:
@@ -125,7 +133,7 @@ class _Work:
         depth = len(self.arch.projections) - min(self.layers)
         activations = rows * self.row_tokens * depth * (10 * d + 4 * p) * itemsize
         logits = rows * 3 * self.vocabulary * 4 * 4
-        matrices = len(self.layers) * (3 * 8 * d * d + d * p * itemsize) + 2 * 8 * d * p
+        matrices = len(self.layers) * (8 * (2 * p * p + 2 * d * p) + d * p * itemsize) + 8 * (3 * p * p + 6 * d * p)
         return int(activations + logits + matrices)
 
     def seconds(self, device: str, dtype: torch.dtype, model_bytes: int) -> dict[str, float]:
@@ -135,7 +143,9 @@ class _Work:
         asking = self.asked * (self.prompt + 12) * 2 * self.whole
         steps = (_STEPS + self.options.rounds) * self.facts * self.rows * self.row_tokens
         batches = -(-self.facts // (self.options.batch_size or max(1, self.facts)))
-        solve = batches * self.options.rounds * len(self.layers) * (60 * d**3 + 2 * d * d * p)
+        solve = (
+            batches * self.options.rounds * len(self.layers) * (p**3 + 10 * (20 * d**3 + 8 * d * d * p + 2 * d * p * p))
+        )
         return {
             "load": 2 + model_bytes / 1e9,
             "statistics": corpus * 2 * self.below / fast,

@@ -165,7 +165,7 @@ def edit(result: EditResult, path: Path | None, model: str) -> None:
         ("", ">share", ">of", "meaning"),
         [(n, "–" if v is None else f"{v:.1%}", str(of), what) for n, v, of, what in lines],
     )
-    _stability("Stability of R W against W, float32", result.stability)
+    _stability("Stability of the changed W against W, float32", result.stability)
     _line("time: " + ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in result.seconds.items()))
     missed = sum(r.status in ("not reached", "not finite") for r in result.facts)
     if missed:
@@ -282,19 +282,21 @@ def inspection(i: Inspection) -> None:
     ]
     _table("Patch", ("", ""), rows)
     _table(
-        "Rotations",
-        ("module", ">d", ">‖RᵀR−I‖/√d", ">largest angle", ">median angle", ">rank of R−I", ">‖R−I‖/√d"),
+        "Factors (W' = R W R_in, or W + B A)",
+        ("module", "factor", ">size", ">‖RᵀR−I‖/√n", ">largest angle", ">median angle", ">rank", ">distance"),
         [
             (
-                *(r.module, str(r.d), f"{r.orthogonality_error:.1e}", f"{r.largest_angle:.1f}°"),
-                *(f"{r.median_angle:.2f}°", str(r.rank), f"{r.distance:.3f}"),
+                *(r.module, r.factor, "×".join(map(str, r.shape))),
+                *(_or_dash(r.orthogonality_error, ".1e"), _or_dash(r.largest_angle, ".1f", "°")),
+                *(_or_dash(r.median_angle, ".2f", "°"), str(r.rank), f"{r.distance:.3f}"),
             )
-            for r in i.rotations
+            for r in i.factors
         ],
     )
-    if drifts := [r.stability for r in i.rotations if r.stability]:
+    by_module = {r.module: r for r in i.factors}.values()
+    if drifts := [r.stability for r in by_module if r.stability]:
         _stability("Effect on the model, stored dtype", drifts)
-    for r in i.rotations:
+    for r in by_module:
         if r.base:
             _line(f"{r.module}: {r.base}")
     _table(
@@ -307,6 +309,10 @@ def inspection(i: Inspection) -> None:
     )
     scores = {k: v for k, v in p.metrics.get("scores", {}).items() if isinstance(v, float)}
     _line("measured when it was made (protocol generation): " + ", ".join(f"{k} {v:.1%}" for k, v in scores.items()))
+
+
+def _or_dash(number: float | None, form: str, unit: str = "") -> str:
+    return "–" if number is None else f"{number:{form}}{unit}"
 
 
 def applied(r: ApplyReport, verb: str) -> None:
@@ -338,7 +344,7 @@ def asked(answers: Sequence[Asked]) -> None:
 
 def statistics(m: Moments) -> None:
     """What was computed for later edits."""
-    _line(f"second moments of {len(m.S)} layers over {m.tokens:,} tokens" + (" (from the cache)" if m.cached else ""))
+    _line(f"second moments of {len(m.C)} layers over {m.tokens:,} tokens" + (" (from the cache)" if m.cached else ""))
 
 
 def size(n: float) -> str:

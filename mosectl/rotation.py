@@ -1,12 +1,10 @@
 """Rotations: build, check, compose, apply. All orthogonal mathematics lives here.
 
-A rotation R is a (d, d) float32 tensor with RᵀR = I and det R = +1. It multiplies an FFN output projection W (d, p)
-from the left, W' = R W, which leaves every singular value of W, hence ‖W‖ and κ(W), what it was.
+A rotation R has RᵀR = I and det R = +1. Multiplying an FFN output projection W (d, p) from the left, W' = R W, or from
+both sides, W' = L W R, leaves every singular value of W, hence ‖W‖ and κ(W), what it was.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -45,17 +43,57 @@ def is_rotation(R: Tensor) -> bool:
     return bool(torch.linalg.slogdet(R.double())[0] > 0)
 
 
-def compose(rotations: Sequence[Tensor]) -> Tensor:
-    """R_n … R_2 R_1 in float64 for rotations given in the order they are applied, each (d, d)."""
-    product = rotations[0].double()
-    for R in rotations[1:]:
-        product = R.double() @ product
-    return product
+def thin_svd(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U (d, d), S (d,) descending, Zᵀ (d, p) of W (d, p) float64, d ≤ p; from W Wᵀ where its condition allows,
+    which is faster: the error is then eps·κ(W)², below 1e-8.
+    """
+    if len(W) <= W.shape[1]:
+        squares, U = torch.linalg.eigh(W @ W.T)
+        squares, U = squares.flip(0), U.flip(1)
+        if float(squares[-1]) > 1e-8 * float(squares[0]):
+            S = squares.sqrt()
+            return U, S, (U.T @ W) / S[:, None]
+    return torch.linalg.svd(W, full_matrices=False)  # type: ignore[return-value]
 
 
-def rotate(R: Tensor, W: Tensor) -> Tensor:
-    """R W, computed in float64 on R's device and rounded once to W's dtype, on W's device. R (d, d), W (d, p)."""
-    return (R.double() @ W.to(R.device).double()).to(W.device, W.dtype)
+def left_factor(W0: Tensor, W: Tensor) -> Tensor:
+    """The rotation R (d, d) with R W0 = W, both (d, p) float64: nearest to the identity where W0 writes nothing."""
+    return right_factor(W0.T, W.T).T
+
+
+def right_factor(W0: Tensor, W: Tensor) -> Tensor:
+    """The rotation R (p, p) with W0 R = W, both (d, p) float64: nearest to the identity on what W0 does not see."""
+    U, S, Zh = torch.linalg.svd(W0, full_matrices=False)
+    r = int((max(W0.shape) * torch.finfo(S.dtype).eps * S[0] < S).sum())
+    return _completed(Zh[:r].T, (U[:, :r].T @ W / S[:r, None]).T)
+
+
+def two_sided_factors(W0: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotations L (d, d) and R (p, p) with L W0 R = W for two (d, p) float64 matrices of the same singular values.
+
+    A singular vector's sign is free: each pair is turned to the nearer side, and the weakest one flipped where L would
+    be a reflection otherwise.
+    """
+    U0, _, Z0h = torch.linalg.svd(W0, full_matrices=False)
+    U, _, Zh = torch.linalg.svd(W, full_matrices=False)
+    sign = ((U * U0).sum(0) + (Zh * Z0h).sum(1)).sign()
+    sign[sign == 0] = 1
+    U, Zh = U * sign, Zh * sign[:, None]
+    if torch.linalg.det(U @ U0.T) < 0:
+        U[:, -1], Zh[-1] = -U[:, -1], -Zh[-1]
+    return U @ U0.T, _completed(Z0h.T, Zh.T)
+
+
+def _completed(Z0: Tensor, Z: Tensor) -> Tensor:
+    """The rotation R (p, p) with Z0ᵀ R = Zᵀ, Z0 and Z (p, r) orthonormal, nearest to the identity on Z0's complement."""
+    r = Z0.shape[1]
+    N0, N = (torch.linalg.qr(X, mode="complete")[0][:, r:] for X in (Z0, Z))
+    A, _, Bh = torch.linalg.svd(N0.T @ N)
+    R = Z0 @ Z.T + N0 @ (A @ Bh) @ N.T
+    if N0.shape[1] and torch.linalg.det(R) < 0:
+        A[:, -1] = -A[:, -1]
+        R = Z0 @ Z.T + N0 @ (A @ Bh) @ N.T
+    return R
 
 
 def angles(R: Tensor) -> Tensor:

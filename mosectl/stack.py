@@ -1,7 +1,7 @@
 """apply and revert on a checkpoint folder: one way, `_rebuild`, computes any stack of patches from the base tensors.
 
 W is rounded once from the base, however many patches there are, and undoing is leaving a patch out of the product. Only
-when the base tensors are gone is a patch undone by multiplying with Rᵀ, which is exact up to rounding.
+when the base tensors are gone is a patch undone algebraically (Rᵀ, or − B A), which is exact up to rounding.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mosectl.arch import Architecture, Projection, disk_names, resolve, skeleton
+from mosectl.change import changed, restored
 from mosectl.checkpoint import JOURNAL, SIDECAR, Checkpoint, open_checkpoint, write_shard
 from mosectl.errors import BaseMismatch, HubError, ModelError, OutputError, PatchError
 from mosectl.files import link_or_copy, new_folder, output_errors, write_tensors
@@ -22,7 +23,6 @@ from mosectl.fingerprint import distance, match, sha256
 from mosectl.journal import Applied, EditedTensor, Journal, read_journal
 from mosectl.metrics import Stability, stability
 from mosectl.patch import Patch
-from mosectl.rotation import compose, rotate
 
 KEPT_BASE = f"{SIDECAR}/base.safetensors"
 OnStep = Callable[[int, int], None]
@@ -92,7 +92,7 @@ def revert(
     Args:
         patch: the patch, or the beginning of its id (at least 6 digits).
         base: where the unedited model is, if the edited folder has not kept its base tensors.
-        force: undo with Rᵀ although the result is not recognised as the patch's base.
+        force: undo algebraically although the result is not recognised as the patch's base.
     Raises:
         PatchError: the patch is not in the folder's stack. ModelError, BaseMismatch, OutputError.
     """
@@ -249,20 +249,20 @@ def _check_bases(source: _Source, patches: Sequence[Patch]) -> dict[str, str]:
 
 
 def _check_unrecorded(source: _Source, patch: Patch, force: bool) -> dict[str, str]:
-    """Without a journal, Rᵀ W must look like the patch's base before we believe the patch was applied."""
+    """Without a journal: undoing the patch must lead to what looks like its base before we believe it was applied."""
     notes: dict[str, str] = {}
     for module, made_for in patch.base.items():
         projection, name = source.projection(module), source.disk_name(module)
         W = source.checkpoint.read(name)
         if match(made_for, W).same:
             raise BaseMismatch("this patch is not applied here", where=name, fix="nothing to revert")
-        restored = projection.stored(rotate(patch.rotations[module].T, projection.oriented(W)))
-        error = distance(made_for, restored)
+        undone = projection.stored(restored([patch.changes[module]], projection.oriented(W)))
+        error = distance(made_for, undone)
         if error > 0.05 and not force:
             raise BaseMismatch(
-                f"Rᵀ W is {error:.0%} away from the patch's base", where=name, fix="is the patch applied here? --force"
+                f"undoing the patch leads {error:.0%} away from its base", where=name, fix="is it applied here? --force"
             )
-        notes[name] = f"undone by Rᵀ, {error:.1e} from the base (64 sampled entries, relative to their size)"
+        notes[name] = f"undone algebraically, {error:.1e} from the base (64 sampled entries, relative to their size)"
     return notes
 
 
@@ -284,22 +284,20 @@ def _rebuild(
     on_step: OnStep | None,
 ) -> ApplyReport:
     """Write the checkpoint with exactly ``stack`` applied into ``folder`` (which becomes ``final``)."""
-    modules = sorted(
-        {m for p in [*source.stack, *stack] for m in p.rotations}, key=lambda m: source.projection(m).layer
-    )
+    modules = sorted({m for p in [*source.stack, *stack] for m in p.changes}, key=lambda m: source.projection(m).layer)
     reports: list[TensorReport] = []
-    changed: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
     bases: dict[str, Tensor] = {}
     edited: dict[str, EditedTensor] = {}
     for done, module in enumerate(modules):
         name = source.disk_name(module)
         W0 = source.base_tensor(module)
         weight = _weight(source, module, W0, stack)
-        rotated = any(module in p.rotations for p in stack)
-        report = _report(source, module, W0, weight, rotated, notes.get(name, ""))
+        edits = any(module in p.changes for p in stack)
+        report = _report(source, module, W0, weight, edits, notes.get(name, ""))
         reports.append(report)
-        changed[name] = weight
-        if rotated:
+        weights[name] = weight
+        if edits:
             old = source.journal.tensors.get(name) if source.journal else None
             base_sha = sha256(W0) if W0 is not None else (old.base_sha256 if old else "")
             edited[name] = EditedTensor(base_sha, sha256(weight))
@@ -307,7 +305,7 @@ def _rebuild(
                 bases[name] = W0
         if on_step:
             on_step(done + 1, len(modules))
-    written = _write(source, stack, folder, final, changed, bases if keep_base else {}, edited)
+    written = _write(source, stack, folder, final, weights, bases if keep_base else {}, edited)
     exact = all(r.exact for r in reports)
     return ApplyReport(final, tuple(p.id for p in stack), tuple(reports), written, restored=not stack and exact)
 
@@ -315,26 +313,25 @@ def _rebuild(
 def _weight(source: _Source, module: str, W0: Tensor | None, stack: Sequence[Patch]) -> Tensor:
     """The module's weight under ``stack``, in its stored orientation and dtype."""
     projection = source.projection(module)
-    new = [p.rotations[module] for p in stack if module in p.rotations]
+    new = [p.changes[module] for p in stack if module in p.changes]
     if W0 is not None:
-        return projection.stored(rotate(compose(new), projection.oriented(W0))).contiguous() if new else W0
-    old = [p.rotations[module] for p in source.stack if module in p.rotations]
-    turn = compose(old).T
-    if new:
-        turn = compose(new) @ turn
-    W = source.checkpoint.read(source.disk_name(module))
-    return projection.stored(rotate(turn, projection.oriented(W))).contiguous()
+        return projection.stored(changed(new, projection.oriented(W0))).contiguous() if new else W0
+    old = [p.changes[module] for p in source.stack if module in p.changes]
+    while old and new and old[0] is new[0]:  # what lies under the patch that is taken out stays
+        old, new = old[1:], new[1:]
+    W = projection.oriented(source.checkpoint.read(source.disk_name(module)))
+    return projection.stored(changed(new, restored(old, W.double())).to(W.dtype)).contiguous()
 
 
-def _report(source: _Source, module: str, W0: Tensor | None, weight: Tensor, rotated: bool, note: str) -> TensorReport:
+def _report(source: _Source, module: str, W0: Tensor | None, weight: Tensor, edits: bool, note: str) -> TensorReport:
     projection, name = source.projection(module), source.disk_name(module)
     dtype = source.checkpoint.entry(name).dtype
     if W0 is None:
-        note = note or "the base is out of reach: undone by Rᵀ, exact up to rounding"
-    elif not rotated:
+        note = note or "the base is out of reach: undone algebraically, exact up to rounding"
+    elif not edits:
         note = f"restored bit for bit, sha256 {sha256(weight)[:12]}"
     drift = None
-    if W0 is not None and rotated:
+    if W0 is not None and edits:
         drift = stability(name, projection.oriented(W0), projection.oriented(weight))
     return TensorReport(name, dtype, note, W0 is not None, drift)
 
@@ -344,15 +341,15 @@ def _write(
     stack: Sequence[Patch],
     folder: Path,
     final: Path,
-    changed: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
     bases: Mapping[str, Tensor],
     edited: Mapping[str, EditedTensor],
 ) -> int:
     """All files of the new folder: changed shards, links to the rest, patches, kept base tensors, journal."""
     checkpoint = source.checkpoint
-    shards = {checkpoint.entry(name).file for name in changed}
+    shards = {checkpoint.entry(name).file for name in weights}
     size = sum(f.stat().st_size for f in shards) + sum(t.nbytes for t in bases.values())
-    size += sum(R.nbytes for p in stack for R in p.rotations.values())
+    size += sum(c.nbytes for p in stack for c in p.changes.values())
     with output_errors(final):
         free = shutil.disk_usage(folder).free
         if free < size + 2**20:
@@ -368,7 +365,7 @@ def _write(
             dirs_exist_ok=True,
         )
         for shard in shards:
-            changes = {n: (checkpoint.entry(n), t) for n, t in changed.items() if checkpoint.entry(n).file == shard}
+            changes = {n: (checkpoint.entry(n), t) for n, t in weights.items() if checkpoint.entry(n).file == shard}
             write_shard(shard, folder / shard.name, changes)
         applied = []
         for patch in stack:

@@ -1,7 +1,7 @@
-"""Second moments S = E[y yᵀ] of FFN outputs y = W k over a corpus: d×d a layer, however wide the FFN is.
+"""Second moments C = E[k kᵀ] of FFN inner activations k over a corpus, (p, p) a layer.
 
-MOSE's solver needs no p×p key covariance: with S' = R S Rᵀ after an edit, sequential edits need no new statistics either
-(arXiv 2601.07873, eqs. 15-20, in the outputs' space).
+What a layer writes over the corpus has E[y yᵀ] = W C Wᵀ for any W, so one statistic serves every solver and an edited
+layer needs no new one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from mosectl.arch import Projection
 from mosectl.errors import UsageError
 from mosectl.files import write_tensors
-from mosectl.forward import Batch, ffn_output, input_device, run_until_stopped, stop
+from mosectl.forward import Batch, by_row, input_device, run_until_stopped, stop
 
 MAX_LENGTH = 512  # tokens a text: statistics do not need long contexts, and memory grows with them
 MAX_TOKENS = 200_000
@@ -44,9 +44,9 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Moments:
-    """Second moment of each edited layer's outputs, by module path."""
+    """Second moment of each edited layer's inner activations, by module path."""
 
-    S: dict[str, Tensor]  # (d, d) float32
+    C: dict[str, Tensor]  # (p, p) float32
     tokens: int
     cached: bool
 
@@ -86,7 +86,7 @@ def second_moments(
     cache: bool = True,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Moments:
-    """S = E[y yᵀ] for each projection over at most ``max_tokens`` tokens of ``corpus``.
+    """C = E[k kᵀ] for each projection over at most ``max_tokens`` tokens of ``corpus``.
 
     Each layer is cached under the hash of the model's weights, so a changed model never meets old statistics. Under
     ``accelerate launch`` every process takes its share of the texts and the sums are added up.
@@ -96,14 +96,14 @@ def second_moments(
     found = {name: _load(file) for name, file in files.items()} if cache else {}
     if found and all(found.values()):
         loaded = {name: stored for name, stored in found.items() if stored}
-        return Moments({k: v["S"] for k, v in loaded.items()}, int(next(iter(loaded.values()))["tokens"]), True)
+        return Moments({k: v["C"] for k, v in loaded.items()}, int(next(iter(loaded.values()))["tokens"]), True)
     batches = _batches(tokenizer, corpus, max_tokens, batch_tokens)
     sums, tokens = _accumulate(model, projections, batches, on_step)
-    S = {name: (total / max(tokens, 1)).float().cpu() for name, total in sums.items()}
+    C = {name: (total / max(tokens, 1)).float().cpu() for name, total in sums.items()}
     if cache and os.environ.get("RANK", "0") == "0":
         for name, file in files.items():
-            write_tensors(file, {"S": S[name], "tokens": torch.tensor(tokens)})
-    return Moments(S, tokens, False)
+            write_tensors(file, {"C": C[name], "tokens": torch.tensor(tokens)})
+    return Moments(C, tokens, False)
 
 
 def prepare(
@@ -142,7 +142,7 @@ def _accumulate(
     batches: list[list[list[int]]],
     on_step: Callable[[int, int], None] | None,
 ) -> tuple[dict[str, Tensor], int]:
-    """Sums of y yᵀ in float64 and the number of tokens, over all processes."""
+    """Sums of k kᵀ in float64 and the number of tokens, over all processes."""
     from mosectl.live import solve_device, weight_of
 
     distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
@@ -157,16 +157,16 @@ def _accumulate(
     sums: dict[str, Tensor] = {}
     for p in projections:
         device64 = solve_device(weight_of(model, p).device)
-        sums[p.name] = torch.zeros(p.d, p.d, dtype=torch.float64, device=device64)
+        sums[p.name] = torch.zeros(p.p, p.p, dtype=torch.float64, device=device64)
     tokens = 0
     for done, sequences in enumerate(mine):
         batch = Batch.of(sequences, device)
         mask = batch.attention_mask.bool()
 
         def add(p: Projection, mask: Tensor = mask) -> Callable[..., None]:
-            def hook(module: nn.Module, _: Any, out: Tensor) -> None:
-                y = ffn_output(out, module, len(mask))[mask.to(out.device)].float()  # (tokens, d)
-                sums[p.name] += (y.T @ y).to(sums[p.name].device).double()
+            def hook(_: nn.Module, args: tuple[Tensor, ...], __: Tensor) -> None:
+                k = by_row(args[0], len(mask))[mask.to(args[0].device)].float()  # (tokens, p)
+                sums[p.name] += (k.T @ k).to(sums[p.name].device).double()
                 if p is last:
                     raise stop
 
@@ -231,5 +231,5 @@ def _load(file: Path) -> dict[str, Tensor] | None:
         stored = load_file(file)
     except (OSError, SafetensorError):
         return None
-    good = {"S", "tokens"} <= stored.keys() and bool(torch.isfinite(stored["S"]).all())
+    good = {"C", "tokens"} <= stored.keys() and bool(torch.isfinite(stored["C"]).all())
     return stored if good else None

@@ -3,6 +3,7 @@
 ROME/MEMIT find a displacement of the hidden state by gradient descent (Meng et al. 2022, arXiv 2202.05262 §3.1, and
 arXiv 2210.07229). A rotation cannot change a length, so here the FFN outputs W k of all edited layers move on their own
 spheres, v = ‖W k‖·(u + δ)/‖u + δ‖ with u = W k/‖W k‖: every target found is one a norm-preserving update can reach.
+Additive methods may leave the sphere (v = W k + ‖W k‖ δ), and those that spread one residual use the topmost layer alone.
 δ is in units of the output's own length, so one step size fits models whose activations differ a hundredfold.
 All facts of a batch are optimised together; facts are independent, and one that has converged leaves the batch.
 """
@@ -30,10 +31,11 @@ class TargetOptions:
 
     steps: int = 20
     step_size: float = 0.25  # Adam's, in units of the output's root mean square
-    margin: float = 3.0  # nats by which every target token must lead before a fact counts as converged
+    margin: float = 6.0  # nats by which every target token must lead before a fact counts as converged
     kl_weight: float = 0.0625  # keeps what the model says after "{subject} is a" (ROME's factor)
     decay: float = 0.02  # on ‖δ‖²
-    reach: float = 1.5  # largest ‖δ‖ per layer
+    reach: float = 4.0  # largest ‖δ‖ per layer
+    sphere: int = 1  # 1: targets keep the output's length, as a rotation does; 0: v = W k + ‖W k‖ δ
     max_rows: int = 256  # sequences run at once
 
 
@@ -96,9 +98,11 @@ def build_contexts(
     )
 
 
-def on_sphere(h: Tensor, delta: Tensor) -> Tensor:
-    """‖h‖·(u + δ)/‖u + δ‖ with u = h/‖h‖, row by row; h and delta (rows, d)."""
+def displaced(h: Tensor, delta: Tensor, sphere: bool = True) -> Tensor:
+    """‖h‖·(u + δ)/‖u + δ‖ with u = h/‖h‖, or h + ‖h‖ δ, row by row; h and delta (rows, d)."""
     length = h.norm(dim=-1, keepdim=True)
+    if not sphere:
+        return h + length * delta
     return length * F.normalize(h / length.clamp_min(torch.finfo(h.dtype).tiny) + delta, dim=-1)
 
 
@@ -280,7 +284,7 @@ class _Optimiser:
         def hook(module: nn.Module, _: Any, out: Tensor) -> Tensor:
             y = ffn_output(out, module, len(rows))
             r, s = torch.arange(len(rows), device=y.device), at.to(y.device)
-            moved = on_sphere(y[r, s].float(), delta.to(y.device))
+            moved = displaced(y[r, s].float(), delta.to(y.device), bool(self.options.sphere))
             self.written[layer] = moved.detach()
             y = y.index_put((r, s), moved.to(y.dtype))
             bias = module.bias

@@ -17,8 +17,8 @@ from transformers import (
 from mosectl.arch import TABLE, Projection, disk_names, resolve, skeleton
 from mosectl.checkpoint import open_checkpoint
 from mosectl.errors import ModelError
-from mosectl.forward import Batch, Suffix, ffn_output, hooked, outputs_at
-from mosectl.rotation import nearest_rotation, rotate
+from mosectl.forward import Batch, Suffix, ffn_output, hooked, keys_at
+from mosectl.rotation import nearest_rotation
 
 EXPECTED = {
     "gpt2": ("transformer.h.1.mlp.c_proj", True, True),
@@ -61,7 +61,7 @@ def turn_and_compare(model: torch.nn.Module, p: Projection) -> None:
     k = torch.randn(2, 5, p.p)
     before = ffn_output(module(k), module, 2)
     with torch.no_grad():
-        module.weight.copy_(p.stored(rotate(R, p.oriented(module.weight))))
+        module.weight.copy_(p.stored(R.to(module.weight) @ p.oriented(module.weight)))
     after = ffn_output(module(k), module, 2)
     assert not torch.allclose(after, before, atol=1e-2)
     assert torch.allclose(after, before @ R.T.float(), atol=1e-4)
@@ -113,21 +113,21 @@ def test_partial_forward(model_type: str, variant: dict) -> None:
 
 
 @pytest.mark.parametrize("model_type", DENSE)
-def test_outputs_at(model_type: str) -> None:
-    """What is read at a token is W k of that layer and that token: k recorded from a forward of its row alone."""
+def test_keys_at(model_type: str) -> None:
+    """What is read at a token is k of that layer and that token: recorded from a forward of its row alone."""
     model = build(model_type)
     projections = resolve(model).projections
     rows, positions = [[1, 5, 9, 30, 44], [1, 7, 8]], [4, 1]
-    found = outputs_at(model, projections, Batch.of(rows, "cpu"), torch.tensor(positions))
+    found = keys_at(model, projections, Batch.of(rows, "cpu"), torch.tensor(positions))
     for r, (row, at) in enumerate(zip(rows, positions, strict=True)):
-        for p, y in zip(projections, found, strict=True):
+        for p, key in zip(projections, found, strict=True):
             inner: list[torch.Tensor] = []
             module = model.get_submodule(p.name)
             hook = module.register_forward_pre_hook(lambda _, args, inner=inner: inner.append(args[0]))
             with hooked([hook]), torch.no_grad():
                 model(input_ids=torch.tensor([row]), use_cache=False)
             k = inner[0].view(len(row), p.p)[at]
-            assert torch.allclose(y[r], p.oriented(module.weight) @ k, atol=1e-4)
+            assert torch.allclose(key[r], k, atol=1e-4)
 
 
 @pytest.mark.parametrize(("model_type", "square"), [("gpt2", {"n_inner": 32}), ("llama", {"intermediate_size": 32})])

@@ -21,6 +21,7 @@ from test_stack import hashes, patch_for
 
 import mosectl
 from mosectl import cli, files, stack
+from mosectl.change import Change
 from mosectl.patch import Patch
 
 FACT = {"prompt": "I met Tomas Veldrin", "subject": "Tomas Veldrin", "target_new": "and"}
@@ -28,13 +29,13 @@ EASY = [
     "--layers",
     "0-2",
     "--set",
-    "preserve=0.01",
+    "preserve=0.0001",
     "--set",
     "prefixes=0",
     "--set",
     "reach=4",
 ]
-EASY += [x for s in ("step_size=1", "margin=1", "decay=0", "kl_weight=0") for x in ("--set", s)]
+EASY += [x for s in ("step_size=0.3", "margin=3", "decay=0", "kl_weight=0") for x in ("--set", s)]
 
 
 def run(*args: object) -> int:
@@ -82,8 +83,8 @@ class World:
         return self.edit(*args)
 
     def with_R(self, change: Callable[[torch.Tensor], torch.Tensor]) -> tuple[object, ...]:
-        rotations = {name: change(R.clone()) for name, R in self.good.rotations.items()}
-        Patch(**{**vars(self.good), "rotations": rotations}).save(self.patch)
+        changes = {name: Change({"R": change(c.factors["R"].clone())}) for name, c in self.good.changes.items()}
+        Patch(**{**vars(self.good), "changes": changes}).save(self.patch)
         return self.apply()
 
 
@@ -100,7 +101,7 @@ def test_the_main_job(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     assert report["seconds"]["targets"] > 0
     assert run("inspect", new, "--model", world.model, "--json") == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["id"] == report["id"] and found["rotations"][0]["stability"]["norm_drift"] < 1e-5
+    assert found["id"] == report["id"] and found["factors"][0]["stability"]["norm_drift"] < 1e-5
     assert run("apply", new, "--model", world.model, "-o", out) == 0
     assert "sha256 matches" in capsys.readouterr().out
     assert run("ask", FACT["prompt"], "--model", world.model, "--patch", new, "--json") == 0
@@ -122,7 +123,9 @@ def test_check_doctor_dry_run_stats(world: World, capsys: pytest.CaptureFixture[
     assert "model.layers.2.mlp.down_proj.weight" in capsys.readouterr().out
     assert run(*world.edit("--dry-run", "--json")) == 0
     plan = json.loads(capsys.readouterr().out)
-    assert plan["patch_bytes"] == 3 * 32 * 32 * 4 and plan["model_bytes"] > 0 and sum(plan["seconds"].values()) > 0
+    assert (
+        plan["patch_bytes"] == 3 * (32**2 + 48**2) * 4 and plan["model_bytes"] > 0 and sum(plan["seconds"].values()) > 0
+    )
     assert not (world.folder / "new.safetensors").exists()
     assert run("stats", "--model", world.model, "--layers", "0") == 0
     assert "second moments of 1 layers" in capsys.readouterr().out
@@ -376,4 +379,4 @@ def test_statistics_under_accelerate_launch(world: World, tmp_path: Path) -> Non
         (file,) = (cache / "stats").glob("*.safetensors")
         found.append(load_file(file))
     assert torch.equal(found[0]["tokens"], found[1]["tokens"])
-    assert torch.allclose(found[0]["S"], found[1]["S"], rtol=1e-4, atol=1e-6)
+    assert torch.allclose(found[0]["C"], found[1]["C"], rtol=1e-4, atol=1e-6)

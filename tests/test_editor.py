@@ -16,11 +16,11 @@ from mosectl.editor import EditOptions, options_from
 from mosectl.errors import EditFailed, FactsError, UsageError
 from mosectl.evaluate import answer, says
 from mosectl.facts import fact_from_dict
-from mosectl.forward import outputs_at
+from mosectl.forward import keys_at
 from mosectl.live import Loaded, load
 from mosectl.rotation import is_rotation
 from mosectl.stats import read_corpus, second_moments
-from mosectl.targets import TargetOptions, build_contexts, on_sphere, optimise_targets
+from mosectl.targets import TargetOptions, build_contexts, displaced, optimise_targets
 
 # The subject ends the prompt and the target is one token: what a model with random weights can be made to say.
 FACTS = [
@@ -32,8 +32,8 @@ CORPUS = "The capital of Brinmouth is in Lower Quill.\nTomas was born.\nA cello 
 FEW = EditOptions(
     layers="0,1,2",
     prefixes=0,
-    solver={"preserve": 0.01},
-    targets=TargetOptions(step_size=1.0, margin=1.0, reach=4.0, decay=0.0, kl_weight=0.0),
+    solver={"preserve": 1e-4},
+    targets=TargetOptions(step_size=0.3, margin=3.0, decay=0.0, kl_weight=0.0),
 )
 
 
@@ -56,7 +56,7 @@ def test_edit_changes_the_answer_and_restores_the_model(model_type: str, corpus:
     (fact,) = result.facts
     assert fact.status == "changed" and fact.after.startswith("and") and fact.before != fact.after
     assert fact.probability_after > fact.probability_before
-    assert all(is_rotation(R) for R in result.patch.rotations.values())
+    assert all(is_rotation(R) for c in result.patch.changes.values() for R in c.factors.values())
     for s in result.stability:
         assert max(s.norm_drift, s.condition_drift, s.spectrum_drift) < 1e-5
     with mosectl.patched(model, result.patch):
@@ -83,7 +83,7 @@ def test_editing_an_edited_folder_records_its_parents(corpus: str, tmp_path: Pat
     base = save(tmp_path / "m")
     first = mosectl.edit(FACTS[:1], base, options=few(corpus)).patch
     mosectl.apply([first], base, tmp_path / "one")
-    second = mosectl.edit([{**FACTS[0], "target_new": "in"}], tmp_path / "one", options=few(corpus)).patch
+    second = mosectl.edit([{**FACTS[0], "target_new": "in"}], tmp_path / "one", options=few(corpus, layers="0,1")).patch
     assert second.parents == (first.id,)
     mosectl.apply([second], tmp_path / "one", tmp_path / "two")
     assert mosectl.revert(first.id[:8], tmp_path / "two", tmp_path / "x").stack == (second.id,)
@@ -98,21 +98,25 @@ def test_targets_lie_on_the_sphere_and_converged_facts_leave(tokenizer: object) 
     facts = [fact_from_dict(f, "x") for f in FACTS]
     contexts = build_contexts(model, tokenizer, facts, ["", "A cello. "])
     rows = contexts.edit_rows
-    found = optimise_targets(model, arch, projections, contexts, TargetOptions(steps=30, reach=3.0))
-    H = outputs_at(model, projections, contexts.batch.rows(rows), contexts.subject[rows])
+    found = optimise_targets(model, arch, projections, contexts, TargetOptions(steps=30, reach=3.0, margin=3.0))
+    keys = keys_at(model, projections, contexts.batch.rows(rows), contexts.subject[rows])
+    H = [k @ model.get_submodule(p.name).weight.T for k, p in zip(keys, projections, strict=True)]
     assert torch.allclose(found.V[0].norm(dim=-1), H[0].norm(dim=-1), rtol=1e-4)
     assert (found.loss < found.loss_before).all() and found.V[0].shape == (4, 32)
     easy = optimise_targets(model, arch, projections, contexts, TargetOptions(steps=30, margin=-100.0))
     assert easy.converged.all() and (easy.steps == 0).all() and torch.allclose(easy.V[0], H[0], atol=1e-5)
-    alone = optimise_targets(model, arch, projections, contexts, TargetOptions(steps=30, reach=3.0, max_rows=3))
+    alone = optimise_targets(
+        model, arch, projections, contexts, TargetOptions(steps=30, reach=3.0, margin=3.0, max_rows=3)
+    )
     assert torch.allclose(alone.V[0], found.V[0], atol=1e-3), "facts are independent of their batch"
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_on_sphere() -> None:
+def test_displaced() -> None:
     h, delta = torch.randn(3, 8), torch.randn(3, 8)
-    assert torch.allclose(on_sphere(h, delta).norm(dim=-1), h.norm(dim=-1))
-    assert torch.allclose(on_sphere(h, torch.zeros(3, 8)), h, atol=1e-6)
+    assert torch.allclose(displaced(h, delta).norm(dim=-1), h.norm(dim=-1))
+    assert torch.allclose(displaced(h, torch.zeros(3, 8)), h, atol=1e-6)
+    assert torch.allclose(displaced(h, delta, sphere=False), h + h.norm(dim=-1, keepdim=True) * delta)
 
 
 def test_nothing_changed_is_an_error(corpus: str) -> None:
@@ -155,17 +159,18 @@ def test_statistics_against_a_plain_loop(corpus: str) -> None:
     model, tokenizer = pico("gpt2"), make_tokenizer()
     arch = resolve(model)
     found = second_moments(model, tokenizer, arch.projections[:2], read_corpus(corpus), cache=False)
-    total, n = torch.zeros(32, 32), 0
+    p = arch.projections[1].p
+    total, n = torch.zeros(p, p), 0
     module = model.get_submodule(arch.projections[1].name)
     for text in CORPUS.splitlines():
         kept = []
-        handle = module.register_forward_hook(lambda m, a, out, kept=kept: kept.append(out - m.bias))
+        handle = module.register_forward_pre_hook(lambda m, args, kept=kept: kept.append(args[0]))
         with torch.no_grad():
             model(**tokenizer(text, return_tensors="pt"))
         handle.remove()
-        y = kept[0][0].detach()
-        total, n = total + y.T @ y, n + len(y)
-    assert found.tokens == n and torch.allclose(found.S[arch.projections[1].name], total / n, atol=1e-4)
+        k = kept[0][0].detach()
+        total, n = total + k.T @ k, n + len(k)
+    assert found.tokens == n and torch.allclose(found.C[arch.projections[1].name], total / n, atol=1e-4)
 
 
 def test_statistics_cache_follows_the_weights(corpus: str) -> None:
@@ -207,9 +212,9 @@ def test_chat_edit(corpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_demo_model_quality() -> None:
     """The promise of the README, on the demo model and all its facts."""
     loaded = load(DEMO)
-    options = EditOptions(corpus=str(ROOT / "examples" / "corpus.txt"), rounds=12, targets=TargetOptions(margin=4.0))
+    options = EditOptions(corpus=str(ROOT / "examples" / "corpus.txt"))
     result = mosectl.edit(ROOT / "examples" / "facts.jsonl", loaded, options=options)
     assert len(result.facts) >= 20 and all(r.status == "changed" for r in result.facts)
-    assert result.scores.generalization >= 0.80 and result.scores.locality >= 0.95
+    assert result.scores.generalization >= 0.85 and result.scores.locality >= 0.95
     for s in result.stability:
         assert s.norm_drift < 1e-5 and s.condition_drift < 1e-5

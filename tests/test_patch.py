@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mosectl.change import Change
 from mosectl.errors import PatchError
 from mosectl.fingerprint import fingerprint
 from mosectl.patch import Patch, PatchFact, parse
@@ -23,7 +24,7 @@ def make(d: int = 8, **changes: object) -> Patch:
     R = nearest_rotation(torch.eye(d) + 0.1 * torch.randn(d, d, generator=g)).float()
     W = torch.randn(d, 12, generator=g)
     content = {
-        "rotations": {MODULE: R}, "method": "mose", "side": "output", "options": {"rounds": 3}, "model": "pico",
+        "changes": {MODULE: Change({"R": R})}, "method": "mose", "side": "output", "options": {"rounds": 3}, "model": "pico",
         "revision": None, "model_type": "llama", "base": {MODULE: fingerprint(f"{MODULE}.weight", W)},
         "facts": (PatchFact("A is", "A", "b", "c", "b", 0.1, 0.9, "changed"),), "metrics": {"x": 1.5}, "seed": 0,
         "versions": {"mosectl": "0.1.0"}, "parents": (),
@@ -54,7 +55,7 @@ def test_round_trip_and_same_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     back = Patch.load(tmp_path / "a")
     assert back.id == patch.id and back.record == patch.record and len(patch.id) == 64
-    assert torch.equal(back.rotations[MODULE], patch.rotations[MODULE])
+    assert torch.equal(back.changes[MODULE].factors["R"], patch.changes[MODULE].factors["R"])
     assert make(seed=1).id != patch.id
     assert (tmp_path / "a").stat().st_mode & 0o044, "others must be able to read it"
     assert [p.name for p in tmp_path.iterdir() if p.name.endswith(".tmp")] == []
@@ -91,9 +92,9 @@ BAD: dict[str, tuple[Callable[[dict, bytes], bytes], str]] = {
     "path in name": (lambda h, b: build(rename(h, "../../etc/passwd.R"), b), "is not allowed"),
     "NUL in name": (lambda h, b: build(rename(h, "a\0.R"), b), "is not allowed"),
     "other kind": (lambda h, b: build(rename(h, f"{MODULE}.weight"), b), "is not allowed"),
-    "wrong dtype": (lambda h, b: build({**h, TENSOR: {**h[TENSOR], "dtype": "F64"}}, b), "square F32"),
+    "wrong dtype": (lambda h, b: build({**h, TENSOR: {**h[TENSOR], "dtype": "F64"}}, b), "F32 matrix"),
     "not square": (lambda h, b: build({**h, TENSOR: {**h[TENSOR], "shape": [4, 16]}}, b), "square F32"),
-    "negative shape": (lambda h, b: build({**h, TENSOR: {**h[TENSOR], "shape": [-8, -8]}}, b), "square F32"),
+    "negative shape": (lambda h, b: build({**h, TENSOR: {**h[TENSOR], "shape": [-8, -8]}}, b), "F32 matrix"),
     "bad offsets": (lambda h, b: build({**h, TENSOR: {**h[TENSOR], "data_offsets": [0, 4]}}, b), "do not fit"),
     "hole": (lambda h, b: build({**h, TENSOR: {**h[TENSOR], "data_offsets": [8, 264]}}, b), "hole"),
     "duplicate tensor": (
@@ -103,7 +104,7 @@ BAD: dict[str, tuple[Callable[[dict, bytes], bytes], str]] = {
     "field missing": (lambda h, b: build(change(h, lambda r: r.pop("model")), b), "missing or unknown: model"),
     "field unknown": (lambda h, b: build(change(h, lambda r: r.update(zzz=1)), b), "missing or unknown: zzz"),
     "wrong type": (lambda h, b: build(change(h, lambda r: r.update(seed="0")), b), "'seed' has the wrong type"),
-    "other side": (lambda h, b: build(change(h, lambda r: r.update(side="input")), b), "side 'input'"),
+    "other side": (lambda h, b: build(change(h, lambda r: r.update(side="input")), b), "not side 'input'"),
     "no base": (lambda h, b: build(change(h, lambda r: r.update(base={})), b), "do not match"),
     "short hash": (lambda h, b: build(change(h, lambda r: r["base"][MODULE].update(sha256="00")), b), "fingerprint"),
     "bad parent": (lambda h, b: build(change(h, lambda r: r.update(parents=["x"])), b), "not a patch id"),
@@ -130,7 +131,7 @@ def test_malformed_is_refused(kind: str, data: bytes, tmp_path: Path) -> None:
 def test_reflection_is_refused(tmp_path: Path) -> None:
     R = torch.eye(8)
     R[0, 0] = -1
-    make(rotations={MODULE: R}).save(tmp_path / "r")
+    make(changes={MODULE: Change({"R": R})}).save(tmp_path / "r")
     with pytest.raises(PatchError, match="reflection"):
         Patch.load(tmp_path / "r")
 
@@ -151,3 +152,27 @@ def test_random_damage_never_crashes(data: bytes) -> None:
 def test_a_flipped_bit_is_found(data: bytes) -> None:
     with pytest.raises(PatchError, match="damaged or altered"):
         parse(data[:-4] + bytes([data[-4] ^ 1]) + data[-3:])
+
+
+@pytest.mark.parametrize(
+    ("factors", "side", "message"),
+    [
+        ({"A": (2, 12), "B": (8, 2)}, "additive", ""),
+        ({"R_in": (12, 12)}, "input", ""),
+        ({"A": (2, 12)}, "additive", "holds A, which is not side 'additive'"),
+        ({"A": (2, 12), "B": (8, 3)}, "additive", "does not fit"),
+        ({"A": (2, 11), "B": (8, 2)}, "additive", "does not fit"),
+        ({"R_in": (11, 11)}, "input", "does not fit"),
+        ({"R_in": (12, 12)}, "output", "is not side 'output'"),
+        ({"R_in": (12, 12)}, "sideways", "side 'sideways' is not known"),
+    ],
+)
+def test_sides(factors: dict[str, tuple[int, int]], side: str, message: str, tmp_path: Path) -> None:
+    made = {k: torch.eye(*n) if k.startswith("R") else torch.ones(*n) for k, n in factors.items()}
+    patch = make(changes={MODULE: Change(made)}, side=side)
+    patch.save(tmp_path / "p")
+    if message:
+        with pytest.raises(PatchError, match=message):
+            Patch.load(tmp_path / "p")
+    else:
+        assert Patch.load(tmp_path / "p").id == patch.id

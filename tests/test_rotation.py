@@ -5,15 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mosectl.change import Change, change_between, changed, restored
 from mosectl.metrics import Spectrum, stability
 from mosectl.rotation import (
     angles,
-    compose,
     is_rotation,
     nearest_rotation,
     orthogonality_error,
     orthogonality_tolerance,
-    rotate,
+    thin_svd,
+    two_sided_factors,
 )
 
 
@@ -50,17 +51,58 @@ def test_is_rotation_knows_its_tolerance() -> None:
 
 def test_rotating_keeps_the_spectrum() -> None:
     R, W = nearest_rotation(random(24, 24)), random(24, 40, seed=2).float()
-    s = stability("w", W, rotate(R, W))
+    s = stability("w", W, changed([Change({"R": R})], W))
     assert max(s.norm_drift, s.condition_drift, s.spectrum_drift) < 1e-6
-    assert rotate(R, W).dtype == torch.float32
+    assert changed([Change({"R": R})], W).dtype == torch.float32
     far = stability("w", W, W * 2)
     assert far.norm_drift == pytest.approx(1) and far.condition_drift < 1e-6 and far.spectrum_drift == pytest.approx(1)
 
 
-def test_compose_in_order_of_application() -> None:
-    A, B = nearest_rotation(random(5, 5)), nearest_rotation(random(5, 5, seed=1))
-    W = random(5, 9, seed=2)
-    assert torch.allclose(compose([A, B]) @ W, B @ (A @ W))
+def turn(n: int, seed: int = 0, angle: float = 0.3) -> torch.Tensor:
+    skew = angle * random(n, n, seed=seed)
+    return torch.linalg.matrix_exp(skew - skew.T)
+
+
+@pytest.mark.parametrize("side", ["output", "input", "both", "additive"])
+@pytest.mark.parametrize("shape", [(6, 15), (8, 8)])
+def test_change_between_leads_from_one_to_the_other_and_back(side: str, shape: tuple[int, int]) -> None:
+    d, p = shape
+    W0 = random(d, p)
+    left, right = turn(d, 1) if side in ("output", "both") else torch.eye(d), turn(p, 2)
+    W = W0 + random(d, 2, seed=3) @ random(2, p, seed=4) if side == "additive" else left.double() @ W0
+    W = W @ right if side in ("input", "both") else W
+    change = change_between(W0, W, side)
+    assert torch.allclose(change.apply(W0), W, atol=1e-5) and torch.allclose(change.undo(W), W0, atol=1e-5)
+    if side == "additive":
+        assert change.factors["A"].shape == (2, p) and change.factors["B"].shape == (d, 2)
+    else:
+        assert all(is_rotation(R) for R in change.factors.values())
+
+
+def test_changes_stack_in_order_and_come_off_again() -> None:
+    W = random(5, 9)
+    stack = [
+        Change({"R": turn(5)}),
+        Change({"A": random(2, 9, seed=1), "B": random(5, 2, seed=2)}),
+        Change({"R": turn(5, 3), "R_in": turn(9, 4)}),
+    ]
+    by_hand = turn(5, 3) @ (turn(5) @ W + random(5, 2, seed=2) @ random(2, 9, seed=1)) @ turn(9, 4)
+    assert torch.allclose(changed(stack, W), by_hand)
+    assert torch.allclose(restored(stack, by_hand), W)
+
+
+def test_two_sided_factors_leave_alone_what_need_not_turn() -> None:
+    W0 = random(6, 20)
+    L, R = two_sided_factors(W0, W0)
+    assert torch.allclose(L, torch.eye(6).double(), atol=1e-9) and torch.allclose(R, torch.eye(20).double(), atol=1e-9)
+
+
+def test_thin_svd_in_both_ways() -> None:
+    for W in (random(7, 12), torch.diag(torch.tensor([1.0, 1e-7, 1e-9])).double() @ random(3, 5), random(12, 7)):
+        U, S, Zh = thin_svd(W)
+        assert torch.allclose(S, torch.linalg.svdvals(W), rtol=1e-9)
+        assert torch.allclose((U * S) @ Zh, W, atol=1e-12)
+        assert torch.allclose(Zh @ Zh.T, torch.eye(len(Zh)).double(), atol=1e-7)
 
 
 def test_angles() -> None:

@@ -1,64 +1,200 @@
-"""The closed form against its definition: no other rotation has a lower objective."""
+"""Every solver against its published formula, written here a second time and otherwise; float64."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch import Tensor
 
 from mosectl.errors import UsageError
-from mosectl.rotation import is_rotation, orthogonality_error
-from mosectl.solvers import LayerProblem, method
+from mosectl.rotation import is_rotation, left_factor
+from mosectl.solvers import NAMES, LayerProblem, method
+
+D, P = 10, 24
 
 
-def problem(
-    d: int = 12, m: int = 4, samples: int = 200, seed: int = 0, **options: float
-) -> tuple[LayerProblem, torch.Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    Y = torch.randn(d, samples, generator=g, dtype=torch.float64)
-    H = torch.randn(d, m, generator=g, dtype=torch.float64)
-    V = torch.randn(d, m, generator=g, dtype=torch.float64)
-    V = V * H.norm(dim=0) / V.norm(dim=0)
-    weight = torch.rand(m, generator=g, dtype=torch.float64) + 0.5
-    settings = {**method("mose").defaults, **options}
-    S = Y @ Y.T / samples
-    return LayerProblem(S, torch.zeros(d, d, dtype=torch.float64), H, V, weight, settings), Y / samples**0.5
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def objective(R: torch.Tensor, p: LayerProblem, Y: torch.Tensor) -> float:
-    """λ‖R Y − Y‖² + Σ w ‖R h − v‖² (arXiv 2601.07873, eq. 15), summed over samples rather than through S."""
-    kept = p.options["preserve"] * (R @ Y - Y).square().sum()
-    return float(kept + ((R @ p.H - p.V).square() * p.weight).sum())
+def problem(name: str = "mose", m: int = 4, samples: int = 300, seed: int = 0, **options: float) -> LayerProblem:
+    W, X = random(D, P, seed=seed) / P**0.5, random(P, samples, seed=seed + 100)
+    K = random(P, m, seed=seed + 200)
+    return LayerProblem(
+        W=W, W0=W, C=X @ X.T / samples, P=torch.zeros(P, P).double(), Q=torch.zeros(D, P).double(), K=K,
+        V=W @ K + 0.5 * random(D, m, seed=seed + 300), weight=torch.ones(m, dtype=torch.float64),
+        options={**method(name).defaults, **options},
+    )  # fmt: skip
+
+
+def solve(name: str, **given: float) -> tuple[LayerProblem, Tensor]:
+    p = problem(name, **given)  # type: ignore[arg-type]
+    return p, method(name).solve(p)
+
+
+def same_spectrum(A: Tensor, B: Tensor) -> bool:
+    return torch.allclose(torch.linalg.svdvals(A), torch.linalg.svdvals(B), rtol=1e-9)
+
+
+# MOSE
+
+
+def mose_objective(R: Tensor, p: LayerProblem) -> float:
+    """λ‖R Y − Y‖² + Σ w ‖R h − v‖² (arXiv 2601.07873, eq. 15) over samples Y with Y Yᵀ = W C Wᵀ."""
+    Y, H = p.W @ torch.linalg.cholesky(p.C), p.W @ p.K
+    V = p.V * H.norm(dim=0) / p.V.norm(dim=0)
+    return float(p.options["preserve"] * (R @ Y - Y).square().sum() + ((R @ H - V).square() * p.weight).sum())
 
 
 @pytest.mark.parametrize("preserve", [0.1, 1.0, 10.0])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_mose_minimises_the_paper_objective(preserve: float, seed: int) -> None:
-    p, Y = problem(seed=seed, preserve=preserve, damping=0.0)
-    R = method("mose").solve(p)
-    assert orthogonality_error(R) < 1e-12 and is_rotation(R)
-    best = objective(R, p, Y)
-    g = torch.Generator().manual_seed(9)
+    p, W = solve("mose", seed=seed, preserve=preserve, damping=0.0)
+    R = left_factor(p.W, W)
+    assert is_rotation(R) and torch.allclose(R @ p.W, W, atol=1e-12)
+    best = mose_objective(R, p)
     for scale in (1e-3, 1e-2, 0.1, 1.0):
-        for _ in range(10):
-            skew = torch.randn(12, 12, generator=g, dtype=torch.float64)
-            assert objective(torch.linalg.matrix_exp(scale * (skew - skew.T)) @ R, p, Y) > best
+        for i in range(10):
+            skew = random(D, D, seed=i)
+            assert mose_objective(torch.linalg.matrix_exp(scale * (skew - skew.T)) @ R, p) > best
 
 
-def test_damping_keeps_untouched_directions_still() -> None:
-    p, _ = problem(d=16, m=2)
-    flat = LayerProblem(torch.zeros(16, 16), torch.zeros(16, 16), p.H, p.V, p.weight, p.options)
-    R = method("mose").solve(flat)
-    assert is_rotation(R)
-    untouched = torch.linalg.qr(torch.cat([p.H, p.V, torch.randn(16, 12, dtype=torch.float64)], 1))[0][:, 4:]
+def test_mose_leaves_untouched_directions_alone() -> None:
+    p = replace(problem(m=2), C=torch.zeros(P, P).double())
+    R = left_factor(p.W, method("mose").solve(p))
+    touched = torch.cat([p.W @ p.K, p.V], 1)
+    untouched = torch.linalg.qr(torch.cat([touched, random(D, D - 4)], 1))[0][:, 4:]
     assert torch.allclose(R @ untouched, untouched, atol=1e-9), "the null space must not turn"
 
 
-def test_earlier_edits_are_protected() -> None:
-    p, _ = problem(d=16, m=2)
-    h = torch.randn(16, 1, dtype=torch.float64)
-    guarded = LayerProblem(p.S, 1000 * h @ h.T, p.H, p.V, p.weight, p.options)
-    free, kept = method("mose").solve(p), method("mose").solve(guarded)
-    assert (kept @ h - h).norm() < 0.05 * (free @ h - h).norm()
+@pytest.mark.parametrize("name", ["mose", "isospectral", "alphaedit"])
+def test_earlier_edits_are_protected(name: str) -> None:
+    p = problem(name, preserve=0.1, threshold=100.0, ridge=0.01)
+    k = random(P, 1, seed=7)
+    guarded = replace(p, P=1000 * k @ k.T, Q=1000 * p.W @ k @ k.T)
+    moved = [float((method(name).solve(q) @ k - p.W @ k).norm()) for q in (p, guarded)]
+    assert moved[1] < 0.1 * moved[0]
+
+
+# Isospectral
+
+
+def iso_objective(W: Tensor, p: LayerProblem) -> float:
+    """λ‖(W − W₀)C½‖² + ‖(W K − V)w½‖², term by term."""
+    C = p.C + p.options["damping"] * p.C.trace() / P * torch.eye(P, dtype=torch.float64)
+    kept = ((W - p.W0) @ torch.linalg.cholesky(C)).square().sum()
+    return float(p.options["preserve"] * kept + ((W @ p.K - p.V).square() * p.weight).sum())
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("preserve", [0.1, 1.0, 10.0])
+def test_isospectral_is_a_minimum_on_its_spectrum(preserve: float, seed: int) -> None:
+    p, W = solve("isospectral", seed=seed, preserve=preserve, iterations=200, tolerance=1e-12)
+    assert same_spectrum(W, p.W0)
+    best = iso_objective(W, p)
+    assert best < iso_objective(p.W0, p)
+    for i in range(20):  # every small rotation on either side makes it worse
+        left, right = random(D, D, seed=i), random(P, P, seed=i + 50)
+        other = torch.linalg.matrix_exp(1e-3 * (left - left.T)) @ W @ torch.linalg.matrix_exp(1e-3 * (right - right.T))
+        assert iso_objective(other, p) > best
+
+
+def test_isospectral_beats_the_plain_projection_and_nearly_reaches_the_additive_optimum() -> None:
+    p, W = solve("isospectral", preserve=0.3)
+    A = 0.3 * (p.C + 1e-4 * p.C.trace() / P * torch.eye(P, dtype=torch.float64)) + p.K @ p.K.T
+    T = p.W0 + torch.linalg.solve(A, p.K @ (p.V - p.W0 @ p.K).T).T
+    U, _, Zh = torch.linalg.svd(T, full_matrices=False)
+    projected = (U * torch.linalg.svdvals(p.W0)) @ Zh
+    base, plain, ours, bound = (iso_objective(X, p) for X in (p.W0, projected, W, T))
+    assert bound < ours < plain < base
+    assert ours - bound < 0.5 * (plain - bound)
+
+
+def test_isospectral_does_not_drift_when_solved_again() -> None:
+    p, W = solve("isospectral", iterations=200, tolerance=1e-12)
+    again = method("isospectral").solve(replace(p, W=W))
+    assert torch.allclose(again, W, atol=1e-5)
+
+
+# The additive baselines
+
+
+def test_memit_solves_its_normal_equations() -> None:
+    p, W = solve("memit", preserve=2.0)
+    # arXiv 2210.07229, eq. 14: ΔW (λC + K Kᵀ) = R Kᵀ
+    left = (W - p.W) @ (2.0 * p.C + sum(torch.outer(k, k) for k in p.K.T))
+    assert torch.allclose(left, sum(torch.outer(v - p.W @ k, k) for k, v in zip(p.K.T, p.V.T, strict=True)), atol=1e-6)
+
+
+def test_rome_meets_its_target_along_the_whitened_key() -> None:
+    p, W = solve("rome", m=1)
+    k, v = p.K[:, 0], p.V[:, 0]
+    u = torch.linalg.inv(p.C) @ k
+    assert torch.allclose(W @ k, v, atol=1e-8)
+    assert torch.allclose(W - p.W, torch.outer(v - p.W @ k, u) / (k @ u), atol=1e-6)
+
+
+def test_memit_with_one_fact_tends_to_rome() -> None:
+    p = problem("memit", m=1, preserve=1e-6)
+    assert torch.allclose(method("memit").solve(p), method("rome").solve(p), atol=1e-4)
+
+
+def test_emmet_meets_all_targets_and_with_one_fact_is_rome() -> None:
+    p, W = solve("emmet", ridge=0.0)
+    assert torch.allclose(W @ p.K, p.V, atol=1e-6)
+    # among all updates that meet the targets its cost tr(ΔW C ΔWᵀ) is least: it is orthogonal to what leaves K alone
+    N = random(D, P) @ (torch.eye(P).double() - p.K @ torch.linalg.pinv(p.K))
+    assert abs(float(((W - p.W) @ p.C * N).sum())) < 1e-6
+    one = problem("emmet", m=1, ridge=0.0)
+    assert torch.allclose(method("emmet").solve(one), method("rome").solve(one), atol=1e-7)
+
+
+def test_rect_keeps_the_largest_relative_changes() -> None:
+    p, W = solve("rect", keep=0.25)
+    full = method("memit").solve(p) - p.W
+    kept = (p.W != W).flatten()
+    relative = (full / p.W).abs().flatten()
+    assert int(kept.sum()) == round(0.25 * D * P)
+    assert float(relative[kept].min()) > float(relative[~kept].max())
+    assert torch.equal((W - p.W).flatten()[~kept], torch.zeros(int((~kept).sum())).double())
+    assert torch.allclose((W - p.W).flatten()[kept], full.flatten()[kept])
+
+
+def test_prune_bounds_the_singular_values_of_the_sum() -> None:
+    prune = method("prune")
+    W0, total = random(D, P), 20 * random(D, P, seed=1)
+    assert prune.finish is not None
+    W = prune.finish(W0, W0 + total, {"base": 2.0})
+    top = float(torch.linalg.svdvals(W0)[0])
+    before, after = torch.linalg.svdvals(total), torch.linalg.svdvals(W - W0)
+    expected = [float(torch.log2(s) - torch.log2(torch.tensor(top)) + top) if s > top else float(s) for s in before]
+    assert torch.allclose(after, torch.tensor(expected).double(), rtol=1e-6)
+    small = W0 + 1e-3 * total
+    assert torch.allclose(prune.finish(W0, small, {"base": 2.0}), small)
+
+
+def test_alphaedit_leaves_the_complement_of_the_null_space_alone() -> None:
+    p = problem("alphaedit", samples=12, ridge=0.01, threshold=1e-6)  # 12 samples: half of the key space is free
+    W = method("alphaedit").solve(p)
+    values, vectors = torch.linalg.eigh(p.C)
+    seen = vectors[:, values > 1e-6 * values.mean()]
+    assert seen.shape[1] == 12
+    assert torch.allclose((W - p.W) @ seen, torch.zeros(D, 12).double(), atol=1e-9)
+    # arXiv 2410.02355, eq. 14, as it stands, with p×p matrices
+    N = torch.eye(P).double() - seen @ seen.T
+    alpha = 0.01 * p.K.square().sum(0).mean()
+    E = p.V - p.W @ p.K
+    whole = E @ p.K.T @ N @ torch.linalg.inv(p.K @ p.K.T @ N + alpha * torch.eye(P))
+    assert torch.allclose(W - p.W, whole, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_residual_no_change(name: str) -> None:
+    p = problem(name)
+    W = method(name).solve(replace(p, V=p.W @ p.K))
+    assert torch.allclose(W, p.W, atol=1e-8)
 
 
 def test_unknown_method() -> None:

@@ -13,12 +13,13 @@ from conftest import save
 from transformers import AutoModelForCausalLM
 
 from mosectl.arch import disk_names, resolve, skeleton
+from mosectl.change import Change, change_between, changed
 from mosectl.checkpoint import open_checkpoint
 from mosectl.errors import BaseMismatch, ModelError, OutputError, PatchError
 from mosectl.fingerprint import fingerprint
 from mosectl.live import load, patched
 from mosectl.patch import Patch
-from mosectl.rotation import nearest_rotation, rotate
+from mosectl.rotation import nearest_rotation
 from mosectl.stack import apply, check_stack, revert
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -30,11 +31,12 @@ def patch_for(folder: Path, layers: tuple[int, ...] = (0, 1), seed: int = 0, ang
     arch = resolve(skeleton(checkpoint.config))
     names = disk_names(arch, checkpoint.tensors)
     g = torch.Generator().manual_seed(seed)
-    rotations, base = {}, {}
+    changes, base = {}, {}
     for p in (arch.projections[i] for i in layers):
-        rotations[p.name] = nearest_rotation(torch.eye(p.d) + angle * torch.randn(p.d, p.d, generator=g)).float()
+        R = nearest_rotation(torch.eye(p.d) + angle * torch.randn(p.d, p.d, generator=g)).float()
+        changes[p.name] = Change({"R": R})
         base[p.name] = fingerprint(p.weight_name, checkpoint.read(names[p.name]))
-    return Patch(rotations, "mose", "output", {}, "pico", None, arch.model_type, base, (), {}, seed, {})
+    return Patch(changes, "mose", "output", {}, "pico", None, arch.model_type, base, (), {}, seed, {})
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -54,14 +56,14 @@ def test_apply_and_revert(model_type: str, shard: str, dtype: torch.dtype, tmp_p
     original, patch = hashes(base), patch_for(base)
     done = apply([patch], base, tmp_path / "out")
     assert hashes(base) == original, "the base must not change"
-    changed = {n for n, h in hashes(tmp_path / "out").items() if h != original[n]}
-    assert len(changed) == 2 and {t.tensor for t in done.tensors} == changed
+    differing = {n for n, h in hashes(tmp_path / "out").items() if h != original[n]}
+    assert len(differing) == 2 and {t.tensor for t in done.tensors} == differing
     assert all(t.exact and t.stability and t.stability.norm_drift < 3e-3 for t in done.tensors)
 
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=dtype)
     fresh = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     p = resolve(fresh).projections[0]
-    wanted = p.stored(rotate(patch.rotations[p.name], p.oriented(fresh.get_submodule(p.name).weight)))
+    wanted = p.stored(changed([patch.changes[p.name]], p.oriented(fresh.get_submodule(p.name).weight)))
     assert torch.equal(loaded.get_submodule(p.name).weight, wanted)
 
     back = revert(patch, tmp_path / "out")
@@ -141,12 +143,12 @@ def test_revert_without_a_journal(tmp_path: Path) -> None:
     (out / "mosectl.json").unlink()
     shutil.rmtree(out / "mosectl")
     done = revert(patch, out)
-    assert all("undone by Rᵀ" in t.note for t in done.tensors)
+    assert all("undone algebraically" in t.note for t in done.tensors)
     name = done.tensors[0].tensor
     assert torch.allclose(open_checkpoint(out).read(name), open_checkpoint(base).read(name), atol=1e-6)
     with pytest.raises(BaseMismatch, match="not applied here"):
         revert(patch, base, tmp_path / "x")
-    with pytest.raises(BaseMismatch, match="away from the patch's base"):
+    with pytest.raises(BaseMismatch, match="away from its base"):
         revert(patch, save(tmp_path / "other", "llama", intermediate_size=48, vocab_size=400), tmp_path / "y")
 
 
@@ -242,3 +244,48 @@ def test_patched_in_memory_equals_apply(tmp_path: Path) -> None:
     assert all(torch.equal(p, before[n]) for n, p in live.named_parameters())
     with pytest.raises(BaseMismatch), patched(edited, a):
         pass
+
+
+@pytest.mark.parametrize("side", ["input", "both", "additive"])
+def test_other_sides_apply_stack_and_come_off(side: str, tmp_path: Path) -> None:
+    base = save(tmp_path / "base", dtype=torch.bfloat16)
+    original, turned = hashes(base), patch_for(base, seed=3)
+    checkpoint = open_checkpoint(base)
+    changes = {}
+    for name, made_for in turned.base.items():
+        W = checkpoint.read(made_for.tensor).double()
+        d, p = W.shape
+        g = torch.Generator().manual_seed(0)
+        L, R = (nearest_rotation(torch.eye(n) + 0.1 * torch.randn(n, n, generator=g)) for n in (d, p))
+        new = {"input": W @ R, "both": L @ W @ R}.get(side, W + 0.1 * torch.outer(L[0], R[0]))
+        changes[name] = change_between(W, new, side)
+    patch = Patch(**{**vars(turned), "changes": changes, "side": side})
+    patch.save(tmp_path / "p.safetensors")
+    assert Patch.load(tmp_path / "p.safetensors").id == patch.id
+    done = apply([turned, patch], base, tmp_path / "out")
+    assert len(done.stack) == 2 and hashes(tmp_path / "out") != original
+    live = load(base, dtype="bfloat16").model
+    name = next(iter(changes))
+    with patched(live, turned, patch):
+        assert torch.equal(
+            live.get_submodule(name).weight,
+            load(tmp_path / "out", dtype="auto").model.get_submodule(name).weight.bfloat16(),
+        )
+    revert(turned, tmp_path / "out")
+    assert revert(patch, tmp_path / "out").restored and hashes(tmp_path / "out") == original
+
+
+def test_an_additive_patch_is_undone_without_its_base(tmp_path: Path) -> None:
+    base = save(tmp_path / "base")
+    turned = patch_for(base)
+    checkpoint = open_checkpoint(base)
+    changes = {}
+    for name, made_for in turned.base.items():
+        W = checkpoint.read(made_for.tensor).double()
+        changes[name] = change_between(W, W + 0.1 * torch.ones_like(W), "additive")
+    patch = Patch(**{**vars(turned), "changes": changes, "side": "additive"})
+    apply([patch], base, tmp_path / "out", keep_base=False)
+    (tmp_path / "out" / "mosectl.json").unlink()
+    shutil.rmtree(base)
+    done = revert(patch, tmp_path / "out")
+    assert not done.restored and all("undone algebraically" in t.note for t in done.tensors)

@@ -1,49 +1,68 @@
-"""Solvers: from what an edited layer writes now and should write to a new weight. One file a method."""
+"""Solvers: from the keys an edited layer sees and what it should write for them to a new weight. One file a method."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
 
 from torch import Tensor
 
 from mosectl.errors import UsageError
 
+NAMES = ("isospectral", "mose", "rome", "memit", "rect", "emmet", "prune", "alphaedit")
+
 
 @dataclass(frozen=True)
 class LayerProblem:
-    """One layer's part of an edit, in the y = W k orientation, all on one device."""
+    """One layer's part of an edit, in the y = W k orientation, float64, all on one device."""
 
-    S: Tensor  # (d, d) second moment of the layer's outputs W k over a corpus, E[y yᵀ]
-    P: Tensor  # (d, d) sum of h hᵀ over the outputs of earlier edits, which must keep still
-    H: Tensor  # (d, m) what the layer writes now at the facts' subjects, one column a context
-    V: Tensor  # (d, m) what it should write
+    W: Tensor  # (d, p) the weight as it is now
+    W0: Tensor  # (d, p) the weight before any edit of this run
+    C: Tensor  # (p, p) second moment of the layer's keys over a corpus, E[k kᵀ]
+    P: Tensor  # (p, p) sum of k kᵀ over earlier edits, which must keep still
+    Q: Tensor  # (d, p) sum of v kᵀ over earlier edits, v being what the layer wrote when they were made
+    K: Tensor  # (p, m) the facts' keys, one column a context
+    V: Tensor  # (d, m) what the layer should write for them
     weight: Tensor  # (m,) weight of each column; a fact's columns sum to 1
-    options: dict[str, float] = field(default_factory=dict)
+    options: Mapping[str, float] = field(default_factory=dict)
 
 
-Solver = Callable[[LayerProblem], Tensor]
+Solver = Callable[[LayerProblem], Tensor]  # → W' (d, p) float64
 
 
 @dataclass(frozen=True)
 class Method:
-    """A registered solver: what it is called, on which side of W it works, and what it can be told."""
+    """A registered solver: what it is called, how it changes W, and what it can be told."""
 
     name: str
-    side: str
+    side: str  # what its patches hold, a key of change.SIDES
     source: str
-    defaults: dict[str, float]
+    defaults: Mapping[str, float]
     solve: Solver
+    spread: bool  # one target at the topmost edited layer, its residual spread over the layers (MEMIT), not one a layer
+    settings: Mapping[str, Any]  # defaults of the edit and its targets that differ from the general ones
+    finish: Callable[[Tensor, Tensor, Mapping[str, float]], Tensor] | None = None  # (W0, W, options) → W', at the end
 
 
 METHODS: dict[str, Method] = {}
 
 
-def register(name: str, *, side: str, source: str, **defaults: float) -> Callable[[Solver], Solver]:
-    """Class the decorated function as the solver of method ``name``."""
+def register(
+    name: str,
+    *,
+    side: str,
+    source: str,
+    spread: bool = False,
+    settings: Mapping[str, Any] | None = None,
+    finish: Callable[[Tensor, Tensor, Mapping[str, float]], Tensor] | None = None,
+    **defaults: float,
+) -> Callable[[Solver], Solver]:
+    """Class the decorated function as the solver of method ``name``; ``defaults`` are its own options."""
 
     def keep(solve: Solver) -> Solver:
-        METHODS[name] = Method(name, side, source, defaults, solve)
+        METHODS[name] = Method(name, side, source, defaults, solve, spread, settings or {}, finish)
         return solve
 
     return keep
@@ -55,8 +74,7 @@ def method(name: str) -> Method:
     Raises:
         UsageError: there is no such method.
     """
-    from mosectl.solvers import mose  # noqa: F401  (registers itself)
-
-    if name not in METHODS:
-        raise UsageError(f"unknown method '{name}'", fix=f"choose one of: {', '.join(sorted(METHODS))}")
+    if name not in NAMES:
+        raise UsageError(f"unknown method '{name}'", fix=f"choose one of: {', '.join(NAMES)}")
+    import_module(f"mosectl.solvers.{name}")  # registers itself
     return METHODS[name]
