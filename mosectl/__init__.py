@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from mosectl.editor import EditOptions as EditOptions
     from mosectl.editor import EditResult as EditResult
     from mosectl.editor import edit as edit
     from mosectl.errors import MosectlError as MosectlError
@@ -21,12 +20,13 @@ if TYPE_CHECKING:
     from mosectl.live import ask as ask
     from mosectl.live import load as load
     from mosectl.live import patched as patched
+    from mosectl.options import EditOptions as EditOptions
     from mosectl.patch import Patch as Patch
     from mosectl.stack import apply as apply
     from mosectl.stack import revert as revert
 
 _HOME = {
-    "EditOptions": "editor", "EditResult": "editor", "edit": "editor", "MosectlError": "errors", "Fact": "facts",
+    "EditOptions": "options", "EditResult": "editor", "edit": "editor", "MosectlError": "errors", "Fact": "facts",
     "read_facts": "facts", "inspect": "inspection", "ask": "live", "load": "live", "patched": "live", "Patch": "patch",
     "apply": "stack", "revert": "stack",
 }  # fmt: skip

@@ -154,7 +154,7 @@ def edit(
     if not dry_run:
         _writable(out, overwrite)
     from mosectl.editor import edit as compute
-    from mosectl.editor import options_from
+    from mosectl.options import options_from
 
     options = options_from(
         settings or [],

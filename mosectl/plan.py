@@ -14,11 +14,11 @@ import torch
 from mosectl.arch import Architecture, Projection, disk_names, resolve, skeleton
 from mosectl.change import SIDES
 from mosectl.checkpoint import index_tensors, locate, read_config
-from mosectl.editor import EditOptions
 from mosectl.errors import ModelError, MosectlError
 from mosectl.facts import Fact
 from mosectl.layers import parse_layers
 from mosectl.live import DTYPES, pick_device, pick_dtype
+from mosectl.options import EditOptions
 from mosectl.solvers import method
 from mosectl.stats import MAX_TOKENS, read_corpus
 

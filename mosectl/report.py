@@ -22,12 +22,13 @@ from rich.table import Table
 from mosectl.errors import MosectlError
 
 if TYPE_CHECKING:
-    from mosectl.editor import EditResult, OnStep
+    from mosectl.editor import EditResult
     from mosectl.facts import FactsReport
     from mosectl.inspection import Inspection
     from mosectl.live import Asked
     from mosectl.metrics import Stability
     from mosectl.plan import Diagnosis, Estimate
+    from mosectl.run import OnStep
     from mosectl.stack import ApplyReport
     from mosectl.stats import Moments
     from mosectl.tokens import TokenView
@@ -145,6 +146,7 @@ def edit(result: EditResult, path: Path | None, model: str) -> None:
         "already known": "already known",
         "not reached": "NOT REACHED",
         "not finite": "NOT FINITE",
+        "not edited": "NOT EDITED",
     }
     rows = [
         (r.fact.prompt, r.before, r.after, f"{r.probability_before:.3f}", f"{r.probability_after:.3f}", mark[r.status])
@@ -172,6 +174,8 @@ def edit(result: EditResult, path: Path | None, model: str) -> None:
         _err().print(
             f"[yellow]{missed} of {len(result.facts)} facts were not reached[/]: more --rounds or other --layers may help"
         )
+    if result.stopped:
+        _err().print(f"[bold yellow]stopped early[/] {escape(result.stopped)}")
     if path:
         _line(f"patch {result.patch.id[:12]} → {path} ({size(path.stat().st_size)})")
         hint(f"next: mosectl inspect {path}   |   mosectl apply {path} --model {model} -o edited/")

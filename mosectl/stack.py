@@ -197,10 +197,11 @@ class _Source:
         assert self.journal is not None
         if self.base_path:
             return open_checkpoint(self.base_path)
-        hub = [self.journal.model] if self.journal.revision else []
-        for place in (self.journal.base_path, *hub):
+        revision = self.journal.revision
+        hub = [(self.journal.model, revision)] if revision else []
+        for place, commit in ((self.journal.base_path, None), *hub):
             try:
-                return open_checkpoint(place, self.journal.revision)
+                return open_checkpoint(place, commit)
             except (ModelError, HubError):
                 continue
         return None

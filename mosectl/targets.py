@@ -126,7 +126,7 @@ def optimise_targets(
     per_fact = len(contexts.fact) // n
     group = max(1, options.max_rows // per_fact)
     parts = []
-    with _frozen(model):
+    with frozen(model):
         for start in range(0, n, group):
             done = start
 
@@ -162,7 +162,7 @@ def _rows_of(c: Contexts, rows: Tensor, first_fact: int) -> Contexts:
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
     """No gradients for the weights, no dropout; both restored afterwards."""
     wanted = [p for p in model.parameters() if p.requires_grad]
     training = model.training
@@ -261,12 +261,10 @@ class _Optimiser:
             logits = self.suffix.logits(rows, c.positions[rows]).to(c.fact.device)  # (rows, m, V)
         logp = F.log_softmax(logits, dim=-1)
         targets, edit, fact = c.targets[rows], c.is_edit[rows], c.fact[rows]
-        wanted = targets >= 0
         index = targets.clamp_min(0)[..., None]
-        token_logp = logp.gather(-1, index).squeeze(-1)
         rival = logp.scatter(-1, index, -torch.inf).amax(-1)
-        row_nll = -(token_logp * wanted).sum(-1) / wanted.sum(-1).clamp_min(1)
-        row_lead = torch.where(wanted, token_logp - rival, torch.inf).amin(-1)
+        row_nll = token_nll(logp, targets)
+        row_lead = torch.where(targets >= 0, logp.gather(-1, index).squeeze(-1) - rival, torch.inf).amin(-1)
         if self.reference is None:
             self.reference = torch.zeros(len(c.fact), logp.shape[-1], device=logp.device)
             self.reference[rows] = logp[:, 0].detach()
@@ -291,6 +289,13 @@ class _Optimiser:
             return (y + bias if isinstance(bias, Tensor) else y).view_as(out)
 
         return hook
+
+
+def token_nll(logp: Tensor, targets: Tensor) -> Tensor:
+    """Mean negative log-likelihood a token, (B,), of targets (B, m), −1 = none, under logp (B, m, vocabulary)."""
+    wanted = targets >= 0
+    found = logp.gather(-1, targets.clamp_min(0)[..., None]).squeeze(-1)
+    return -(found * wanted).sum(-1) / wanted.sum(-1).clamp_min(1)
 
 
 def _mean_by_fact(values: Tensor, fact: Tensor, n: int) -> Tensor:

@@ -194,7 +194,7 @@ def folder_exists(world: World, patch: pytest.MonkeyPatch) -> tuple[object, ...]
 
 
 def ctrl_c_in_edit(world: World, patch: pytest.MonkeyPatch) -> tuple[object, ...]:
-    patch.setattr("mosectl.editor.optimise_targets", crash(KeyboardInterrupt()))
+    patch.setattr("mosectl.run.optimise_targets", crash(KeyboardInterrupt()))
     return world.edit()
 
 

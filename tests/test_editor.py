@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,15 @@ from conftest import DEMO, ROOT, make_tokenizer, pico, save
 
 import mosectl
 from mosectl.arch import resolve
-from mosectl.editor import EditOptions, options_from
 from mosectl.errors import EditFailed, FactsError, UsageError
-from mosectl.evaluate import answer, says
+from mosectl.evaluate import answer, interview, says
 from mosectl.facts import fact_from_dict
 from mosectl.forward import keys_at
+from mosectl.guard import canaries, harm, health
 from mosectl.live import Loaded, load
+from mosectl.options import EditOptions, default_options, options_from
 from mosectl.rotation import is_rotation
+from mosectl.solvers import NAMES, method
 from mosectl.stats import read_corpus, second_moments
 from mosectl.targets import TargetOptions, build_contexts, displaced, optimise_targets
 
@@ -218,3 +221,62 @@ def test_demo_model_quality() -> None:
     assert result.scores.generalization >= 0.85 and result.scores.locality >= 0.95
     for s in result.stability:
         assert s.norm_drift < 1e-5 and s.condition_drift < 1e-5
+
+
+def test_defaults_follow_the_method() -> None:
+    assert default_options() == EditOptions() and options_from([]) == EditOptions()
+    mose = options_from(["margin=5"], method="mose")
+    assert mose.method == "mose" and mose.relax == 0.8 and mose.targets.margin == 5.0 and mose.targets.reach == 1.5
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("isospectral", "alphaedit")])
+def test_every_method_edits_and_ships_what_it_measured(name: str, corpus: str) -> None:
+    """Through the whole path: the patch alone gives the weights that were measured, and the answer changes."""
+    model, tokenizer = pico("llama"), make_tokenizer()
+    solver = {k: v for k, v in {"preserve": 1e-4, "rate": 0.02, "keep": 0.9}.items() if k in method(name).defaults}
+    aims = replace(FEW.targets, sphere=int(name in ("mose", "oft")))
+    options = replace(
+        default_options(name), corpus=corpus, layers="0,1", prefixes=0, solver=solver, targets=aims, guard=0
+    )
+    result = mosectl.edit(FACTS[:1], model, tokenizer, options=options)
+    assert result.facts[0].status == "changed" and result.patch.side == method(name).side
+    drift = max(s.spectrum_drift for s in result.stability)
+    assert (drift > 1e-4) if result.patch.side == "additive" else (drift < 1e-5)
+    with mosectl.patched(model, result.patch):
+        asked = interview(model, tokenizer, [result.facts[0].fact])
+    assert says(asked.answers[0].text, "and")
+    assert asked.answers[0].probability == pytest.approx(result.facts[0].probability_after, rel=1e-3)
+
+
+def test_a_harmful_batch_is_taken_back(corpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = pico("llama"), make_tokenizer()
+    alone = mosectl.edit(FACTS[:1], model, tokenizer, options=few(corpus, batch_size=1)).patch
+    verdicts = iter(["", "ordinary text became less likely: 2.00 → 9.00 nats a token"])
+    monkeypatch.setattr("mosectl.run.harm", lambda *_: next(verdicts))
+    options = few(corpus, batch_size=1)
+    result = mosectl.edit(FACTS, model, tokenizer, options=options)
+    assert [r.status for r in result.facts] == ["changed", "not edited"]
+    assert "facts 2-2 were taken back" in result.stopped and len(result.patch.facts) == 1
+    for name, change in alone.changes.items():
+        assert torch.allclose(change.factors["R"], result.patch.changes[name].factors["R"], atol=1e-6)
+    monkeypatch.setattr("mosectl.run.harm", lambda *_: "‖W‖ went from 1 to 9")
+    with pytest.raises(EditFailed, match="harms the model: ‖W‖ went from 1 to 9"):
+        mosectl.edit(FACTS, model, tokenizer, options=options)
+
+
+def test_the_guard_sees_collapse(tokenizer: object) -> None:
+    model = pico("llama")
+    p = resolve(model).projections[1]
+    pieces = canaries(tokenizer, CORPUS.splitlines())
+    weight = model.get_submodule(p.name).weight
+    base = health(model, pieces, {p.name: weight.detach()})
+    assert len(pieces) == 3 and harm(base, base, 1.0) == ""
+    assert "‖W‖" in harm(base, health(model, pieces, {p.name: 3 * weight.detach()}), 1.0)
+    squeezed = weight.detach().clone()
+    squeezed[0] *= 1e-4
+    assert "κ(W)" in harm(base, health(model, pieces, {p.name: squeezed}), 1.0)
+    model.lm_head.weight.data.mul_(100)
+    assert "ordinary text" in harm(base, health(model, pieces, {p.name: weight.detach()}), 1.0)
+    model.lm_head.weight.data.fill_(float("nan"))
+    worn = health(model, pieces, {p.name: weight.detach()})
+    assert "ordinary text" in harm(base, worn, 1.0) and harm(base, worn, 0.0) == ""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mosectl.errors import UsageError
 
-NAMES = ("isospectral", "mose", "rome", "memit", "rect", "emmet", "prune", "alphaedit")
+NAMES = ("isospectral", "mose", "oft", "rome", "memit", "rect", "emmet", "prune", "alphaedit")
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class LayerProblem:
 
 
 Solver = Callable[[LayerProblem], Tensor]  # → W' (d, p) float64
+Finish = Callable[[Tensor, Tensor, Mapping[str, float]], Tensor]  # (W0, W, options) → W', once at the end
+Fit = Callable[..., dict[str, Tensor]]  # as solvers/oft.py: trains on the model itself → W' by module path
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,15 @@ class Method:
     name: str
     side: str  # what its patches hold, a key of change.SIDES
     source: str
+    kind: str  # "layer": targets for each edited layer; "spread": one residual shared out (MEMIT); "fit": no targets
     defaults: Mapping[str, float]
-    solve: Solver
-    spread: bool  # one target at the topmost edited layer, its residual spread over the layers (MEMIT), not one a layer
+    run: Any  # a Solver, or a Fit where kind is "fit"
     settings: Mapping[str, Any]  # defaults of the edit and its targets that differ from the general ones
-    finish: Callable[[Tensor, Tensor, Mapping[str, float]], Tensor] | None = None  # (W0, W, options) → W', at the end
+    finish: Finish | None = None
+
+    def solve(self, problem: LayerProblem) -> Tensor:
+        """The new weight W' (d, p) of one layer."""
+        return self.run(problem)
 
 
 METHODS: dict[str, Method] = {}
@@ -54,16 +60,16 @@ def register(
     *,
     side: str,
     source: str,
-    spread: bool = False,
+    kind: str = "layer",
     settings: Mapping[str, Any] | None = None,
-    finish: Callable[[Tensor, Tensor, Mapping[str, float]], Tensor] | None = None,
+    finish: Finish | None = None,
     **defaults: float,
-) -> Callable[[Solver], Solver]:
+) -> Callable[[Any], Any]:
     """Class the decorated function as the solver of method ``name``; ``defaults`` are its own options."""
 
-    def keep(solve: Solver) -> Solver:
-        METHODS[name] = Method(name, side, source, defaults, solve, spread, settings or {}, finish)
-        return solve
+    def keep(run: Any) -> Any:
+        METHODS[name] = Method(name, side, source, kind, defaults, run, settings or {}, finish)
+        return run
 
     return keep
 

@@ -13,7 +13,7 @@ from mosectl.solvers.memit import right_divide
     "alphaedit",
     side="additive",
     source="arXiv 2410.02355",
-    spread=True,
+    kind="spread",
     settings={"sphere": 0, "protect": 1.0},
     threshold=0.02,
     ridge=10.0,

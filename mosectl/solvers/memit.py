@@ -8,7 +8,7 @@ from torch import Tensor
 from mosectl.solvers import LayerProblem, register
 
 
-@register("memit", side="additive", source="arXiv 2210.07229", spread=True, settings={"sphere": 0}, preserve=1.0)
+@register("memit", side="additive", source="arXiv 2210.07229", kind="spread", settings={"sphere": 0}, preserve=1.0)
 def memit(problem: LayerProblem) -> Tensor:
     """W' = W + (V − W K) Kᵀ (λC + K Kᵀ)⁻¹.
 

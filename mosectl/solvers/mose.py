@@ -9,7 +9,14 @@ from mosectl.rotation import nearest_rotation
 from mosectl.solvers import LayerProblem, register
 
 
-@register("mose", side="output", source="arXiv 2601.07873", settings={"relax": 0.8, "margin": 3.0, "reach": 1.5}, preserve=100.0, damping=0.01)
+@register(
+    "mose",
+    side="output",
+    source="arXiv 2601.07873",
+    settings={"relax": 0.8, "margin": 3.0, "reach": 1.5},
+    preserve=100.0,
+    damping=0.01,
+)
 def mose(problem: LayerProblem) -> Tensor:
     """W' = R W with R = argmin over rotations of λ‖R Y₀ − Y₀‖² + ‖R H − V‖², H = W K.
 

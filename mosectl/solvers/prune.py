@@ -23,7 +23,7 @@ def restrain(W0: Tensor, W: Tensor, options: Mapping[str, float]) -> Tensor:
     "prune",
     side="additive",
     source="arXiv 2405.16821",
-    spread=True,
+    kind="spread",
     settings={"sphere": 0},
     finish=restrain,
     preserve=1.0,

@@ -10,7 +10,7 @@ from mosectl.solvers.memit import memit
 
 
 @register(
-    "rect", side="additive", source="arXiv 2401.04700", spread=True, settings={"sphere": 0}, preserve=1.0, keep=0.4
+    "rect", side="additive", source="arXiv 2401.04700", kind="spread", settings={"sphere": 0}, preserve=1.0, keep=0.4
 )
 def rect(problem: LayerProblem) -> Tensor:
     """W' = W + ΔW where |ΔW / W| is among the largest ``keep`` share of all entries, ΔW = MEMIT's; W elsewhere.

@@ -9,7 +9,7 @@ from mosectl.solvers import LayerProblem, register
 from mosectl.solvers.memit import right_divide
 
 
-@register("rome", side="additive", source="arXiv 2202.05262", spread=True, settings={"sphere": 0})
+@register("rome", side="additive", source="arXiv 2202.05262", kind="spread", settings={"sphere": 0})
 def rome(problem: LayerProblem) -> Tensor:
     """W' = W + (v − W k)(C⁻¹k)ᵀ / kᵀC⁻¹k, one fact after the other: a later one of a batch may undo an earlier one."""
     W = problem.W

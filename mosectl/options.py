@@ -1,0 +1,67 @@
+"""How to edit: one dataclass, its defaults by method, and the command line's "name=number" settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from mosectl.errors import UsageError
+from mosectl.solvers import method
+from mosectl.targets import TargetOptions
+
+
+@dataclass(frozen=True)
+class EditOptions:
+    """How to edit; the defaults are those measured for the default method (docs/LOG.md), see :func:`default_options`."""
+
+    method: str = "isospectral"
+    layers: str = "auto"  # "auto" or "3,4,5"
+    batch_size: int = 0  # facts edited together; 0 = all
+    rounds: int = 8  # times targets and solve alternate in a batch, at most
+    relax: float = 1.0  # each round weighs what must keep still by this factor less, for the facts that still resist
+    prefixes: int = 2  # pieces of text put before the prompt, besides none
+    protect: float = 50.0  # weight of each earlier fact against a new one
+    guard: float = 1.0  # nats a token by which ordinary text may become less likely before a run is stopped; 0 = any
+    seed: int = 0
+    chat: bool = False
+    corpus: str | None = None  # None = embedded
+    solver: Mapping[str, float] = field(default_factory=dict)  # the method's own options
+    targets: TargetOptions = field(default_factory=TargetOptions)
+
+
+def options_from(settings: Sequence[str], **given: Any) -> EditOptions:
+    """EditOptions from "name=number" settings of the solver, the targets or the edit; None among ``given`` = default.
+
+    Raises:
+        UsageError: an unknown name, or not a number.
+    """
+    solver = method(given.get("method") or EditOptions.method)
+    known = {f.name: f.type for f in fields(TargetOptions)}
+    own = {"prefixes": "int", "protect": "float", "relax": "float", "guard": "float"}
+    found: dict[str, dict[str, Any]] = {"solver": {}, "targets": {}, "edit": {}}
+    for setting in settings:
+        name, _, text = setting.partition("=")
+        try:
+            number = int(text) if "int" in (known.get(name), own.get(name)) else float(text)
+        except ValueError:
+            raise UsageError(f"--set {setting}: not a number", fix="write --set name=number") from None
+        place = "solver" if name in solver.defaults else "targets" if name in known else "edit" if name in own else None
+        if place is None or number < 0 or number != number:
+            names = ", ".join((*solver.defaults, *known, *own))
+            raise UsageError(f"--set {setting}: no such setting, or out of range", fix=f"settings: {names}")
+        found[place][name] = number
+    usual = default_options(solver.name)
+    given = {k: v for k, v in given.items() if v is not None} | found["edit"]
+    return replace(usual, **given, solver=found["solver"], targets=replace(usual.targets, **found["targets"]))
+
+
+def default_options(name: str = EditOptions.method) -> EditOptions:
+    """The measured defaults of method ``name``.
+
+    Raises:
+        UsageError: no such method.
+    """
+    settings, targets = dict(method(name).settings), TargetOptions()
+    aims = {f.name: settings.pop(f.name) for f in fields(TargetOptions) if f.name in settings}
+    return EditOptions(method=name, **settings, targets=replace(targets, **aims))

@@ -1,0 +1,262 @@
+"""One run over a list of facts: batches, rounds of targets and solve, protection of earlier edits, the guard."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mosectl.arch import Architecture, Projection
+from mosectl.change import Change, change_between, changed
+from mosectl.errors import EditFailed
+from mosectl.facts import Fact
+from mosectl.forward import hidden_at, keys_at
+from mosectl.guard import harm, health
+from mosectl.live import Loaded, set_weight, solve_device, weight_of
+from mosectl.metrics import Stability, stability
+from mosectl.options import EditOptions
+from mosectl.solvers import LayerProblem, method
+from mosectl.targets import Contexts, Targets, build_contexts, optimise_targets
+
+OnStep = Callable[[str, int, int], None]  # phase, done, total
+
+
+class Clock:
+    """Seconds spent in each phase, and the progress callback bound to it."""
+
+    def __init__(self, on_step: OnStep | None) -> None:
+        self.seconds: dict[str, float] = {}
+        self._on_step = on_step
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[Callable[[int, int], None]]:
+        def step(done: int, total: int) -> None:
+            if self._on_step:
+                self._on_step(phase, done, total)
+
+        start = time.perf_counter()
+        step(0, 1)
+        reported = False
+
+        def told(done: int, total: int) -> None:
+            nonlocal reported
+            reported = True
+            step(done, total)
+
+        try:
+            yield told
+            if not reported:
+                step(1, 1)
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class _Standing:
+    """One round's outcome, to come back to."""
+
+    score: tuple[int, float]
+    targets: Targets
+    W: dict[str, Tensor]
+
+
+class Run:
+    """The edited layers of one live model: base weight, weight so far, statistics and earlier edits, by module path."""
+
+    def __init__(
+        self,
+        loaded: Loaded,
+        arch: Architecture,
+        projections: list[Projection],
+        C: Mapping[str, Tensor],
+        options: EditOptions,
+    ) -> None:
+        self.loaded, self.arch, self.projections, self.options = loaded, arch, projections, options
+        self.solver = method(options.method)
+        self.solver_options = {**self.solver.defaults, **options.solver}
+        self.W0 = {p.name: weight_of(loaded.model, p).detach().clone() for p in projections}  # as stored
+        place = torch.empty(0, dtype=torch.float64, device=solve_device(self.W0[projections[0].name].device))
+        self.W = {p.name: p.oriented(self.W0[p.name]).to(place) for p in projections}  # (d, p)
+        self.C = {p.name: C[p.name].to(place) for p in projections}  # (p, p)
+        self.P = {p.name: torch.zeros_like(self.C[p.name]) for p in projections}  # Σ k kᵀ of earlier edits
+        self.stopped = ""
+        self.Q = {p.name: torch.zeros_like(self.W[p.name]) for p in projections}  # Σ v kᵀ of earlier edits
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Put the base weights back at the end, whatever happened."""
+        try:
+            yield
+        finally:
+            for p in self.projections:
+                with torch.no_grad():
+                    weight_of(self.loaded.model, p).copy_(self.W0[p.name])
+
+    def watch(self, pieces: list[list[int]]) -> None:
+        """Remember how the model is before the first batch, for the guard."""
+        self.pieces, self.base_health = pieces, health(self.loaded.model, pieces, self.W)
+
+    def edit(self, facts: Sequence[Fact], prefixes: Sequence[str], clock: Clock) -> list[float]:
+        """Edit all facts batch by batch; returns the loss of each right after its batch, nats a token.
+
+        A batch that does harm is taken back and ends the run: there are fewer losses than facts then.
+
+        Raises:
+            EditFailed: the very first batch did harm.
+        """
+        size = self.options.batch_size or len(facts)
+        losses: list[float] = []
+        for start in range(0, len(facts), size):
+            batch = facts[start : start + size]
+            contexts = build_contexts(self.loaded.model, self.loaded.tokenizer, batch, prefixes, chat=self.options.chat)
+            before = dict(self.W)
+            done = self._batch(contexts, clock, start, len(facts)).loss_before.tolist()
+            with clock("guard"):
+                now = health(self.loaded.model, self.pieces, self.W)
+            if what := harm(self.base_health, now, self.options.guard):
+                for p in self.projections:
+                    self._set(p, before[p.name])
+                if not losses:
+                    fix = "try a larger --set preserve=…, fewer facts at once (--batch-size), or --set guard=0 to go on"
+                    raise EditFailed(f"the edit harms the model: {what}", fix=fix)
+                last = len(losses)
+                self.stopped = (
+                    f"facts {start + 1}-{start + len(batch)} were taken back: {what}; the first {last} are kept"
+                )
+                break
+            losses += done
+            self._protect(contexts)
+        return losses
+
+    def _batch(self, contexts: Contexts, clock: Clock, first: int, total: int) -> Targets:
+        """Alternate targets and solve until every fact holds by itself; of at most ``rounds`` keep the best."""
+        best: _Standing | None = None
+        n, rounds = int(contexts.fact.max()) + 1, self.options.rounds
+        placed = self.projections[-1:] if self.solver.kind == "spread" else self.projections
+        for r in range(rounds + 1):
+            with clock("targets") as step:
+
+                def on_step(done: int, of: int, r: int = r, step: Callable[[int, int], None] = step) -> None:
+                    step(first * rounds + r * n + done * n // of, total * rounds)
+
+                needed = r < rounds and self.solver.kind != "fit"
+                options = self.options.targets if needed else replace(self.options.targets, steps=0)
+                targets = optimise_targets(self.loaded.model, self.arch, placed, contexts, options, on_step)
+            best = max(best or self._standing(targets), self._standing(targets), key=lambda s: s.score)
+            if r == rounds or bool((targets.margin_before >= options.margin).all()):
+                break
+            with clock("solve"):
+                solve = {"layer": self._solve, "spread": self._solve_spread, "fit": self._fit}[self.solver.kind]
+                solve(contexts, targets, self.options.relax**r)
+        assert best is not None
+        for p in self.projections:
+            self._set(p, best.W[p.name])
+        return best.targets
+
+    def _standing(self, targets: Targets) -> _Standing:
+        """How far the batch is, as the model stands: facts that hold, then the lower loss (a lost fact counts 20 nats)."""
+        held = int((targets.margin_before > 0).sum())
+        loss = float(targets.loss_before.clamp(max=20).nan_to_num(20).mean())
+        return _Standing((held, -loss), targets, dict(self.W))
+
+    def _solve(self, contexts: Contexts, targets: Targets, keep: float) -> None:
+        """Bring every edited layer, lowest first, to its own targets; ``keep`` scales what must keep still."""
+        rows, fact = contexts.edit_rows, contexts.fact[contexts.edit_rows]
+        used = torch.isfinite(targets.loss).to(fact.device)[fact]
+        if not bool(used.any()):
+            return
+        missing: Tensor | float = 0.0
+        for i, p in enumerate(self.projections):
+            K = self._keys(p, contexts, rows[used])
+            V = (
+                targets.V[i].to(K)[used.to(K.device)].T + missing
+            )  # what lower layers could not reach is asked of this one
+            self._set(p, self._solved(p, K, V, _shares(fact[used]).to(K), keep))
+            missing = V - self.W[p.name] @ K
+
+    def _solve_spread(self, contexts: Contexts, targets: Targets, keep: float) -> None:
+        """One residual at the topmost edited layer's hidden state, an equal share to each layer below (MEMIT §4.3).
+
+        Keys and values are means over a fact's contexts there, so each fact is one column.
+        """
+        top, rows = self.projections[-1], contexts.edit_rows
+        rows = rows[torch.isfinite(targets.loss).to(rows.device)[contexts.fact[rows]]]
+        if not len(rows):
+            return
+        _, fact = contexts.fact[rows].unique(return_inverse=True)
+        mean = torch.zeros(int(fact.max()) + 1, len(fact), dtype=torch.float64, device=fact.device)
+        mean[fact, torch.arange(len(fact), device=fact.device)] = _shares(fact)  # (n, rows)
+        batch, subject = contexts.batch.rows(rows), contexts.subject[rows]
+        finite = torch.isfinite(targets.loss).to(contexts.fact.device)[contexts.fact[contexts.edit_rows]]
+        H = self.W[top.name] @ self._keys(top, contexts, rows)
+        shift = targets.V[0].to(H)[finite.to(H.device)].T - H  # (d, rows)
+        hidden = hidden_at(self.loaded.model, self.arch, top.layer, batch, subject).to(H).T
+        wanted = hidden + shift
+        for i, p in enumerate(self.projections):
+            hidden = hidden_at(self.loaded.model, self.arch, top.layer, batch, subject).to(H).T
+            average = mean.to(H).T
+            K = self._keys(p, contexts, rows) @ average
+            V = self.W[p.name] @ K + (wanted - hidden) @ average / (len(self.projections) - i)
+            self._set(p, self._solved(p, K, V, torch.ones(K.shape[1]).to(K), keep))
+
+    def _fit(self, contexts: Contexts, targets: Targets, keep: float) -> None:
+        """Let a method train on the model itself."""
+        W = self.solver.run(
+            *(self.loaded.model, self.arch, self.projections, contexts, self.W, self.solver_options), lambda *_: None
+        )
+        for p in self.projections:
+            self._set(p, W[p.name])
+
+    def _keys(self, p: Projection, contexts: Contexts, rows: Tensor) -> Tensor:
+        """Keys (p, rows) of some rows of the contexts at their subjects, float64."""
+        (k,) = keys_at(self.loaded.model, [p], contexts.batch.rows(rows), contexts.subject[rows])
+        return k.to(self.C[p.name]).T
+
+    def _solved(self, p: Projection, K: Tensor, V: Tensor, weight: Tensor, keep: float) -> Tensor:
+        name = p.name
+        C, P, Q = keep * self.C[name], keep * self.P[name], keep * self.Q[name]
+        base = p.oriented(self.W0[name]).to(C)
+        W = self.solver.solve(LayerProblem(self.W[name], base, C, P, Q, K, V, weight, self.solver_options))
+        if not bool(torch.isfinite(W).all()):
+            raise EditFailed("the solve gave numbers that are not finite", where=name, fix="try --dtype float32")
+        return W
+
+    def _set(self, p: Projection, W: Tensor) -> None:
+        self.W[p.name] = W
+        set_weight(self.loaded.model, p, W)
+
+    def _protect(self, contexts: Contexts) -> None:
+        """From now on these facts' outputs keep still."""
+        rows = contexts.edit_rows
+        share = self.options.protect * (int(contexts.fact.max()) + 1) / len(rows)
+        for p in self.projections:
+            K = self._keys(p, contexts, rows)
+            self.P[p.name] = self.P[p.name] + share * K @ K.T
+            self.Q[p.name] = self.Q[p.name] + share * self.W[p.name] @ K @ K.T
+
+    def finish(self) -> dict[str, Change]:
+        """What the edit comes to, as a patch holds it; the live weights are set to just that."""
+        changes = {}
+        for p in self.projections:
+            base = p.oriented(self.W0[p.name]).to(self.W[p.name])
+            W = self.W[p.name]
+            if self.solver.finish:
+                W = self.solver.finish(base, W, self.solver_options)
+            changes[p.name] = change_between(base, W, self.solver.side)
+            set_weight(self.loaded.model, p, changes[p.name].apply(base.cpu()))
+        return changes
+
+    def stability(self, changes: Mapping[str, Change]) -> Iterator[Stability]:
+        """Norm, condition number and spectrum of the changed weights against the base, as float32 matrices."""
+        for p in self.projections:
+            W = p.oriented(self.W0[p.name]).float().cpu()
+            yield stability(p.weight_name, W, changed([changes[p.name]], W))
+
+
+def _shares(fact: Tensor) -> Tensor:
+    """Weights of rows so that each fact's sum to 1; fact (rows,) int64."""
+    return 1.0 / torch.bincount(fact).double()[fact]
