@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from mosectl.editor import EditResult as EditResult
     from mosectl.editor import edit as edit
     from mosectl.errors import MosectlError as MosectlError
+    from mosectl.evaluation import Evaluation as Evaluation
+    from mosectl.evaluation import evaluate_edit as evaluate_edit
     from mosectl.facts import Fact as Fact
     from mosectl.facts import read_facts as read_facts
     from mosectl.inspection import inspect as inspect
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 _HOME = {
     "EditOptions": "options", "EditResult": "editor", "edit": "editor", "MosectlError": "errors", "Fact": "facts",
     "read_facts": "facts", "inspect": "inspection", "ask": "live", "load": "live", "patched": "live", "Patch": "patch",
-    "apply": "stack", "revert": "stack",
+    "apply": "stack", "revert": "stack", "Evaluation": "evaluation", "evaluate_edit": "evaluation",
 }  # fmt: skip
 __all__ = ["__version__", *sorted(_HOME)]
 

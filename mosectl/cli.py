@@ -1,7 +1,7 @@
 """The command line: parse, one library call, render. Nothing heavy is imported until a command runs.
 
 Exit codes: 0 done · 1 bug · 2 usage · 3 facts file · 4 model · 5 patch · 6 wrong base · 7 output · 8 nothing changed ·
-9 Hub · 130 Ctrl-C · 141 closed pipe.
+9 Hub · 10 below --fail-under · 130 Ctrl-C · 141 closed pipe.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ app = typer.Typer(
     name="mosectl",
     help="Edit facts in open language models with orthogonal, portable, revertible patches.",
     epilog="Exit codes: 0 done, 1 bug, 2 usage, 3 facts file, 4 model, 5 patch, 6 wrong base, 7 output, 8 nothing changed, "
-    "9 Hub, 130 Ctrl-C.",
+    "9 Hub, 10 below --fail-under, 130 Ctrl-C.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
@@ -152,7 +152,7 @@ def edit(
     for problem in checked.problems:
         report.hint(f"{problem.where}: {problem.what} ({'left out' if problem.severity == 'error' else problem.fix})")
     if not dry_run:
-        _writable(out, overwrite)
+        writable(out, overwrite)
     from mosectl.editor import edit as compute
     from mosectl.options import options_from
 
@@ -307,6 +307,9 @@ def ask(
     report.data(found) if as_json else report.asked(found)
 
 
+from mosectl import cli_eval  # noqa: E402, F401  (registers `eval`; needs the options above)
+
+
 @app.command()
 def stats(
     model: Model,
@@ -335,12 +338,12 @@ def _named(phase: str, on_step: Any) -> Any:
     return lambda done, total: on_step(phase, done, total)
 
 
-def _writable(out: Path, overwrite: bool) -> None:
+def writable(out: Path, overwrite: bool, option: str = "-o") -> None:
     """Find out before the work, not after it."""
     if out.exists() and not out.is_file():
-        raise OutputError("is not a regular file", where=str(out), fix="give a file name, e.g. -o patch.safetensors")
+        raise OutputError("is not a regular file", where=str(out), fix=f"give a file name after {option}")
     if out.exists() and not overwrite:
-        raise OutputError("the output exists", where=str(out), fix="choose another -o, or give --overwrite")
+        raise OutputError("the output exists", where=str(out), fix=f"choose another {option}, or give --overwrite")
     parent = next(p for p in (out.parent, *out.absolute().parents) if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise OutputError("cannot be written there", where=str(out), fix="choose a folder you may write to")

@@ -11,6 +11,7 @@
 | 7    | OutputError     | the output exists, cannot be written, or the disk is full     |
 | 8    | EditFailed      | the edit changed nothing, diverged or reached no target       |
 | 9    | HubError        | the Hugging Face Hub cannot be reached or refuses             |
+| 10   | BelowThreshold  | a number is below its --fail-under                            |
 | 130  | (Ctrl-C)        | interrupted; nothing half-written is left behind              |
 | 141  | (closed pipe)   | whoever read the output stopped reading                       |
 """
@@ -58,3 +59,7 @@ class EditFailed(MosectlError):
 
 class HubError(MosectlError):
     exit_code = 9
+
+
+class BelowThreshold(MosectlError):
+    exit_code = 10

@@ -152,6 +152,7 @@ def interview(
     facts: Sequence[Fact],
     *,
     chat: bool = False,
+    batch_size: int = 64,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Interview:
     """Ask the edit prompt, the rephrasings and the locality prompts of every fact."""
@@ -162,11 +163,12 @@ def interview(
         (len(tokenizer(" " + t, add_special_tokens=False)["input_ids"]) for f in facts for t in _objects(f)),
         default=8,
     )
-    texts = iter(generate(model, tokenizer, prompts, max_new_tokens=longest + 2, chat=chat, on_step=on_step))
+    how: dict[str, Any] = {"chat": chat, "batch_size": batch_size}
+    texts = iter(generate(model, tokenizer, prompts, max_new_tokens=longest + 2, on_step=on_step, **how))
     asked = [next(texts) for _ in facts]
     rephrased = tuple(tuple(next(texts) for _ in f.rephrase_prompts) for f in facts)
     local = tuple(tuple(next(texts) for _ in f.locality) for f in facts)
-    p = target_probabilities(model, tokenizer, facts, chat=chat)
+    p = target_probabilities(model, tokenizer, facts, **how)
     return Interview(tuple(map(FactAnswer, asked, p)), rephrased, local)
 
 

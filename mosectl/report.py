@@ -23,8 +23,10 @@ from mosectl.errors import MosectlError
 
 if TYPE_CHECKING:
     from mosectl.editor import EditResult
+    from mosectl.evaluation import Evaluation
     from mosectl.facts import FactsReport
     from mosectl.inspection import Inspection
+    from mosectl.intervals import Measure
     from mosectl.live import Asked
     from mosectl.metrics import Stability
     from mosectl.plan import Diagnosis, Estimate
@@ -344,6 +346,42 @@ def asked(answers: Sequence[Asked]) -> None:
     else:
         rows = [(a.prompt, a.before.strip(), (a.after or "").strip()) for a in answers]
         _table("Answers (greedy)", ("prompt", "before", "after"), rows)
+
+
+def evaluation(e: Evaluation) -> None:
+    """Every metric with its interval, retention, the facts that do not hold, and what to know about it all."""
+
+    def value(m: Measure | None, form: str) -> str:
+        return "–" if m is None else format(m.value, form)
+
+    def interval(m: Measure | None, form: str) -> str:
+        return "–" if m is None else f"{m.low:{form}} – {m.high:{form}}"
+
+    rows = [
+        (m.protocol, m.name, *(value(x, ".1%") for x in (m.before, m.right_after, m.after)),
+         interval(m.after, ".1%"), str(m.asked))
+        for m in e.metrics
+    ]  # fmt: skip
+    columns = ("protocol", "metric", ">before", ">right after", ">after", ">95 % interval", ">prompts")
+    _table(f"Evaluation of {e.subject.name}, {len(e.facts)} facts; before: {e.subject.base or 'none'}", columns, rows)
+    _table(
+        "Text",
+        ("metric", ">before", ">after", ">95 % interval", "of what"),
+        [(t.name, value(t.before, ".3f"), value(t.after, ".3f"), interval(t.after, ".3f"), t.about) for t in e.texts],
+    )
+    if len(e.retention) > 1:
+        bins = [
+            (f"{b.first}-{b.last}", "–" if b.right_after is None else f"{b.right_after:.0%}", f"{b.after:.0%}")
+            for b in e.retention
+        ]
+        _table("Retention (generation): facts in order that hold", ("facts", ">right after", ">after"), bins)
+    if lost := [f for f in e.facts if not f.holds]:
+        rows = [(f.prompt, f.target_new, f.right_after or "–", f.after) for f in lost[:20]]
+        _table("Facts that do not hold (generation)", ("prompt", "new object", "right after", "after"), rows)
+        if len(lost) > 20:
+            _line(f"… and {len(lost) - 20} more (all of them with --json, --csv or --html)")
+    for note in e.notes:
+        _line(f"note: {note}")
 
 
 def statistics(m: Moments) -> None:

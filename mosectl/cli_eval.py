@@ -1,0 +1,109 @@
+"""`mosectl eval`: the command line of an evaluation. Imported by cli.py, whose options it shares."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mosectl.cli import Chat, Device, Dtype, Force, Json, Limit, OnError, Revision, app
+from mosectl.errors import UsageError
+
+if TYPE_CHECKING:
+    from mosectl.evaluation import Evaluation
+
+
+@app.command("eval")
+def evaluate(
+    what: Annotated[str, typer.Argument(metavar="MODEL_OR_PATCH", help="Patch file; or model folder or hub id.")],
+    facts: Annotated[str, typer.Argument(help="Facts file: .jsonl, .json or .csv.")],
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="The patch's model; default: the one the patch names.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The unedited model of an edited one; default: found by its mosectl.json.")
+    ] = None,
+    protocol: Annotated[
+        list[str] | None, typer.Option(help="generation, easyedit, memit or zsre. Repeatable; default: all.")
+    ] = None,
+    text: Annotated[
+        str | None, typer.Option(help="Held-out text for perplexity: .txt or .jsonl; default: a small embedded one.")
+    ] = None,
+    fail_under: Annotated[
+        list[str] | None,
+        typer.Option(help="Exit with 10 below it: reliability=0.95, or memit.locality=0.9. Repeatable."),
+    ] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write one row a fact to this file.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Write a picture (needs matplotlib).")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a report, one file that needs nothing else.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing output files.")] = False,
+    revision: Revision = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts asked together.")] = 64,
+    limit: Limit = None,
+    on_error: OnError = "fail",
+    chat: Chat = False,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Measure an edit: reliability, generalization, locality, portability, fluency, perplexity, retention."""
+    from mosectl import report
+    from mosectl.facts import read_facts
+
+    checked = read_facts(facts, on_error, limit)
+    for problem in checked.problems:
+        report.hint(f"{problem.where}: {problem.what} ({'left out' if problem.severity == 'error' else problem.fix})")
+    files = {name: path for name, path in (("--csv", csv), ("--png", png), ("--html", html)) if path is not None}
+    _check_files(files, overwrite)
+    from mosectl.evaluation import choose_protocols, evaluate_edit
+    from mosectl.thresholds import check_thresholds, parse_threshold
+
+    chosen = choose_protocols(protocol or [])
+    thresholds = [parse_threshold(t, chosen) for t in fail_under or []]
+    with report.progress() as on_step:
+        found = evaluate_edit(
+            what,
+            checked.facts,
+            model=model,
+            base=base,
+            text=text,
+            protocols=chosen,
+            chat=chat,
+            revision=revision,
+            device=device,
+            dtype=dtype,
+            batch_size=batch_size,
+            force=force,
+            on_step=on_step,
+        )
+    _write(found, files)
+    report.data(found) if as_json else report.evaluation(found)
+    for path in files.values():
+        report.hint(f"written: {path}")
+    check_thresholds(found, thresholds)
+
+
+def _check_files(files: dict[str, Path], overwrite: bool) -> None:
+    """Find out before the work, not after it."""
+    from mosectl.cli import writable  # stands below the line in cli.py that imports this module
+
+    for option, path in files.items():
+        writable(path, overwrite, option)
+    if len({path.absolute() for path in files.values()}) < len(files):
+        raise UsageError(f"{' and '.join(files)} name the same file", fix="give each its own")
+    if "--png" in files:
+        from mosectl.plots import check_matplotlib
+
+        check_matplotlib()
+
+
+def _write(found: Evaluation, files: dict[str, Path]) -> None:
+    from mosectl import plots, webpage
+    from mosectl.evaluation import to_csv
+    from mosectl.files import write_bytes
+
+    how = {"--csv": to_csv, "--png": plots.png, "--html": lambda e: webpage.render(e).encode()}
+    for option, path in files.items():
+        write_bytes(path, how[option](found))

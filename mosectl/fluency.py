@@ -1,0 +1,112 @@
+"""Is the text still text? Entropy of n-grams in continuations, and perplexity on a text."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from mosectl.forward import Batch, input_device
+from mosectl.intervals import Tally
+
+WINDOW = 256  # tokens
+MAX_TOKENS = 200_000
+_WORD = re.compile(r"\w+|[^\w\s]")
+
+
+def ngram_entropy(text: str) -> float:
+    """Mean of 2/3 · H₂ and 4/3 · H₃, Hₙ the entropy of the text's n-grams of words in bits: low when it repeats itself.
+
+    ROME's "generation entropy" (arXiv 2202.05262), `compute_n_gram_entropy` with its weights. Words here are runs of
+    letters and digits, or single other signs; there they are nltk's, and the prompt is part of the text.
+    """
+    words = _WORD.findall(text)
+    return (2 / 3 * _entropy(words, 2) + 4 / 3 * _entropy(words, 3)) / 2
+
+
+def _entropy(words: Sequence[str], n: int) -> float:
+    counts = Counter(zip(*(words[i:] for i in range(n)), strict=False))
+    total = sum(counts.values())
+    return sum(c / total * math.log2(total / c) for c in counts.values())
+
+
+@dataclass(frozen=True)
+class TextLoss:
+    """NLL of each text in nats, out of its predicted tokens; exp(Σ NLL / Σ tokens) is the perplexity."""
+
+    texts: tuple[Tally, ...]
+    tokens: int
+    window: int
+    cut: bool  # the text was longer than MAX_TOKENS
+
+
+@torch.no_grad()
+def text_loss(
+    model: nn.Module,
+    tokenizer: Any,
+    texts: Sequence[str],
+    *,
+    window: int = WINDOW,
+    batch_tokens: int = 2048,
+    max_tokens: int = MAX_TOKENS,
+    on_step: Callable[[int, int], None] | None = None,
+) -> TextLoss:
+    """Each text in windows of ``window`` tokens side by side; a window's first token is context only, never predicted.
+
+    A model with a shorter context gets windows of its length.
+    """
+    window = min(window, context_length(model))
+    owner: list[int] = []
+    windows: list[list[int]] = []
+    used = total = 0
+    for i, text in enumerate(texts):
+        ids = list(tokenizer(text, verbose=False)["input_ids"])  # the length is ours to mind
+        pieces = [ids[at : at + window] for at in range(0, len(ids), window)]
+        windows += pieces
+        owner += [i] * len(pieces)
+        used, total = i + 1, total + len(ids)
+        if total >= max_tokens:
+            break
+    nll, counted = [0.0] * used, [0.0] * used
+    chunks = _chunks(windows, batch_tokens)
+    for done, chunk in enumerate(chunks, 1):
+        for i, loss in zip(chunk, _losses(model, [windows[i] for i in chunk]), strict=True):
+            nll[owner[i]] += loss
+            counted[owner[i]] += len(windows[i]) - 1
+        if on_step:
+            on_step(done, len(chunks))
+    tallies = tuple(Tally(a, b) for a, b in zip(nll, counted, strict=True))
+    return TextLoss(tallies, int(sum(counted)), window, used < len(texts))
+
+
+def _chunks(windows: Sequence[Sequence[int]], batch_tokens: int) -> list[list[int]]:
+    """Indices of windows that have something to predict, those of like length together."""
+    chunks: list[list[int]] = []
+    for i in sorted((i for i, w in enumerate(windows) if len(w) > 1), key=lambda i: len(windows[i])):
+        if not chunks or (len(chunks[-1]) + 1) * len(windows[i]) > batch_tokens:
+            chunks.append([])
+        chunks[-1].append(i)
+    return chunks
+
+
+def _losses(model: nn.Module, sequences: Sequence[Sequence[int]]) -> list[float]:
+    """Summed NLL of each sequence's tokens but the first."""
+    batch = Batch.of(sequences, input_device(model))
+    logits = model(**batch.kwargs()).logits[:, :-1].float()
+    labels = batch.input_ids[:, 1:].to(logits.device)
+    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
+    return (loss * batch.attention_mask[:, 1:].to(loss)).double().sum(-1).tolist()
+
+
+def context_length(model: Any) -> int:
+    """The most tokens the model can read, by its configuration; a large number where it has no limit."""
+    config = model.config.get_text_config()
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
+    return next((n for name in names if isinstance(n := getattr(config, name, None), int) and n > 1), 1_000_000)

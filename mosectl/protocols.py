@@ -1,0 +1,287 @@
+"""The named protocols: what counts as reliable, general, local and portable, and where each definition comes from.
+
+| protocol   | reliability, generalization          | locality                          | portability     | mean over      |
+|------------|--------------------------------------|-----------------------------------|-----------------|----------------|
+| generation | greedy answer starts with the object | greedy answer is that from before | as reliability  | prompts        |
+| easyedit   | share of target tokens = argmax      | share of argmax tokens unchanged  | as reliability  | prompts, facts |
+| memit      | NLL(new) < NLL(true)                 | NLL(known answer) < NLL(new)      | not defined     | prompts, facts |
+| zsre       | share of target tokens = argmax      | share of known answer's tokens    | as reliability  | tokens, facts  |
+
+"Mean over prompts, facts": first within each fact, then over facts. All but `generation` are teacher-forced: the model
+is shown the answer's earlier tokens, which flatters it (arXiv 2502.11177). Without a model from before the edit,
+locality under `generation` and `easyedit` is measured against the known answer instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mosectl.evaluate import same_answer, says
+from mosectl.facts import Fact, Probe
+from mosectl.forward import Batch, hooked, input_device
+from mosectl.intervals import Tally
+from mosectl.tokens import Encoded, encode
+
+METRICS = ("reliability", "generalization", "locality", "portability")
+Pair = tuple[str, str]  # prompt, answer
+
+
+@dataclass(frozen=True)
+class Scored:
+    """An answer's tokens, teacher-forced after its prompt in one forward."""
+
+    target: tuple[int, ...]
+    predicted: tuple[int, ...]  # argmax at the same positions
+    logprobs: tuple[float, ...]  # of the target's tokens, nats
+
+    @property
+    def hits(self) -> int:
+        return sum(a == b for a, b in zip(self.target, self.predicted, strict=True))
+
+    @property
+    def accuracy(self) -> float:
+        return self.hits / len(self.target)
+
+    @property
+    def nll(self) -> float:
+        """Mean over tokens, nats."""
+        return -sum(self.logprobs) / len(self.logprobs)
+
+
+def encode_pairs(tokenizer: Any, pairs: Sequence[Pair], chat: bool = False) -> dict[Pair, Encoded]:
+    """Each different pair as tokens: apart from scoring, so that what cannot be written is told before the work.
+
+    Raises:
+        FactsError, ModelError, UsageError: as :func:`mosectl.tokens.encode`.
+    """
+    return {pair: encode(tokenizer, pair[0], None, pair[1], chat=chat) for pair in dict.fromkeys(pairs)}
+
+
+@torch.no_grad()
+def score(
+    model: nn.Module,
+    encoded: Mapping[Pair, Encoded],
+    *,
+    batch_size: int = 64,
+    on_step: Callable[[int, int], None] | None = None,
+) -> dict[Pair, Scored]:
+    """Log-probability and argmax at every token of every answer; pairs of like length share a batch."""
+    order = sorted(encoded, key=lambda pair: len(encoded[pair].input_ids))
+    out: dict[Pair, Scored] = {}
+    for start in range(0, len(order), batch_size):
+        pairs = order[start : start + batch_size]
+        rows = [encoded[pair] for pair in pairs]
+        spans = [range(e.target_start - 1, len(e.input_ids) - 1) for e in rows]  # position i predicts token i + 1
+        widest = max(map(len, spans))
+        positions = torch.tensor([[*s, *[s[-1]] * (widest - len(s))] for s in spans])
+        batch = Batch.of([e.input_ids for e in rows], input_device(model))
+        logp = F.log_softmax(_logits_at(model, batch, positions).float(), dim=-1)  # (B, widest, V)
+        predicted = logp.argmax(dim=-1).tolist()
+        wanted = torch.zeros_like(positions)
+        for i, e in enumerate(rows):
+            wanted[i, : len(spans[i])] = torch.tensor(e.input_ids[e.target_start :])
+        reached = logp.gather(2, wanted.to(logp.device)[..., None])[..., 0].tolist()
+        for i, (pair, e) in enumerate(zip(pairs, rows, strict=True)):
+            n = len(spans[i])
+            out[pair] = Scored(e.input_ids[e.target_start :], tuple(predicted[i][:n]), tuple(reached[i][:n]))
+        if on_step:
+            on_step(len(out), len(order))
+    return out
+
+
+def _logits_at(model: nn.Module, batch: Batch, positions: Tensor) -> Tensor:
+    """Logits (B, m, V) at ``positions`` (B, m) only: all of them would be large."""
+
+    def pick(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden = args[0]  # (B, T, d)
+        index = positions.to(hidden.device)[..., None].expand(-1, -1, hidden.shape[-1])
+        return (hidden.gather(1, index), *args[1:])
+
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    with hooked([head.register_forward_pre_hook(pick)]):
+        return model(**batch.kwargs()).logits
+
+
+@dataclass(frozen=True)
+class Answers:
+    """All that one model said about one fact: greedy continuations, and teacher-forced scores by pair."""
+
+    said: str
+    rephrased: tuple[str, ...]
+    local: tuple[str, ...]
+    portable: tuple[str, ...]  # of :func:`portable_probes`
+    scores: Mapping[Pair, Scored]
+
+
+Tallies = dict[str, Tally]  # by metric
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """One way to judge an edit."""
+
+    name: str
+    about: str
+    source: str
+    needs: Callable[[Fact], list[Pair]]  # what must be scored
+    judge: Callable[[Fact, Answers, Answers | None], Tallies]  # fact, the model asked, the model before the edit
+
+
+def portable_probes(fact: Fact) -> list[tuple[str, str]]:
+    """The portability prompts whose answer is known: the others cannot be judged."""
+    return _known(fact.portability)
+
+
+def _known(probes: Sequence[Probe]) -> list[Pair]:
+    return [(p.prompt, p.answer) for p in probes if p.answer]
+
+
+def _prompts(fact: Fact, answer: str) -> tuple[list[Pair], list[Pair]]:
+    """The edit prompt, and the rephrasings, each with ``answer``."""
+    return [(fact.prompt, answer)], [(p, answer) for p in fact.rephrase_prompts]
+
+
+def generation(fact: Fact, now: Answers, before: Answers | None) -> Tallies:
+    """Greedy decoding from the bare prompt, judged by :func:`mosectl.evaluate.says`; every prompt counts alike.
+
+    "The Mirage of Model Editing", arXiv 2502.11177: real decoding, no teacher forcing, natural end of the answer.
+    """
+    if before is not None:
+        olds = zip(before.local, now.local, fact.locality, strict=True)
+        kept = [same_answer(old, new, probe.answer) for old, new, probe in olds]
+    else:
+        kept = [says(new, p.answer) for new, p in zip(now.local, fact.locality, strict=True) if p.answer]
+    hops = zip(now.portable, portable_probes(fact), strict=True)
+    return {
+        "reliability": _count([says(now.said, fact.target_new)]),
+        "generalization": _count([says(t, fact.target_new) for t in now.rephrased]),
+        "locality": _count(kept),
+        "portability": _count([says(said, expected) for said, (_, expected) in hops]),
+    }
+
+
+def easyedit(fact: Fact, now: Answers, before: Answers | None) -> Tallies:
+    """One forward over prompt + target; the share of target tokens that are the argmax, per prompt, then per fact.
+
+    EasyEdit (arXiv 2308.07269), `test_prediction_acc` in easyeditor/evaluate/evaluate_utils.py. Locality there compares
+    the argmax tokens at the known answer's positions before and after the edit, right or wrong.
+    """
+    old = before.scores if before else None
+    kept = []
+    for pair in _known(fact.locality):
+        new = now.scores[pair]
+        expected = old[pair].predicted if old else new.target
+        kept.append(sum(a == b for a, b in zip(expected, new.predicted, strict=True)) / len(expected))
+    edit, rephrased = _prompts(fact, fact.target_new)
+    return {
+        "reliability": _mean([now.scores[p].accuracy for p in edit]),
+        "generalization": _mean([now.scores[p].accuracy for p in rephrased]),
+        "locality": _mean(kept),
+        "portability": _mean([now.scores[p].accuracy for p in portable_probes(fact)]),
+    }
+
+
+def memit(fact: Fact, now: Answers, before: Answers | None) -> Tallies:
+    """Is the new object likelier than the true one (mean NLL a token)? Of neighbours the reverse: their known answer wins.
+
+    Efficacy, paraphrase and neighbourhood success of CounterFact: ROME (arXiv 2202.05262) and MEMIT (arXiv 2210.07229),
+    `test_batch_prediction` and experiments/summarize.py. Needs ``ground_truth`` (for locality: the prompt's own known
+    answer). A portability prompt has no second object to compare with, so there is no such number.
+    """
+
+    def likelier(prompt: str, a: str, b: str) -> float:
+        return float(now.scores[prompt, a].nll < now.scores[prompt, b].nll)
+
+    new, true = fact.target_new, fact.ground_truth
+    asked = [fact.prompt, *fact.rephrase_prompts] if true else []
+    wins = [likelier(p, new, true or "") for p in asked]
+    return {
+        "reliability": _mean(wins[:1]),
+        "generalization": _mean(wins[1:]),
+        "locality": _mean([likelier(p, known, new) for p, known in _known(fact.locality) if known != new]),
+        "portability": _mean([]),
+    }
+
+
+def zsre(fact: Fact, now: Answers, before: Answers | None) -> Tallies:
+    """Teacher-forced accuracy over all target tokens of a fact, then over facts; locality against the known answer.
+
+    zsRE as in MEND (arXiv 2110.11309) and MEMIT (arXiv 2210.07229), experiments/py/eval_utils_zsre.py. Reliability is
+    `easyedit`'s; locality asks for the right answer where `easyedit` asks for an unchanged one.
+    """
+
+    def tokens(pairs: list[Pair]) -> Tally:
+        hits, of = (sum(f(now.scores[p]) for p in pairs) for f in (lambda s: s.hits, lambda s: len(s.target)))
+        return Tally(hits / of, 1.0) if of else Tally(0.0, 0.0)
+
+    edit, rephrased = _prompts(fact, fact.target_new)
+    return {
+        "reliability": tokens(edit),
+        "generalization": tokens(rephrased),
+        "locality": tokens(_known(fact.locality)),
+        "portability": tokens(portable_probes(fact)),
+    }
+
+
+def _count(hits: Sequence[bool]) -> Tally:
+    """Every prompt counts alike, whichever fact it belongs to."""
+    return Tally(float(sum(hits)), float(len(hits)))
+
+
+def _mean(values: Sequence[float]) -> Tally:
+    """Every fact counts alike, however many prompts it has."""
+    return Tally(sum(values) / len(values), 1.0) if values else Tally(0.0, 0.0)
+
+
+def _forced(fact: Fact) -> list[Pair]:
+    edit, rephrased = _prompts(fact, fact.target_new)
+    return [*edit, *rephrased, *_known(fact.locality), *portable_probes(fact)]
+
+
+def _rivals(fact: Fact) -> list[Pair]:
+    local = [(p, answer) for p, known in _known(fact.locality) for answer in (known, fact.target_new)]
+    if not fact.ground_truth:
+        return local
+    prompts = (fact.prompt, *fact.rephrase_prompts)
+    return [*((p, answer) for p in prompts for answer in (fact.target_new, fact.ground_truth)), *local]
+
+
+PROTOCOLS = {
+    p.name: p
+    for p in (
+        Protocol(
+            "generation",
+            "greedy decoding from the bare prompt; the answer starts with the object; locality: answered as before",
+            "arXiv 2502.11177",
+            lambda fact: [],
+            generation,
+        ),
+        Protocol(
+            "easyedit",
+            "teacher-forced: share of target tokens that are the argmax; locality: argmax tokens unchanged",
+            "arXiv 2308.07269",
+            _forced,
+            easyedit,
+        ),
+        Protocol(
+            "memit",
+            "NLL(new) < NLL(true), mean per token; locality: NLL(known answer) < NLL(new)",
+            "arXiv 2202.05262, 2210.07229",
+            _rivals,
+            memit,
+        ),
+        Protocol(
+            "zsre",
+            "teacher-forced: accuracy over target tokens; locality: over the known answer's tokens",
+            "arXiv 2110.11309, 2210.07229",
+            _forced,
+            zsre,
+        ),
+    )
+}

@@ -1,0 +1,182 @@
+"""The two sides of an evaluation: the model before an edit and with it, from a patch or from an edited folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mosectl.arch import disk_names, resolve
+from mosectl.checkpoint import Checkpoint, open_checkpoint
+from mosectl.errors import BaseMismatch, HubError, ModelError, UsageError
+from mosectl.fingerprint import sha256
+from mosectl.journal import Journal, read_journal
+from mosectl.live import Loaded, load, patched, weight_of
+from mosectl.patch import Patch, PatchFact
+from mosectl.stack import KEPT_BASE, check_stack
+
+T = TypeVar("T")
+Ask = Callable[[Loaded, str], T]  # the model, and "before" or "after"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What was evaluated, and what "before" means."""
+
+    kind: str  # "patch", "edited model" or "model"
+    name: str
+    base: str | None  # where the answers from before the edit come from; None: there are none
+    patches: tuple[str, ...]  # ids, in order
+    records: tuple[PatchFact, ...]  # what these patches recorded right after their edit
+    corpora: tuple[str, ...]  # sha256 of the texts that served their edits as statistics
+    chat: bool  # one of them was made with --chat
+
+
+@dataclass(frozen=True)
+class How:
+    """How models are loaded."""
+
+    revision: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    force: bool = False
+
+    def load(self, model: Any, revision: str | None) -> Loaded:
+        if isinstance(model, Loaded):
+            return model
+        return load(model, revision=revision, device=self.device, dtype=self.dtype)
+
+
+def both_sides(what: Any, model: Any, base: Any, how: How, ask: Ask[T]) -> tuple[Subject, T | None, T]:
+    """Ask before and after; ``what`` is a patch (or its file), or an edited or plain model.
+
+    Raises:
+        PatchError, BaseMismatch, ModelError, HubError, UsageError.
+    """
+    if isinstance(what, Patch) or (isinstance(what, str | Path) and _is_patch_file(Path(what))):
+        if base is not None:
+            raise UsageError("--base is for edited models, this is a patch", fix="give its model by --model")
+        patch = what if isinstance(what, Patch) else Patch.load(what)
+        return _with_patch(patch, patch.id[:12] if isinstance(what, Patch) else str(what), model, how, ask)
+    if model is not None:
+        fix = "the unedited model is given by --base"
+        raise UsageError(f"--model is for patches, {_name(what)} is a model", fix=fix)
+    return _of_model(what, base, how, ask)
+
+
+def _is_patch_file(path: Path) -> bool:
+    return path.is_file() or (path.suffix == ".safetensors" and not path.is_dir())
+
+
+def _name(model: Any) -> str:
+    if isinstance(model, Loaded):
+        return model.checkpoint.model if model.checkpoint else "the model in memory"
+    return str(model)
+
+
+def _with_patch(patch: Patch, name: str, model: Any, how: How, ask: Ask[T]) -> tuple[Subject, T | None, T]:
+    revision = how.revision
+    if model is None:
+        model, revision = patch.model, revision or patch.revision
+        if patch.revision is None and not Path(model).is_dir():  # the name of a folder may be that of a hub model
+            raise UsageError(f"the patch was made for a folder '{model}', not found here", fix="say where by --model")
+    checkpoint = model.checkpoint if isinstance(model, Loaded) else open_checkpoint(model, revision)
+    if checkpoint is not None and not how.force:
+        check_stack(checkpoint, [patch])
+    loaded = how.load(model, revision)
+    before = ask(loaded, "before")
+    with patched(loaded.model, patch, force=how.force or checkpoint is not None):
+        after = ask(loaded, "after")
+    journal = read_journal(checkpoint.folder) if checkpoint else None
+    earlier = _stored(checkpoint, journal) if checkpoint and journal else []
+    return _subject("patch", name, f"{_name(model)} without the patch", [*earlier, patch]), before, after
+
+
+def _of_model(what: Any, base: Any, how: How, ask: Ask[T]) -> tuple[Subject, T | None, T]:
+    checkpoint = what.checkpoint if isinstance(what, Loaded) else open_checkpoint(what, how.revision)
+    journal = read_journal(checkpoint.folder) if checkpoint else None
+    patches = _stored(checkpoint, journal) if checkpoint and journal else []
+    kind, name = "edited model" if journal or base is not None else "model", _name(what)
+    if base is not None:
+        if checkpoint and journal and not how.force and not isinstance(base, Loaded):
+            _check_base(open_checkpoint(base), journal)
+        before = ask(how.load(base, None), "before")  # one model in memory at a time
+        after = ask(how.load(what, how.revision), "after")
+        return _subject(kind, name, _name(base), patches), before, after
+    originals = _originals(checkpoint, journal) if checkpoint and journal else None
+    loaded = how.load(what, how.revision)
+    if originals is None:
+        return _subject(kind, name, None, patches), None, ask(loaded, "after")
+    after = ask(loaded, "after")
+    with _unedited(loaded, originals[0]):
+        before = ask(loaded, "before")
+    return _subject(kind, name, originals[1], patches), before, after
+
+
+def _subject(kind: str, name: str, base: str | None, patches: list[Patch]) -> Subject:
+    corpora = [p.options.get("corpus") for p in patches]
+    return Subject(
+        kind=kind,
+        name=name,
+        base=base,
+        patches=tuple(p.id for p in patches),
+        records=tuple(f for p in patches for f in p.facts),
+        corpora=tuple(str(c.get("sha256")) for c in corpora if isinstance(c, dict)),
+        chat=any(p.options.get("chat") is True for p in patches),
+    )
+
+
+def _stored(checkpoint: Checkpoint, journal: Journal) -> list[Patch]:
+    return [Patch.load(checkpoint.folder / applied.file) for applied in journal.patches]
+
+
+def _originals(checkpoint: Checkpoint, journal: Journal) -> tuple[dict[str, Tensor], str] | None:
+    """The edited tensors (by name on disk) as they were, checked by hash, and where they were found."""
+    hashes = {name: t.base_sha256 for name, t in journal.tensors.items()}
+    kept = checkpoint.folder / KEPT_BASE
+    with suppress(SafetensorError, OSError):  # none kept, or damaged: there may be another place
+        with safe_open(kept, framework="pt") as file:
+            found = {name: file.get_tensor(name) for name in file.keys() if name in hashes}  # noqa: SIM118
+        if {name: sha256(t) for name, t in found.items()} == hashes:
+            return found, f"{checkpoint.model}, its kept base tensors"
+    places: list[tuple[str, str | None]] = [(journal.base_path, None)]
+    places += [(journal.model, journal.revision)] if journal.revision else []
+    for place, revision in places:
+        with suppress(ModelError, HubError, UsageError):
+            other = open_checkpoint(place, revision)
+            found = {name: other.read(name) for name in hashes}
+            if {name: sha256(t) for name, t in found.items()} == hashes:
+                return found, f"{place}, as its journal says"
+    return None
+
+
+def _check_base(base: Checkpoint, journal: Journal) -> None:
+    for name, tensor in journal.tensors.items():
+        if sha256(base.read(name)) != tensor.base_sha256:
+            fix = f"give {journal.model} as it was, or --force to compare with this one all the same"
+            raise BaseMismatch("is not the base this model was edited from", where=f"{base.folder}: {name}", fix=fix)
+
+
+@contextmanager
+def _unedited(loaded: Loaded, originals: Mapping[str, Tensor]) -> Iterator[None]:
+    """The edited model with its base tensors back inside the block."""
+    assert loaded.checkpoint is not None
+    arch = resolve(loaded.model)
+    names = disk_names(arch, loaded.checkpoint.tensors)
+    edited = {p.name: (p, weight_of(loaded.model, p)) for p in arch.projections if names[p.name] in originals}
+    now = {name: weight.detach().clone() for name, (_, weight) in edited.items()}
+    try:
+        with torch.no_grad():
+            for name, (_, weight) in edited.items():
+                weight.copy_(originals[names[name]])
+        yield
+    finally:
+        with torch.no_grad():
+            for name, (_, weight) in edited.items():
+                weight.copy_(now[name])
