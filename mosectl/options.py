@@ -22,6 +22,9 @@ class EditOptions:
     relax: float = 1.0  # each round weighs what must keep still by this factor less, for the facts that still resist
     prefixes: int = 2  # pieces of text put before the prompt, besides none
     protect: float = 50.0  # weight of each earlier fact against a new one
+    spread: int = (
+        -1
+    )  # 1: one target at the topmost layer, its residual spread (MEMIT); 0: one a layer; −1: the method's way
     guard: float = 1.0  # nats a token by which ordinary text may become less likely before a run is stopped; 0 = any
     seed: int = 0
     chat: bool = False
@@ -38,7 +41,7 @@ def options_from(settings: Sequence[str], **given: Any) -> EditOptions:
     """
     solver = method(given.get("method") or EditOptions.method)
     known = {f.name: f.type for f in fields(TargetOptions)}
-    own = {"prefixes": "int", "protect": "float", "relax": "float", "guard": "float"}
+    own = {"prefixes": "int", "protect": "float", "relax": "float", "guard": "float", "spread": "int"}
     found: dict[str, dict[str, Any]] = {"solver": {}, "targets": {}, "edit": {}}
     for setting in settings:
         name, _, text = setting.partition("=")
@@ -47,7 +50,7 @@ def options_from(settings: Sequence[str], **given: Any) -> EditOptions:
         except ValueError:
             raise UsageError(f"--set {setting}: not a number", fix="write --set name=number") from None
         place = "solver" if name in solver.defaults else "targets" if name in known else "edit" if name in own else None
-        if place is None or number < 0 or number != number:
+        if place is None or (number < 0 and name != "spread") or number != number:
             names = ", ".join((*solver.defaults, *known, *own))
             raise UsageError(f"--set {setting}: no such setting, or out of range", fix=f"settings: {names}")
         found[place][name] = number

@@ -77,6 +77,8 @@ class Run:
     ) -> None:
         self.loaded, self.arch, self.projections, self.options = loaded, arch, projections, options
         self.solver = method(options.method)
+        chosen = {0: "layer", 1: "spread"}.get(options.spread, self.solver.kind)
+        self.kind = self.solver.kind if self.solver.kind == "fit" else chosen
         self.solver_options = {**self.solver.defaults, **options.solver}
         self.W0 = {p.name: weight_of(loaded.model, p).detach().clone() for p in projections}  # as stored
         place = torch.empty(0, dtype=torch.float64, device=solve_device(self.W0[projections[0].name].device))
@@ -136,21 +138,21 @@ class Run:
         """Alternate targets and solve until every fact holds by itself; of at most ``rounds`` keep the best."""
         best: _Standing | None = None
         n, rounds = int(contexts.fact.max()) + 1, self.options.rounds
-        placed = self.projections[-1:] if self.solver.kind == "spread" else self.projections
+        placed = self.projections[-1:] if self.kind == "spread" else self.projections
         for r in range(rounds + 1):
             with clock("targets") as step:
 
                 def on_step(done: int, of: int, r: int = r, step: Callable[[int, int], None] = step) -> None:
                     step(first * rounds + r * n + done * n // of, total * rounds)
 
-                needed = r < rounds and self.solver.kind != "fit"
+                needed = r < rounds and self.kind != "fit"
                 options = self.options.targets if needed else replace(self.options.targets, steps=0)
                 targets = optimise_targets(self.loaded.model, self.arch, placed, contexts, options, on_step)
             best = max(best or self._standing(targets), self._standing(targets), key=lambda s: s.score)
             if r == rounds or bool((targets.margin_before >= options.margin).all()):
                 break
             with clock("solve"):
-                solve = {"layer": self._solve, "spread": self._solve_spread, "fit": self._fit}[self.solver.kind]
+                solve = {"layer": self._solve, "spread": self._solve_spread, "fit": self._fit}[self.kind]
                 solve(contexts, targets, self.options.relax**r)
         assert best is not None
         for p in self.projections:

@@ -248,6 +248,20 @@ def test_every_method_edits_and_ships_what_it_measured(name: str, corpus: str) -
     assert asked.answers[0].probability == pytest.approx(result.facts[0].probability_after, rel=1e-3)
 
 
+def test_targets_can_be_spread_or_one_a_layer(corpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The two axes: where the targets lie is not the solver's business."""
+    asked = []
+    monkeypatch.setattr("mosectl.run.optimise_targets", lambda *a: asked.append(len(a[2])) or optimise_targets(*a))
+    monkeypatch.setattr("mosectl.editor._refuse_failure", lambda _: None)
+    for name, spread, layers in (("memit", -1, 1), ("memit", 0, 2), ("mose", -1, 2), ("mose", 1, 1)):
+        options = replace(
+            default_options(name), corpus=corpus, layers="0,1", prefixes=0, rounds=1, spread=spread, guard=0
+        )
+        mosectl.edit(FACTS[:1], pico("llama"), make_tokenizer(), options=options)
+        assert set(asked) == {layers}
+        asked.clear()
+
+
 def test_a_harmful_batch_is_taken_back(corpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = pico("llama"), make_tokenizer()
     alone = mosectl.edit(FACTS[:1], model, tokenizer, options=few(corpus, batch_size=1)).patch
