@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -109,17 +110,21 @@ def _line(text: str) -> None:
 
 @contextmanager
 def progress(quiet: bool = False) -> Iterator[OnStep]:
-    """A bar with ETA for each phase on stderr; on a pipe one line a phase."""
+    """A bar with ETA for each phase on stderr; on a pipe one line a phase, and one a minute while it lasts."""
     console = _err()
     if quiet:
         yield lambda phase, done, total: None
     elif not console.is_terminal:
-        seen: set[str] = set()
+        told: dict[str, float] = {}  # when each phase was last told of
 
         def say(phase: str, done: int, total: int) -> None:
-            if phase not in seen:
-                seen.add(phase)
+            now = time.monotonic()
+            if phase not in told:
+                told[phase] = now
                 console.print(escape(f"{phase} …"))
+            elif total > 1 and now - max(told.values()) >= 60:
+                told[phase] = now
+                console.print(escape(f"{phase} {done}/{total}"))
 
         yield say
     else:

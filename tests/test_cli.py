@@ -20,7 +20,7 @@ from conftest import pico, save
 from test_stack import hashes, patch_for
 
 import mosectl
-from mosectl import cli, files, stack
+from mosectl import cli, files, report, stack
 from mosectl.change import Change
 from mosectl.patch import Patch
 
@@ -380,3 +380,14 @@ def test_statistics_under_accelerate_launch(world: World, tmp_path: Path) -> Non
         found.append(load_file(file))
     assert torch.equal(found[0]["tokens"], found[1]["tokens"])
     assert torch.allclose(found[0]["C"], found[1]["C"], rtol=1e-4, atol=1e-6)
+
+
+def test_progress_on_a_pipe_is_told_once_a_minute(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter([0.0, 1.0, 70.0, 71.0, 140.0])
+    monkeypatch.setattr("mosectl.report.time.monotonic", lambda: next(clock))
+    with report.progress() as step:
+        for done in range(5):
+            step("targets", done, 10)
+    assert capsys.readouterr().err.splitlines() == ["targets …", "targets 2/10", "targets 4/10"]
