@@ -35,6 +35,7 @@ from mosectl.run import OnStep
 from mosectl.stats import read_corpus
 
 RESULTS = "results.jsonl"
+BREAKDOWNS = (EditFailed, torch.linalg.LinAlgError)  # type: ignore[attr-defined]  # a collapsed weight may not decompose
 Record = dict[str, Any]  # one cell as results.jsonl has it
 
 
@@ -137,7 +138,7 @@ def run_cell(cell: Cell, asked: _Asked, on_step: OnStep | None = None) -> Record
     }
     try:
         result = edit(cell.edited, asked.loaded, options=cell.options, on_step=on_step)
-    except (EditFailed, torch.linalg.LinAlgError) as e:  # a collapsed weight may have no decomposition left
+    except BREAKDOWNS as e:
         what = e.what if isinstance(e, EditFailed) else f"the linear algebra broke down: {e}".split("\n")[0]
         record |= {"status": "failed", "reason": what, "seconds": {"all": time.perf_counter() - start}}
         return _finite(record)

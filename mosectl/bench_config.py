@@ -58,6 +58,7 @@ class BenchMethod:
 class Bench:
     """A checked configuration."""
 
+    name: str  # the file's
     models: tuple[str, ...]  # as written
     folder: Path  # the configuration's own
     datasets: tuple[Dataset, ...]
@@ -168,7 +169,9 @@ def read_bench(path: str | Path, on_error: str = "fail") -> Bench:
             raise top.bad(f"'{twice[0]}' stands twice", fix, key)
     same = held_out is not None and held_out == statistics
     notes = ("the text for the text loss also served as statistics: it is not held out",) if same else ()
-    return Bench(models, path.parent, datasets, statistics, text, held_out or "", runs, seeds, methods, notes)
+    return Bench(
+        path.name, models, path.parent, datasets, statistics, text, held_out or "", runs, seeds, methods, notes
+    )
 
 
 def _parse(path: Path) -> Any:

@@ -99,7 +99,7 @@ class Run:
     def watch(self, pieces: list[list[int]]) -> None:
         """Remember how the model is before the first batch, for the guard."""
         self.pieces, self.base_health = pieces, health(self.loaded.model, pieces, self.W)
-        self.curve: list[tuple[int, Health]] = [(0, self.base_health)]  # facts edited so far, and how the model was then
+        self.curve: list[tuple[int, Health]] = [(0, self.base_health)]  # facts edited so far, and health then
 
     def edit(self, facts: Sequence[Fact], prefixes: Sequence[str], clock: Clock) -> list[float]:
         """Edit all facts batch by batch; returns the loss of each right after its batch, nats a token.
