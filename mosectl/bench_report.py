@@ -136,7 +136,8 @@ def markdown(bench: Bench, grids: Sequence[Grid]) -> str:
         )
         + "Text loss in nats a token. "
         + f"Other facts kept: of up to {OTHERS} facts that follow the edited ones, those answered as before. "
-        + "Drifts are relative, the largest over the edited weights, in float32. The collapse guard is off unless set.",
+        + "Drifts are relative, the largest over the edited weights, in float32. The collapse guard is off unless set. "
+        + "Curves are taken after each batch: what a method does once at the end (prune) comes after their last point.",
         *(f"\nNote: {note}." for note in bench.notes),
     ]
     for grid in grids:
@@ -199,17 +200,17 @@ def _svg(records: Sequence[Record], measured: Mapping[str, Callable[[Sequence[Re
             groups.setdefault((r["model"], r["dataset"], r["edits"], r["batch_size"]), []).append(r)
     labels = list(dict.fromkeys(r["label"] for r in records))
     kinds = [_kind(i) for i in range(len(labels))]
-    high, columns = 190, len(measured)
+    high, columns = 210, len(measured)
     width = (plots.WIDTH - 20) / columns
     legend = 22 * (-(-len(labels) // 3))
     opening = plots._opening(high * len(groups) + legend + 30, about)
     out = [opening.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1), f"<style>{_STYLE}</style>"]
     for row, ((model, dataset, edits, size), members) in enumerate(groups.items()):
+        out.append(plots._text(20, row * high + 16, f"{model} · {dataset} · {RunKind(edits, size)}", "start"))
         for column, (name, points) in enumerate(measured.items()):
-            title = f"{name} · {Path(model).name} · {dataset} · {RunKind(edits, size)}"
             lines = {label: _averaged([points(r["curve"]) for r in members if r["label"] == label]) for label in labels}
-            box = (column * width + 60, row * high + 34, (column + 1) * width - 6, (row + 1) * high - 20)
-            out += _panel(Panel(title if columns == 1 or column else name, lines), kinds, box)
+            box = (column * width + 60, row * high + 50, (column + 1) * width - 6, (row + 1) * high - 20)
+            out += _panel(Panel(name, lines), kinds, box)
     if not groups:
         out.append(plots._text(20, 24, "no run has a curve yet", "start"))
     for i, label in enumerate(labels):
@@ -261,9 +262,9 @@ def _panel(panel: Panel, kinds: Sequence[str], box: tuple[float, float, float, f
         out.append(plots._text(left - 6, y + 4, f"{10**value if log else value:.4g}", "end", "small"))
     out.append(plots._text(left, bottom + 14, "0", "middle", "small"))
     out.append(plots._text(right, bottom + 14, f"{last:g} edits", "end", "small"))
-    out += [
+    lines = [
         _polyline([at(x, y) for x, y in points], kind)
         for points, kind in zip(panel.lines.values(), kinds, strict=True)
         if len(points) > 1
     ]
-    return out
+    return out + lines[::-1]  # the first method on top: curves that do not move lie over each other
