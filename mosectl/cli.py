@@ -307,7 +307,7 @@ def ask(
     report.data(found) if as_json else report.asked(found)
 
 
-from mosectl import cli_eval  # noqa: E402, F401  (registers `eval`; needs the options above)
+from mosectl import cli_bench, cli_eval  # noqa: E402, F401  (registers `bench`, `eval`; needs the options above)
 
 
 @app.command()

@@ -23,7 +23,7 @@ from mosectl.errors import EditFailed, UsageError
 from mosectl.evaluate import Interview, Scores, answer, compare, interview, says
 from mosectl.facts import Fact, fact_from_dict, read_facts
 from mosectl.fingerprint import fingerprint
-from mosectl.guard import canaries
+from mosectl.guard import Health, canaries
 from mosectl.journal import read_journal
 from mosectl.layers import LayerScore, choose_layers, parse_layers, score_layers
 from mosectl.live import Loaded, load
@@ -63,6 +63,7 @@ class EditResult:
     stopped: str  # why the guard ended the run early; empty otherwise
     corpus_tokens: int
     seconds: dict[str, float]  # by phase
+    curve: tuple[tuple[int, Health], ...]  # (facts edited so far, health) after each batch that was kept; the base at 0
 
 
 def edit(
@@ -121,7 +122,8 @@ def edit(
         drifts = tuple(run.stability(changes))
         scored = compare(checked, before, after)
         patch = _patch(loaded, arch, run, changes, results, scored, drifts, options, corpus)
-    return EditResult(patch, results, scored, drifts, tuple(scores), run.stopped, moments.tokens, clock.seconds)
+    done = (run.stopped, moments.tokens, clock.seconds, tuple(run.curve))
+    return EditResult(patch, results, scored, drifts, tuple(scores), *done)
 
 
 def _facts(facts: str | Path | Sequence[Fact | Mapping[str, Any]]) -> list[Fact]:

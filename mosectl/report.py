@@ -23,6 +23,7 @@ from rich.table import Table
 from mosectl.errors import MosectlError
 
 if TYPE_CHECKING:
+    from mosectl.bench_report import Grid
     from mosectl.editor import EditResult
     from mosectl.evaluation import Evaluation
     from mosectl.facts import FactsReport
@@ -386,6 +387,14 @@ def evaluation(e: Evaluation) -> None:
         if len(lost) > 20:
             _line(f"… and {len(lost) - 20} more (all of them with --json, --csv or --html)")
     for note in e.notes:
+        _line(f"note: {note}")
+
+
+def bench(grids: Sequence[Grid], notes: Sequence[str]) -> None:
+    """The tables of a bench."""
+    for grid in grids:
+        _table(grid.title, grid.columns, grid.rows)
+    for note in notes:
         _line(f"note: {note}")
 
 

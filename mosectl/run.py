@@ -15,7 +15,7 @@ from mosectl.change import Change, change_between, changed
 from mosectl.errors import EditFailed
 from mosectl.facts import Fact
 from mosectl.forward import hidden_at, keys_at
-from mosectl.guard import harm, health
+from mosectl.guard import Health, harm, health
 from mosectl.live import Loaded, set_weight, solve_device, weight_of
 from mosectl.metrics import Stability, stability
 from mosectl.options import EditOptions
@@ -101,6 +101,7 @@ class Run:
     def watch(self, pieces: list[list[int]]) -> None:
         """Remember how the model is before the first batch, for the guard."""
         self.pieces, self.base_health = pieces, health(self.loaded.model, pieces, self.W)
+        self.curve: list[tuple[int, Health]] = [(0, self.base_health)]  # facts edited so far, and health then
 
     def edit(self, facts: Sequence[Fact], prefixes: Sequence[str], clock: Clock) -> list[float]:
         """Edit all facts batch by batch; returns the loss of each right after its batch, nats a token.
@@ -131,6 +132,7 @@ class Run:
                 )
                 break
             losses += done
+            self.curve.append((len(losses), now))
             self._protect(contexts)
         return losses
 

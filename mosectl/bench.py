@@ -1,0 +1,267 @@
+"""A bench run: every cell edited and measured in turn, one line of results.jsonl each; told in :func:`run_bench`.
+
+A start reads what is there and runs the rest, so a bench can be stopped at any time and costs the running cell only.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import harmonic_mean
+from typing import Any
+
+import numpy as np
+import torch
+
+from mosectl import __version__
+from mosectl.bench_config import Bench, Cell, cells
+from mosectl.checkpoint import locate
+from mosectl.editor import EditResult, edit
+from mosectl.errors import EditFailed, OutputError
+from mosectl.evaluate import Interview, answer, generate, interview, same_answer, says
+from mosectl.facts import Fact
+from mosectl.files import output_errors, write_bytes
+from mosectl.fluency import text_loss
+from mosectl.guard import Health
+from mosectl.intervals import Tally, measure
+from mosectl.live import Loaded, load, patched
+from mosectl.run import OnStep
+from mosectl.stats import read_corpus
+
+RESULTS = "results.jsonl"
+BREAKDOWNS = (EditFailed, torch.linalg.LinAlgError)  # type: ignore[attr-defined]  # a collapsed weight may not decompose
+Record = dict[str, Any]  # one cell as results.jsonl has it
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a bench stands after one of its cells."""
+
+    cell: Cell
+    record: Record
+    done: int  # cells of the bench, those of earlier starts with them
+    total: int
+    seconds: float  # this cell's
+    left: float  # seconds that the rest will take, as far as one can tell
+
+
+def run_bench(
+    bench: Bench,
+    folder: Path,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    notice: Callable[[str], None] = lambda _: None,
+    watch: Callable[[Cell], AbstractContextManager[OnStep | None]] | None = None,
+    on_cell: Callable[[Progress], None] = lambda _: None,
+) -> list[Record]:
+    """Run every cell that ``folder`` has no result of yet; returns the records of all, in the order of the cells.
+
+    Args:
+        notice: told in words what a user should know.
+        watch: gives each cell a place to report its phases to.
+    Raises:
+        ModelError, HubError, UsageError, OutputError. A cell whose edit fails is recorded, not raised.
+    """
+    wanted = cells(bench, dtype)
+    found = _mended(folder / RESULTS, notice)
+    waiting = list({c.key: c for c in wanted if c.key not in found}.values())
+    done = len(wanted) - len(waiting)
+    for model in dict.fromkeys(c.model for c in waiting):  # find out before the work, not after it
+        locate(bench.model_path(model), weights=False)
+    start, model, asked = time.perf_counter(), "", None
+    for i, cell in enumerate(waiting, 1):
+        began = time.perf_counter()
+        if asked is None or cell.model != model:
+            asked = None  # so that two models are never in memory together
+            model, asked = cell.model, _Asked(load(bench.model_path(cell.model), device=device, dtype=dtype), bench)
+        if watch is None:
+            record = run_cell(cell, asked)
+        else:
+            with watch(cell) as on_step:
+                record = run_cell(cell, asked, on_step)
+        _append(folder / RESULTS, record)
+        found[cell.key] = record
+        now = time.perf_counter()
+        left = (now - start) / i * (len(waiting) - i)
+        on_cell(Progress(cell, record, done + i, len(wanted), now - began, left))
+    return records_of(wanted, found)
+
+
+def records_of(wanted: Sequence[Cell], found: Mapping[str, Record]) -> list[Record]:
+    """The records of cells that have one, under the labels and names that the configuration gives them now."""
+    return [
+        {**found[c.key], "label": c.label, "model": c.model, "dataset": c.dataset.name}
+        for c in wanted
+        if c.key in found
+    ]
+
+
+class _Asked:
+    """A loaded model and what it said unedited, each question asked once."""
+
+    def __init__(self, loaded: Loaded, bench: Bench) -> None:
+        self.loaded = loaded
+        self.texts = read_corpus(bench.text).texts if bench.text else ()
+        self._kept: dict[Any, Any] = {}
+
+    def interview(self, facts: tuple[Fact, ...]) -> Interview:
+        return interview(self.loaded.model, self.loaded.tokenizer, facts)
+
+    def answers(self, facts: tuple[Fact, ...]) -> list[str]:
+        texts = generate(self.loaded.model, self.loaded.tokenizer, [f.prompt for f in facts])
+        return [answer(t) for t in texts]
+
+    def text(self) -> tuple[Tally, ...]:
+        return text_loss(self.loaded.model, self.loaded.tokenizer, self.texts).texts
+
+    def before(self, key: Any, ask: Callable[[], Any]) -> Any:
+        if key not in self._kept:
+            self._kept[key] = ask()
+        return self._kept[key]
+
+
+def run_cell(cell: Cell, asked: _Asked, on_step: OnStep | None = None) -> Record:
+    """Edit, then measure with the patch on; an edit that fails is a result too."""
+    start = time.perf_counter()
+    record: Record = {
+        **{"key": cell.key, "status": "done", "reason": "", "label": cell.label, "method": cell.options.method},
+        **{"model": cell.model, "dataset": cell.dataset.name, "skip": cell.dataset.skip, "seed": cell.seed},
+        **{"edits": cell.run.edits, "batch_size": cell.run.batch_size, "mosectl": __version__},
+        "options": {**asdict(cell.options), "corpus": Path(cell.options.corpus).name if cell.options.corpus else None},
+    }
+    try:
+        result = edit(cell.edited, asked.loaded, options=cell.options, on_step=on_step)
+    except BREAKDOWNS as e:
+        what = e.what if isinstance(e, EditFailed) else f"the linear algebra broke down: {e}".split("\n")[0]
+        record |= {"status": "failed", "reason": what, "seconds": {"all": time.perf_counter() - start}}
+        return _finite(record)
+    began = time.perf_counter()
+    record |= _measured(cell, asked, result)
+    record |= {
+        "stopped": result.stopped,
+        "layers": [int(x) for x in result.patch.options["layers"]],
+        "drift": {
+            name: max(getattr(s, f"{name}_drift") for s in result.stability)
+            for name in ("norm", "condition", "spectrum")
+        },
+        "curve": [_point(n, health) for n, health in result.curve],
+    }
+    seconds = {**result.seconds, "evaluate": time.perf_counter() - began, "all": time.perf_counter() - start}
+    return _finite({**record, "seconds": seconds})
+
+
+def _measured(cell: Cell, asked: _Asked, result: EditResult) -> Record:
+    """Shares, text loss and other facts, before and after; intervals are over facts or texts."""
+    facts, others = cell.edited, cell.others
+    place = (cell.dataset.name, cell.run.edits)
+    before = asked.before(("facts", *place), lambda: asked.interview(facts))
+    others_before = asked.before(("others", *place), lambda: asked.answers(others))
+    text_before = asked.before("text", asked.text)
+    with patched(asked.loaded.model, result.patch, force=True):  # made for this very model a moment ago
+        after, others_after, text_after = asked.interview(facts), asked.answers(others), asked.text()
+    scores = {name: measure(tallies) for name, tallies in judge(facts, before, after).items()}
+    values = [m.value for m in scores.values() if m]
+    kept = measure([Tally(float(a == b), 1.0) for a, b in zip(others_before, others_after, strict=True)])
+    texts = {"before": text_before, "after": text_after}
+    return {
+        "scores": {name: asdict(m) if m else None for name, m in scores.items()},
+        "harmonic": harmonic_mean(values),
+        "kept": asdict(kept) if kept else None,
+        "text_loss": {side: _measure(t) for side, t in texts.items()},
+        "perplexity": {side: _measure(t, np.exp) for side, t in texts.items()},
+    }
+
+
+def judge(facts: Sequence[Fact], before: Interview, after: Interview) -> dict[str, list[Tally]]:
+    """Hits of each fact under the protocol `generation`, as :func:`mosectl.evaluate.compare` counts them."""
+    said = zip(facts, after.answers, strict=True)
+    again = zip(facts, after.rephrased, strict=True)
+    local = zip(facts, before.local, after.local, strict=True)
+    return {
+        "reliability": [_tally([says(a.text, f.target_new)]) for f, a in said],
+        "generalization": [_tally([says(t, f.target_new) for t in texts]) for f, texts in again],
+        "locality": [
+            _tally([same_answer(a, b, p.answer) for a, b, p in zip(olds, news, f.locality, strict=True)])
+            for f, olds, news in local
+        ],
+    }
+
+
+def _tally(hits: Sequence[bool]) -> Tally:
+    return Tally(float(sum(hits)), float(len(hits)))
+
+
+def _measure(tallies: Sequence[Tally], transform: Callable[[np.ndarray], np.ndarray] = lambda x: x) -> Record | None:
+    found = measure(tallies, transform)
+    return asdict(found) if found else None
+
+
+def _point(edits: int, health: Health) -> Record:
+    """One point of a curve: how the model was after so many edits."""
+    return {"edits": edits, "loss": health.loss, "norm": dict(health.norm), "condition": dict(health.condition)}
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no numbers that are not finite: they become null."""
+    if isinstance(value, Mapping):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# The results file.
+
+
+def read_results(path: Path) -> tuple[dict[str, Record], list[int]]:
+    """Records by key (the last one counts), and the numbers of lines that cannot be read.
+
+    Raises:
+        OutputError: the file cannot be read.
+    """
+    found: dict[str, Record] = {}
+    bad = []
+    try:
+        lines = path.read_bytes().split(b"\n") if path.exists() else []
+    except OSError as e:
+        raise OutputError(f"cannot be read: {e.strerror}", where=str(path), fix="check the path") from e
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line) if line.strip() else None
+            if record is not None:
+                found[record["key"]] = record
+        except (ValueError, KeyError, TypeError):  # ValueError: not UTF-8 as well
+            bad.append(number)
+    return found, bad
+
+
+def _mended(path: Path, notice: Callable[[str], None]) -> dict[str, Record]:
+    """What is done already; a line cut off by a crash is dropped, in the file too."""
+    found, bad = read_results(path)
+    if bad:
+        lines = ", ".join(map(str, bad))
+        notice(f"{path}: line {lines} cannot be read (a run was cut off?): dropped, the cell is done again")
+    if bad or (found and not path.read_bytes().endswith(b"\n")):
+        write_bytes(path, b"".join(map(_line, found.values())))
+    return found
+
+
+def _append(path: Path, record: Record) -> None:
+    """One line, on the disk before the next cell begins."""
+    with output_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as file:
+            file.write(_line(record))
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _line(record: Record) -> bytes:
+    return json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"

@@ -1,0 +1,71 @@
+"""`mosectl bench`: the command line of a bench. Imported by cli.py, whose options it shares."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mosectl.cli import Device, Dtype, Json, OnError, app
+from mosectl.errors import OutputError
+
+if TYPE_CHECKING:
+    from mosectl.bench import Progress
+
+
+@app.command()
+def bench(
+    config: Annotated[str, typer.Argument(help="Configuration, .yaml; see examples/bench-small.yaml.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the results; finished cells in it are kept.")],
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="Run nothing; make tables and pictures again from results.jsonl.")
+    ] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    on_error: OnError = "fail",
+    as_json: Json = False,
+) -> None:
+    """Compare methods on models, datasets and numbers of edits; stop it at any time, the next start goes on."""
+    from mosectl import report
+
+    if out.exists() and not out.is_dir():
+        raise OutputError("is not a folder", where=str(out), fix="give a folder after -o")
+    from mosectl.bench import RESULTS, read_results, records_of, run_bench
+    from mosectl.bench_config import cells, read_bench
+    from mosectl.bench_report import tables, write_report
+
+    plan = read_bench(config, on_error)
+    wanted = cells(plan, dtype)
+    if not report_only:
+        quiet = not sys.stderr.isatty()  # a log has a line a cell, that is enough
+        run_bench(
+            plan,
+            out,
+            device=device,
+            dtype=dtype,
+            notice=report.hint,
+            watch=lambda cell: report.progress(quiet),
+            on_cell=_tell,
+        )
+    elif not (out / RESULTS).is_file():
+        raise OutputError(f"no {RESULTS}", where=str(out), fix="run the bench first, without --report-only")
+    found, _ = read_results(out / RESULTS)
+    if missing := sum(c.key not in found for c in wanted):
+        report.hint(f"{missing} of {len(wanted)} cells are not run yet")
+    if other := len(set(found) - {c.key for c in wanted}):
+        report.hint(f"{other} results are of other settings or another version, and not shown")
+    written = write_report(plan, wanted, found, out)
+    records = records_of(wanted, found)
+    report.data({"cells": records, "notes": plan.notes}) if as_json else report.bench(tables(wanted, found), plan.notes)
+    report.hint("written: " + ", ".join(map(str, [out / RESULTS, *written])))
+
+
+def _tell(p: Progress) -> None:
+    from mosectl import report
+
+    what = "done" if p.record["status"] == "done" else f"FAILED: {p.record['reason']}"
+    report.hint(
+        f"{p.done}/{p.total} {p.cell}: {what}, {p.seconds:.1f} s" + (f", ETA {p.left:,.0f} s" if p.left else "")
+    )

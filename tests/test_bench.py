@@ -1,0 +1,291 @@
+"""The bench: its configuration, resuming, failing methods, tables and pictures, through the command line on a pico model."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, make_tokenizer, pico, save
+from test_cli import run
+from test_editor import CORPUS, FACTS, few
+
+import mosectl
+from mosectl import bench
+from mosectl.bench_config import cells, read_bench
+from mosectl.bench_report import svg_abilities, svg_norms, tables
+from mosectl.errors import EditFailed, FactsError, UsageError
+from mosectl.evaluate import interview
+from mosectl.intervals import measure
+from mosectl.live import patched
+
+EASY = ["preserve=0.0001", "prefixes=0", "reach=4", "step_size=0.3", "margin=3", "decay=0", "kl_weight=0"]
+OTHERS = [
+    {"prompt": "The old cello plays", "subject": "cello", "target_new": "in"},
+    {"prompt": "She was born near Quill", "subject": "Quill", "target_new": "and"},
+]
+
+
+class World:
+    """A pico model, four facts, a corpus and a configuration with two methods and one run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.out = folder, folder / "results"
+        save(folder / "model")
+        (folder / "facts.jsonl").write_text("".join(json.dumps(f) + "\n" for f in [*FACTS, *OTHERS]))
+        (folder / "corpus.txt").write_text(CORPUS)
+        self.config: dict[str, Any] = {
+            "models": ["model"],
+            "datasets": [{"name": "pico", "facts": "facts.jsonl"}],
+            "corpus": "corpus.txt",
+            "text": "corpus.txt",
+            "runs": [{"edits": 2, "batch_size": 1}],
+            "seeds": [0],
+            "layers": "0,1,2",
+            "methods": [
+                {"name": "isospectral", "set": EASY, "rounds": 4, "label": "isospectral"},
+                {"name": "mose", "set": EASY, "rounds": 4, "label": "mose, first"},
+            ],
+        }
+
+    def write(self, **changes: Any) -> Path:
+        path = self.folder / "bench.yaml"
+        path.write_text(yaml.safe_dump({**self.config, **changes}))
+        return path
+
+    def run(self, *args: object, **changes: Any) -> int:
+        return run("bench", self.write(**changes), "-o", self.out, *args)
+
+    def lines(self) -> list[str]:
+        return (self.out / "results.jsonl").read_text().splitlines()
+
+    def record(self, i: int) -> dict[str, Any]:
+        return json.loads(self.lines()[i])
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown key": ({"method": []}, "bench.yaml: unknown key 'method'"),
+    "unknown key below": ({"runs": [{"edits": 2, "batch": 1}]}, r"bench.yaml: runs\[0\]: unknown key 'batch'"),
+    "unknown method": ({"methods": [{"name": "magic"}]}, r"methods\[0\]: name: unknown method 'magic'"),
+    "unknown setting": ({"methods": [{"name": "memit", "set": ["x=1"]}]}, r"methods\[0\]: set: --set x=1"),
+    "a setting that is a mapping": ({"methods": [{"name": "memit", "set": {"x": 1}}]}, r"set\[0\]: .* is not a text"),
+    "methods missing": ({"methods": None}, "'methods' is missing"),
+    "no methods": ({"methods": []}, "methods: is not a list"),
+    "methods are names": ({"methods": ["memit"]}, r"methods\[0\]: is not a mapping"),
+    "the same method twice": ({"methods": [{"name": "memit"}] * 2}, "'memit' stands twice"),
+    "the same run twice": ({"runs": [{"edits": 2}, {"edits": 2, "batch_size": 5}]}, "stands twice"),
+    "edits is text": ({"runs": [{"edits": "many"}]}, "edits: 'many' is not a whole number"),
+    "no edits": ({"runs": [{"edits": 0}]}, "edits: 0 is too few"),
+    "negative batch": ({"runs": [{"edits": 2, "batch_size": -1}]}, "batch_size: -1 is not"),
+    "more edits than facts": ({"runs": [{"edits": 5}]}, "holds 4 usable facts; 0 are skipped and a run edits 5"),
+    "all skipped": ({"datasets": [{"facts": "facts.jsonl", "skip": 3}]}, "3 are skipped"),
+    "a seed is true": ({"seeds": [True]}, r"seeds\[0\]: True is not"),
+    "no rounds": ({"methods": [{"name": "memit", "rounds": 0}]}, "rounds: 0 is too few"),
+    "no corpus": ({"corpus": "none.txt"}, "corpus: .*cannot read"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_wrong_configuration_is_told(kind: str, world: World) -> None:
+    changes, message = BAD[kind]
+    with pytest.raises(UsageError, match=message) as told:
+        read_bench(world.write(**changes))
+    assert told.value.where.startswith(str(world.folder / "bench.yaml")) and told.value.fix
+
+
+def test_files_that_are_not_there_or_not_yaml(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("bench", world.folder / "none.yaml", "-o", world.out) == 2
+    (world.folder / "odd.yaml").write_text("models: [a\nruns: {")
+    assert run("bench", world.folder / "odd.yaml", "-o", world.out) == 2
+    assert "odd.yaml:2: not YAML" in capsys.readouterr().err
+    with pytest.raises(FactsError, match="no such file"):
+        read_bench(world.write(datasets=[{"facts": "none.jsonl"}]))
+    assert world.run(models=["nowhere/at/all"]) == 4 and not world.out.exists()
+    (world.folder / "results").write_text("precious")
+    assert world.run() == 7
+
+
+def test_cells_and_their_keys(world: World) -> None:
+    plan = read_bench(world.write(seeds=[0, 1], runs=[{"edits": 2, "batch_size": 1}, {"edits": 3}]))
+    found = cells(plan)
+    assert len(found) == 8 == len({c.key for c in found})
+    assert found[0].options.guard == 0 and found[0].options.batch_size == 1 and found[4].options.batch_size == 0
+    assert [f.target_new for f in found[0].others] == ["in", "and"]
+    assert [c.key for c in cells(plan)] == [c.key for c in found] != [c.key for c in cells(plan, "bfloat16")]
+    renamed = [{**m, "label": m["name"]} for m in world.config["methods"]]
+    named = [{"name": "other", "facts": "facts.jsonl"}]
+
+    def key(**changes: Any) -> str:
+        return cells(read_bench(world.write(**changes)))[0].key
+
+    first = key()
+    assert key(methods=renamed, datasets=named) == first, "names do not determine a result"
+    guarded = [{"name": "isospectral", "set": [*EASY, "guard=1"], "rounds": 4}]
+    skipped = [{"facts": "facts.jsonl", "skip": 1}]
+    for changes in ({"methods": guarded}, {"layers": 1}, {"text": None}, {"seeds": [1]}, {"datasets": skipped}):
+        assert key(**changes) != first, changes
+    (world.folder / "corpus.txt").write_text(CORPUS + "\nMore.")
+    assert key() != first
+
+
+def test_a_bench_through_the_command_line(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    assert world.run() == 0
+    shown = capsys.readouterr()
+    assert "2/2 mose, first · model · pico · 2 edits, one by one · seed 0" in shown.err and "ETA" in shown.err
+    assert "2 edits, one by one: what they reached" in shown.out and "not held out" in shown.out
+    text = (world.out / "tables.md").read_text()
+    for name in ("isospectral", "mose, first", "reliability", "harmonic mean", "other facts kept", "perplexity"):
+        assert name in text
+    record = world.record(0)
+    assert record["status"] == "done" and [p["edits"] for p in record["curve"]] == [0, 1, 2]
+    assert record["scores"]["reliability"]["value"] >= 0.5 and record["kept"]["units"] == 2
+    assert record["text_loss"]["before"]["value"] == pytest.approx(record["curve"][0]["loss"], rel=0.2)
+    assert record["text_loss"]["before"] != record["text_loss"]["after"]
+    assert max(record["drift"].values()) < 1e-5 and record["seconds"]["evaluate"] > 0
+    assert record["options"]["corpus"] == "corpus.txt" and str(world.folder) not in json.dumps(record)
+    for name in ("norms.svg", "abilities.svg"):
+        drawn = ET.parse(world.out / name).getroot()
+        texts = [t.text for t in drawn.iter() if t.tag.endswith("text")]
+        assert {"isospectral", "mose, first"} <= set(texts) and "polyline" in (world.out / name).read_text()
+
+
+def test_a_second_start_does_what_is_missing(world: World, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    edited: list[str] = []
+    real = bench.edit
+
+    def counted(*args: Any, **how: Any) -> Any:
+        edited.append(how["options"].method)
+        return real(*args, **how)
+
+    monkeypatch.setattr(bench, "edit", counted)
+    assert world.run() == 0 and edited == ["isospectral", "mose"]
+    whole = world.lines()
+    edited.clear()
+    assert world.run() == 0 and edited == [] and world.lines() == whole
+
+    (world.out / "results.jsonl").write_text(whole[1] + "\n")
+    assert world.run() == 0 and edited == ["isospectral"] and len(world.lines()) == 2
+    edited.clear()
+
+    capsys.readouterr()
+    (world.out / "results.jsonl").write_text(whole[0] + "\n" + whole[1][: len(whole[1]) // 2])
+    assert world.run("--json") == 0 and edited == ["mose"]
+    shown = capsys.readouterr()
+    assert "line 2 cannot be read" in shown.err and [json.loads(x)["method"] for x in world.lines()] == [
+        "isospectral",
+        "mose",
+    ]
+    assert [c["method"] for c in json.loads(shown.out)["cells"]] == ["isospectral", "mose"]
+    edited.clear()
+
+    (world.out / "results.jsonl").write_text("\n".join(whole))  # whole, but for the end of the last line
+    relabelled = [{**m, "label": "new " + m["name"]} for m in world.config["methods"]]
+    (world.out / "tables.md").unlink()
+    assert world.run("--report-only", methods=relabelled[:1]) == 0 and edited == []
+    assert "new isospectral" in (world.out / "tables.md").read_text()
+    assert "1 results are of other settings" in capsys.readouterr().err
+    assert world.run(seeds=[0, 1]) == 0 and edited == ["isospectral", "mose"] and len(world.lines()) == 4
+    assert " ± " in (world.out / "tables.md").read_text()
+
+
+def test_ctrl_c_loses_only_the_running_cell(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = bench.edit
+
+    def stopped(*args: Any, **how: Any) -> Any:
+        if how["options"].method == "mose":
+            raise KeyboardInterrupt
+        return real(*args, **how)
+
+    monkeypatch.setattr(bench, "edit", stopped)
+    assert world.run() == 130 and len(world.lines()) == 1
+    assert world.run("--report-only") == 0
+    assert "not run yet" in (world.out / "tables.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (EditFailed("nothing changed: none of 2 facts reached its target"), "nothing changed"),
+        (torch.linalg.LinAlgError("svd: did not converge"), "linear algebra"),  # type: ignore[attr-defined]
+    ],
+)
+def test_a_failing_method_is_recorded_and_the_bench_goes_on(
+    error: Exception, reason: str, world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = bench.edit
+
+    def failing(*args: Any, **how: Any) -> Any:
+        if how["options"].method == "isospectral":
+            raise error
+        return real(*args, **how)
+
+    monkeypatch.setattr(bench, "edit", failing)
+    assert world.run() == 0
+    assert [json.loads(x)["status"] for x in world.lines()] == ["failed", "done"]
+    assert "FAILED" in capsys.readouterr().err and f"failed: {reason}" in (world.out / "tables.md").read_text().replace(
+        "the linear", "linear"
+    )
+    assert world.run() == 0 and len(world.lines()) == 2, "a failure is a result: it is not tried again"
+
+
+def test_report_only_needs_results(world: World) -> None:
+    assert world.run("--report-only") == 7 and not world.out.exists()
+
+
+def test_shares_agree_with_those_of_the_edit(tmp_path: Path) -> None:
+    (tmp_path / "corpus.txt").write_text(CORPUS)
+    model, tokenizer = pico("llama"), make_tokenizer()
+    result = mosectl.edit(FACTS, model, tokenizer, options=few(str(tmp_path / "corpus.txt"), batch_size=1))
+    facts = [r.fact for r in result.facts]
+    before = interview(model, tokenizer, facts)
+    with patched(model, result.patch):
+        tallies = bench.judge(facts, before, interview(model, tokenizer, facts))
+    for name, values in tallies.items():
+        found = measure(values)
+        assert found and found.value == getattr(result.scores, name), name
+    assert [n for n, _ in result.curve] == [0, 1, 2] and result.curve[0][1].norm.keys() == result.patch.changes.keys()
+    (norm, *_), (moved, *_) = (result.curve[i][1].norm.values() for i in (0, 2))
+    assert norm == pytest.approx(moved) and result.curve[0][1].loss != result.curve[2][1].loss
+
+
+def test_numbers_that_are_not_finite(world: World) -> None:
+    plan = read_bench(world.write())
+    wanted = cells(plan)[:1]
+    nothing = {"value": None, "low": None, "high": None, "units": 1}
+    share = {"value": 0.5, "low": 0.25, "high": 0.75, "units": 4}
+    record = bench._finite(
+        {
+            **{"key": wanted[0].key, "status": "done", "reason": "", "stopped": "", "seconds": {"all": 1.0}},
+            **{"scores": {"reliability": share, "generalization": None, "locality": share}, "harmonic": 0.5},
+            **{"kept": None, "drift": {"norm": float("inf"), "condition": 2.0, "spectrum": 1.0}, "label": "x"},
+            **{k: {"before": share, "after": nothing} for k in ("text_loss", "perplexity")},
+            **{"model": "m", "dataset": "d", "edits": 2, "batch_size": 1},
+            "curve": [
+                {"edits": 0, "loss": 3.0, "norm": {"a": 1.0}, "condition": {"a": 2.0}},
+                {"edits": 1, "loss": 90.0, "norm": {"a": 5.0}, "condition": {"a": 2e6}},
+                {"edits": 2, "loss": float("nan"), "norm": {"a": float("inf")}, "condition": {"a": 1e9}},
+            ],
+        }
+    )
+    json.dumps(record, allow_nan=False)
+    reached, cost = tables(wanted, {wanted[0].key: record})
+    assert reached.rows[0][3:7] == ("50.0 (25.0–75.0)", "–", "50.0 (25.0–75.0)", "50.0")
+    assert cost.rows[0][3:9] == ("0.500", "not finite", "0.500", "not finite", "–", "not finite")
+    for draw in (svg_norms, svg_abilities):
+        assert "(log)" in draw([record]) and "nan" not in draw([record]) and "inf" not in draw([record])
+        ET.fromstring(draw([]))
+
+
+def test_the_example_is_a_good_configuration() -> None:
+    plan = read_bench(ROOT / "examples" / "bench-small.yaml")
+    assert {m.options.method for m in plan.methods} == set(mosectl.solvers.NAMES)
+    assert Path(plan.model_path(plan.models[0])) == ROOT / "examples" / "demo-model"
