@@ -15,8 +15,8 @@ from mosectl.solvers.memit import right_divide
     source="arXiv 2410.02355",
     kind="spread",
     settings={"sphere": 0, "protect": 1.0},
-    threshold=0.02,
-    ridge=10.0,
+    threshold=1.0,
+    ridge=0.01,
 )
 def alphaedit(problem: LayerProblem) -> Tensor:
     """W' = W + E Kᵀ N (K_p K_pᵀ N + K Kᵀ N + αI)⁻¹, E = V − W K, N the projector on C's eigenvectors below a threshold.
