@@ -21,7 +21,7 @@ from mosectl.arch import Architecture, Projection, disk_names, resolve
 from mosectl.change import Change
 from mosectl.errors import EditFailed, UsageError
 from mosectl.evaluate import Interview, Scores, answer, compare, interview, says
-from mosectl.facts import Fact, fact_from_dict, read_facts
+from mosectl.facts import Fact, as_facts
 from mosectl.fingerprint import fingerprint
 from mosectl.guard import Health, canaries
 from mosectl.journal import read_journal
@@ -92,7 +92,7 @@ def edit(
         raise UsageError(
             f"method '{solver.name}' has no option '{min(unknown)}'", fix=f"it has: {', '.join(solver.defaults)}"
         )
-    checked = _facts(facts)
+    checked = as_facts(facts, "edit")
     clock = Clock(on_step)
     with clock("load"):
         loaded = load(model, revision=revision, device=device, dtype=dtype) if isinstance(model, str | Path) else model
@@ -124,15 +124,6 @@ def edit(
         patch = _patch(loaded, arch, run, changes, results, scored, drifts, options, corpus)
     done = (run.stopped, moments.tokens, clock.seconds, tuple(run.curve))
     return EditResult(patch, results, scored, drifts, tuple(scores), *done)
-
-
-def _facts(facts: str | Path | Sequence[Fact | Mapping[str, Any]]) -> list[Fact]:
-    if isinstance(facts, str | Path):
-        return list(read_facts(facts).facts)
-    out = [f if isinstance(f, Fact) else fact_from_dict(dict(f), f"fact {i + 1}") for i, f in enumerate(facts)]
-    if not out:
-        raise UsageError("there is no fact to edit", fix="give at least one")
-    return out
 
 
 def _choose(

@@ -20,7 +20,7 @@ import numpy as np
 from mosectl import __version__
 from mosectl.errors import UsageError
 from mosectl.evaluate import MAX_NEW_TOKENS, answer, generate, interview, says
-from mosectl.facts import Fact, fact_from_dict, read_facts
+from mosectl.facts import Fact, as_facts
 from mosectl.fluency import TextLoss, ngram_entropy, text_loss
 from mosectl.intervals import RESAMPLES, SEED, Measure, Tally, measure
 from mosectl.live import Loaded
@@ -141,7 +141,7 @@ def evaluate_edit(
     """
     start = time.perf_counter()
     chosen = choose_protocols(protocols)
-    checked, corpus = _facts(facts), read_corpus(text)
+    checked, corpus = as_facts(facts, "evaluate"), read_corpus(text)
     tell = on_step or (lambda phase, done, total: None)
 
     def ask(loaded: Loaded, side: str) -> Observation:
@@ -175,15 +175,6 @@ def choose_protocols(names: Sequence[str]) -> tuple[str, ...]:
     if unknown := [n for n in names if n not in PROTOCOLS]:
         raise UsageError(f"--protocol {unknown[0]}: no such protocol", fix=f"choose from {', '.join(PROTOCOLS)}")
     return tuple(n for n in PROTOCOLS if n in names or not names)
-
-
-def _facts(facts: str | Path | Sequence[Fact | Mapping[str, Any]]) -> list[Fact]:
-    if isinstance(facts, str | Path):
-        return list(read_facts(facts).facts)
-    out = [f if isinstance(f, Fact) else fact_from_dict(dict(f), f"fact {i + 1}") for i, f in enumerate(facts)]
-    if not out:
-        raise UsageError("there is no fact to evaluate", fix="give at least one")
-    return out
 
 
 def _phase(on_step: OnStep, name: str) -> Callable[[int, int], None]:

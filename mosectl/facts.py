@@ -130,6 +130,20 @@ def fact_from_dict(row: Mapping[str, Any], source: str) -> Fact:
     return _fact(row, source, [])
 
 
+def as_facts(facts: str | Path | Sequence[Fact | Mapping[str, Any]], purpose: str) -> list[Fact]:
+    """The facts of a file, or those given, as facts or as dicts with the fields of one; ``purpose`` is for the message.
+
+    Raises:
+        FactsError: the file or a fact is wrong. UsageError: there is none.
+    """
+    if isinstance(facts, str | Path):
+        return list(read_facts(facts).facts)
+    out = [f if isinstance(f, Fact) else fact_from_dict(dict(f), f"fact {i + 1}") for i, f in enumerate(facts)]
+    if not out:
+        raise UsageError(f"there is no fact to {purpose}", fix="give at least one")
+    return out
+
+
 def _summary(path: Path, errors: Sequence[Problem], entries: int) -> FactsError:
     if len(errors) == 1:
         return bad(errors[0].where, errors[0].what, f"{errors[0].fix}, or leave it out: --on-error skip")
