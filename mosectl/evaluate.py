@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from mosectl.facts import Fact
-from mosectl.forward import Batch, hooked, input_device
+from mosectl.forward import input_device
+from mosectl.scoring import encode_pairs, score
 from mosectl.tokens import encode, render_chat
 
 MAX_NEW_TOKENS = 50
@@ -105,36 +105,13 @@ def says(text: str, expected: str) -> bool:
     return not (following.isalnum() and expected[-1:].isalnum() and following.isascii())
 
 
-@torch.no_grad()
 def target_probabilities(
     model: nn.Module, tokenizer: Any, facts: Sequence[Fact], *, chat: bool = False, batch_size: int = 64
 ) -> list[float]:
     """P(target_new | prompt) of each fact, the product over its tokens."""
-    out: list[float] = []
-    for start in range(0, len(facts), batch_size):
-        encoded = [
-            encode(tokenizer, f.prompt, None, f.target_new, chat=chat) for f in facts[start : start + batch_size]
-        ]
-        batch = Batch.of([e.input_ids for e in encoded], input_device(model))
-        first = min(e.target_start for e in encoded) - 1
-        logits = _tail_logits(model, batch, first)  # (B, T - first, V)
-        logp = F.log_softmax(logits.float(), dim=-1)
-        for row, e in enumerate(encoded):
-            at = torch.arange(e.target_start - 1, len(e.input_ids) - 1) - first
-            wanted = torch.tensor(e.input_ids[e.target_start :], device=logp.device)
-            out.append(float(logp[row, at.to(logp.device), wanted].sum().exp()))
-    return out
-
-
-def _tail_logits(model: nn.Module, batch: Batch, first: int) -> Tensor:
-    """Logits from position ``first`` on, without computing those before."""
-
-    def cut(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0][:, first:], *args[1:])
-
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    with hooked([head.register_forward_pre_hook(cut)]):
-        return model(**batch.kwargs()).logits
+    pairs = [(f.prompt, f.target_new) for f in facts]
+    scores = score(model, encode_pairs(tokenizer, pairs, chat), batch_size=batch_size)
+    return [float(torch.tensor(scores[pair].logprobs).sum().exp()) for pair in pairs]  # float32, as the logits
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ from mosectl.fluency import TextLoss, ngram_entropy, text_loss
 from mosectl.intervals import RESAMPLES, SEED, Measure, Tally, measure
 from mosectl.live import Loaded
 from mosectl.patch import PatchFact
-from mosectl.protocols import METRICS, PROTOCOLS, Answers, encode_pairs, portable_probes, score
+from mosectl.protocols import METRICS, PROTOCOLS, Answers, portable_probes
+from mosectl.scoring import encode_pairs, score
 from mosectl.sides import How, Subject, both_sides
 from mosectl.stats import Corpus, read_corpus
 

@@ -78,6 +78,20 @@ def hooked(handles: Sequence[Any]) -> Iterator[None]:
             handle.remove()
 
 
+@contextmanager
+def logits_at(model: nn.Module, positions: Tensor) -> Iterator[None]:
+    """Inside the block the model computes its logits at ``positions`` (B, m) only: (B, m, V)."""
+
+    def gather(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden = args[0]  # (B, T, d)
+        index = positions.to(hidden.device)[..., None].expand(-1, -1, hidden.shape[-1])
+        return (hidden.gather(1, index), *args[1:])
+
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    with hooked([head.register_forward_pre_hook(gather)]):
+        yield
+
+
 def keys_at(model: nn.Module, projections: Sequence[Projection], batch: Batch, positions: Tensor) -> list[Tensor]:
     """Each FFN's inner activation k at one token a row: a list of (B, p) float32; the forward stops at the last one.
 
@@ -148,14 +162,7 @@ class Suffix:
 
     def logits(self, rows: Tensor, positions: Tensor) -> Tensor:
         """Logits (len(rows), m, vocabulary) in float32 at ``positions`` (len(rows), m) of the rows ``rows`` (int64)."""
-
-        def gather(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            hidden = args[0]  # (B, T, d)
-            index = positions.to(hidden.device)[..., None].expand(-1, -1, hidden.shape[-1])
-            return (hidden.gather(1, index), *args[1:])
-
-        head = self.model.get_output_embeddings()  # type: ignore[operator]
-        with self._skipping(rows), hooked([head.register_forward_pre_hook(gather)]):
+        with self._skipping(rows), logits_at(self.model, positions):
             return self.model(**self.batch.rows(rows).kwargs()).logits.float()
 
     @contextmanager

@@ -14,7 +14,8 @@ from mosectl.evaluate import generate
 from mosectl.facts import Fact, Probe
 from mosectl.fluency import ngram_entropy, text_loss
 from mosectl.intervals import Tally, measure
-from mosectl.protocols import METRICS, PROTOCOLS, Answers, Scored, encode_pairs, portable_probes, score
+from mosectl.protocols import METRICS, PROTOCOLS, Answers, portable_probes
+from mosectl.scoring import Scored, encode_pairs, score
 
 FACTS = [
     Fact(
