@@ -13,11 +13,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mosectl.forward import Batch, input_device
+from mosectl.forward import Batch, by_length, input_device
 from mosectl.intervals import Tally
+from mosectl.stats import MAX_TOKENS
 
 WINDOW = 256  # tokens
-MAX_TOKENS = 200_000
 _WORD = re.compile(r"\w+|[^\w\s]")
 
 
@@ -68,14 +68,14 @@ def text_loss(
     used = total = 0
     for i, text in enumerate(texts):
         ids = list(tokenizer(text, verbose=False)["input_ids"])  # the length is ours to mind
-        pieces = [ids[at : at + window] for at in range(0, len(ids), window)]
+        pieces = [ids[at : at + window] for at in range(0, len(ids) - 1, window)]  # a lone last token predicts nothing
         windows += pieces
         owner += [i] * len(pieces)
         used, total = i + 1, total + len(ids)
         if total >= max_tokens:
             break
     nll, counted = [0.0] * used, [0.0] * used
-    chunks = _chunks(windows, batch_tokens)
+    chunks = by_length(windows, batch_tokens)
     for done, chunk in enumerate(chunks, 1):
         for i, loss in zip(chunk, _losses(model, [windows[i] for i in chunk]), strict=True):
             nll[owner[i]] += loss
@@ -84,16 +84,6 @@ def text_loss(
             on_step(done, len(chunks))
     tallies = tuple(Tally(a, b) for a, b in zip(nll, counted, strict=True))
     return TextLoss(tallies, int(sum(counted)), window, used < len(texts))
-
-
-def _chunks(windows: Sequence[Sequence[int]], batch_tokens: int) -> list[list[int]]:
-    """Indices of windows that have something to predict, those of like length together."""
-    chunks: list[list[int]] = []
-    for i in sorted((i for i, w in enumerate(windows) if len(w) > 1), key=lambda i: len(windows[i])):
-        if not chunks or (len(chunks[-1]) + 1) * len(windows[i]) > batch_tokens:
-            chunks.append([])
-        chunks[-1].append(i)
-    return chunks
 
 
 def _losses(model: nn.Module, sequences: Sequence[Sequence[int]]) -> list[float]:

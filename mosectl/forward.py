@@ -41,6 +41,16 @@ class Batch:
         return {"input_ids": self.input_ids, "attention_mask": self.attention_mask, "use_cache": False}
 
 
+def by_length(sequences: Sequence[Sequence[int]], batch_tokens: int) -> list[list[int]]:
+    """Indices of the sequences in batches of at most ``batch_tokens``, those of like length together: less padding."""
+    batches: list[list[int]] = []
+    for i in sorted(range(len(sequences)), key=lambda i: len(sequences[i])):
+        if not batches or (len(batches[-1]) + 1) * len(sequences[i]) > batch_tokens:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
+
+
 class _Stop(Exception):
     """Raised inside a hook once the last layer that is needed has run."""
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from mosectl.arch import Projection
 from mosectl.errors import UsageError
 from mosectl.files import write_tensors
-from mosectl.forward import Batch, by_row, input_device, run_until_stopped, stop
+from mosectl.forward import Batch, by_length, by_row, input_device, run_until_stopped, stop
 
 MAX_LENGTH = 512  # tokens a text: statistics do not need long contexts, and memory grows with them
 MAX_TOKENS = 200_000
@@ -185,7 +185,7 @@ def _accumulate(
 
 
 def _batches(tokenizer: Any, corpus: Corpus, max_tokens: int, batch_tokens: int) -> list[list[list[int]]]:
-    """Token sequences of at most MAX_LENGTH, grouped by length so that little is padded."""
+    """Token sequences of at most MAX_LENGTH, those of like length together."""
     sequences: list[list[int]] = []
     total = 0
     for text in corpus.texts:
@@ -196,13 +196,7 @@ def _batches(tokenizer: Any, corpus: Corpus, max_tokens: int, batch_tokens: int)
         total += len(ids)
         if total >= max_tokens:
             break
-    sequences.sort(key=len)
-    batches: list[list[list[int]]] = [[]]
-    for ids in sequences:
-        if batches[-1] and (len(batches[-1]) + 1) * len(ids) > batch_tokens:
-            batches.append([])
-        batches[-1].append(ids)
-    return batches
+    return [[sequences[i] for i in batch] for batch in by_length(sequences, batch_tokens)]
 
 
 def model_hash(model: nn.Module) -> str:
