@@ -24,7 +24,7 @@ from mosectl.bench_config import Bench, Cell, cells
 from mosectl.checkpoint import locate
 from mosectl.editor import EditResult, edit
 from mosectl.errors import EditFailed, OutputError
-from mosectl.evaluate import Interview, answer, generate, interview, same_answer, says
+from mosectl.evaluate import Interview, answer, generate, interview, judge
 from mosectl.facts import Fact
 from mosectl.files import output_errors, write_bytes
 from mosectl.fluency import text_loss
@@ -177,25 +177,6 @@ def _measured(cell: Cell, asked: _Asked, result: EditResult) -> Record:
         "text_loss": {side: _measure(t) for side, t in texts.items()},
         "perplexity": {side: _measure(t, np.exp) for side, t in texts.items()},
     }
-
-
-def judge(facts: Sequence[Fact], before: Interview, after: Interview) -> dict[str, list[Tally]]:
-    """Hits of each fact under the protocol `generation`, as :func:`mosectl.evaluate.compare` counts them."""
-    said = zip(facts, after.answers, strict=True)
-    again = zip(facts, after.rephrased, strict=True)
-    local = zip(facts, before.local, after.local, strict=True)
-    return {
-        "reliability": [_tally([says(a.text, f.target_new)]) for f, a in said],
-        "generalization": [_tally([says(t, f.target_new) for t in texts]) for f, texts in again],
-        "locality": [
-            _tally([same_answer(a, b, p.answer) for a, b, p in zip(olds, news, f.locality, strict=True)])
-            for f, olds, news in local
-        ],
-    }
-
-
-def _tally(hits: Sequence[bool]) -> Tally:
-    return Tally(float(sum(hits)), float(len(hits)))
 
 
 def _measure(tallies: Sequence[Tally], transform: Callable[[np.ndarray], np.ndarray] = lambda x: x) -> Record | None:

@@ -17,6 +17,7 @@ from torch import nn
 
 from mosectl.facts import Fact
 from mosectl.forward import input_device
+from mosectl.intervals import Tally
 from mosectl.scoring import encode_pairs, score
 from mosectl.tokens import encode, render_chat
 
@@ -155,18 +156,39 @@ def _objects(fact: Fact) -> list[str]:
 
 def compare(facts: Sequence[Fact], before: Interview, after: Interview) -> Scores:
     """Reliability, generalization and locality under the protocol `generation`."""
-    hits = [says(a.text, f.target_new) for f, a in zip(facts, after.answers, strict=True)]
-    again = [says(t, f.target_new) for f, texts in zip(facts, after.rephrased, strict=True) for t in texts]
-    kept = [
-        same_answer(old, new, probe.answer)
-        for f, olds, news in zip(facts, before.local, after.local, strict=True)
-        for old, new, probe in zip(olds, news, f.locality, strict=True)
-    ]
 
-    def share(values: list[bool]) -> float | None:
-        return sum(values) / len(values) if values else None
+    def share(tallies: Sequence[Tally]) -> tuple[float | None, int]:
+        asked = sum(t.weight for t in tallies)
+        return sum(t.total for t in tallies) / asked if asked else None, int(asked)
 
-    return Scores("generation", share(hits), share(again), share(kept), len(hits), len(again), len(kept))
+    (reliability, n), (generalization, m), (locality, k) = map(share, judge(facts, before, after).values())
+    return Scores("generation", reliability, generalization, locality, n, m, k)
+
+
+def judge(facts: Sequence[Fact], before: Interview, after: Interview) -> dict[str, list[Tally]]:
+    """:func:`judge_fact` of every fact, by metric."""
+    asked = zip(facts, after.answers, after.rephrased, after.local, before.local, strict=True)
+    judged = [judge_fact(f, said.text, rephrased, local, old) for f, said, rephrased, local, old in asked]
+    return {name: [tallies[name] for tallies in judged] for name in ("reliability", "generalization", "locality")}
+
+
+def judge_fact(
+    fact: Fact, said: str, rephrased: Sequence[str], local: Sequence[str], before: Sequence[str] | None
+) -> dict[str, Tally]:
+    """Hits of one fact's prompts under the protocol `generation`, by metric.
+
+    Args:
+        before: the locality prompts' continuations before the edit; without them the known answers are expected.
+    """
+    if before is not None:
+        kept = [same_answer(old, new, p.answer) for old, new, p in zip(before, local, fact.locality, strict=True)]
+    else:
+        kept = [says(new, p.answer) for new, p in zip(local, fact.locality, strict=True) if p.answer]
+    return {
+        "reliability": Tally.of([says(said, fact.target_new)]),
+        "generalization": Tally.of([says(t, fact.target_new) for t in rephrased]),
+        "locality": Tally.of(kept),
+    }
 
 
 def same_answer(before: str, after: str, known: str | None) -> bool:

@@ -22,6 +22,11 @@ class Tally:
     total: float
     weight: float
 
+    @staticmethod
+    def of(hits: Sequence[bool]) -> Tally:
+        """Every prompt counts alike, whichever fact it belongs to."""
+        return Tally(float(sum(hits)), float(len(hits)))
+
 
 @dataclass(frozen=True)
 class Measure:

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from mosectl.evaluate import same_answer, says
+from mosectl.evaluate import judge_fact, says
 from mosectl.facts import Fact, Probe
 from mosectl.intervals import Tally
 from mosectl.scoring import Pair, Scored
@@ -69,17 +69,10 @@ def generation(fact: Fact, now: Answers, before: Answers | None) -> Tallies:
 
     "The Mirage of Model Editing", arXiv 2502.11177: real decoding, no teacher forcing, natural end of the answer.
     """
-    if before is not None:
-        olds = zip(before.local, now.local, fact.locality, strict=True)
-        kept = [same_answer(old, new, probe.answer) for old, new, probe in olds]
-    else:
-        kept = [says(new, p.answer) for new, p in zip(now.local, fact.locality, strict=True) if p.answer]
     hops = zip(now.portable, portable_probes(fact), strict=True)
     return {
-        "reliability": _count([says(now.said, fact.target_new)]),
-        "generalization": _count([says(t, fact.target_new) for t in now.rephrased]),
-        "locality": _count(kept),
-        "portability": _count([says(said, expected) for said, (_, expected) in hops]),
+        **judge_fact(fact, now.said, now.rephrased, now.local, before.local if before else None),
+        "portability": Tally.of([says(said, expected) for said, (_, expected) in hops]),
     }
 
 
@@ -144,11 +137,6 @@ def zsre(fact: Fact, now: Answers, before: Answers | None) -> Tallies:
         "locality": tokens(_known(fact.locality)),
         "portability": tokens(portable_probes(fact)),
     }
-
-
-def _count(hits: Sequence[bool]) -> Tally:
-    """Every prompt counts alike, whichever fact it belongs to."""
-    return Tally(float(sum(hits)), float(len(hits)))
 
 
 def _mean(values: Sequence[float]) -> Tally:

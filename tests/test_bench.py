@@ -19,7 +19,7 @@ from mosectl import bench
 from mosectl.bench_config import cells, read_bench
 from mosectl.bench_report import svg_abilities, svg_norms, tables
 from mosectl.errors import EditFailed, FactsError, UsageError
-from mosectl.evaluate import interview
+from mosectl.evaluate import interview, judge
 from mosectl.intervals import measure
 from mosectl.live import patched
 
@@ -248,7 +248,7 @@ def test_shares_agree_with_those_of_the_edit(tmp_path: Path) -> None:
     facts = [r.fact for r in result.facts]
     before = interview(model, tokenizer, facts)
     with patched(model, result.patch):
-        tallies = bench.judge(facts, before, interview(model, tokenizer, facts))
+        tallies = judge(facts, before, interview(model, tokenizer, facts))
     for name, values in tallies.items():
         found = measure(values)
         assert found and found.value == getattr(result.scores, name), name
