@@ -6,7 +6,6 @@ A start reads what is there and runs the rest, so a bench can be stopped at any 
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +29,7 @@ from mosectl.files import output_errors, write_bytes
 from mosectl.fluency import text_loss
 from mosectl.guard import Health
 from mosectl.intervals import Tally, measure
+from mosectl.jsonable import jsonable
 from mosectl.live import Loaded, load, patched
 from mosectl.run import OnStep
 from mosectl.stats import read_corpus
@@ -141,7 +141,7 @@ def run_cell(cell: Cell, asked: _Asked, on_step: OnStep | None = None) -> Record
     except BREAKDOWNS as e:
         what = e.what if isinstance(e, EditFailed) else f"the linear algebra broke down: {e}".split("\n")[0]
         record |= {"status": "failed", "reason": what, "seconds": {"all": time.perf_counter() - start}}
-        return _finite(record)
+        return jsonable(record)
     began = time.perf_counter()
     record |= _measured(cell, asked, result)
     record |= {
@@ -154,7 +154,7 @@ def run_cell(cell: Cell, asked: _Asked, on_step: OnStep | None = None) -> Record
         "curve": [_point(n, health) for n, health in result.curve],
     }
     seconds = {**result.seconds, "evaluate": time.perf_counter() - began, "all": time.perf_counter() - start}
-    return _finite({**record, "seconds": seconds})
+    return jsonable({**record, "seconds": seconds})
 
 
 def _measured(cell: Cell, asked: _Asked, result: EditResult) -> Record:
@@ -187,15 +187,6 @@ def _measure(tallies: Sequence[Tally], transform: Callable[[np.ndarray], np.ndar
 def _point(edits: int, health: Health) -> Record:
     """One point of a curve: how the model was after so many edits."""
     return {"edits": edits, "loss": health.loss, "norm": dict(health.norm), "condition": dict(health.condition)}
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no numbers that are not finite: they become null."""
-    if isinstance(value, Mapping):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # The results file.

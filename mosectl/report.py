@@ -5,7 +5,6 @@ On a terminal tables are drawn; in a pipe they become tab-separated lines, whole
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import sys
@@ -21,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from mosectl.errors import MosectlError
+from mosectl.jsonable import jsonable
 
 if TYPE_CHECKING:
     from mosectl.bench_report import Grid
@@ -69,20 +69,7 @@ def hint(text: str) -> None:
 
 def data(value: Any) -> None:
     """One JSON document on stdout."""
-    sys.stdout.write(json.dumps(_plain(value), ensure_ascii=False, indent=2) + "\n")
-
-
-def _plain(value: Any) -> Any:
-    """Dataclasses, paths and tuples as JSON has them; tensors are left out, numbers that are not finite become null."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items() if not hasattr(v, "untyped_storage")}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
-        return None
-    return str(value) if isinstance(value, Path) else value
+    sys.stdout.write(json.dumps(jsonable(value), ensure_ascii=False, indent=2) + "\n")
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

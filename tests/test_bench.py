@@ -21,6 +21,7 @@ from mosectl.bench_report import svg_abilities, svg_norms, tables
 from mosectl.errors import EditFailed, FactsError, UsageError
 from mosectl.evaluate import interview, judge
 from mosectl.intervals import measure
+from mosectl.jsonable import jsonable
 from mosectl.live import patched
 
 EASY = ["preserve=0.0001", "prefixes=0", "reach=4", "step_size=0.3", "margin=3", "decay=0", "kl_weight=0"]
@@ -262,7 +263,7 @@ def test_numbers_that_are_not_finite(world: World) -> None:
     wanted = cells(plan)[:1]
     nothing = {"value": None, "low": None, "high": None, "units": 1}
     share = {"value": 0.5, "low": 0.25, "high": 0.75, "units": 4}
-    record = bench._finite(
+    record = jsonable(
         {
             **{"key": wanted[0].key, "status": "done", "reason": "", "stopped": "", "seconds": {"all": 1.0}},
             **{"scores": {"reliability": share, "generalization": None, "locality": share}, "harmonic": 0.5},
