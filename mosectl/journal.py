@@ -39,6 +39,11 @@ class Journal:
     patches: tuple[Applied, ...]
     tensors: dict[str, EditedTensor] = field(default_factory=dict)  # by tensor name on disk
 
+    @property
+    def places(self) -> list[tuple[str, str | None]]:
+        """Where the unedited model may be: folder or hub id, and revision. A hub id without one may hold other weights."""
+        return [(self.base_path, None), *([(self.model, self.revision)] if self.revision else [])]
+
     def write(self, folder: Path) -> None:
         text = json.dumps({"format": 1, **asdict(self)}, indent=2, sort_keys=True, ensure_ascii=False)
         write_bytes(folder / JOURNAL, text.encode() + b"\n")

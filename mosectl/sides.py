@@ -145,9 +145,7 @@ def _originals(checkpoint: Checkpoint, journal: Journal) -> tuple[dict[str, Tens
             found = {name: file.get_tensor(name) for name in file.keys() if name in hashes}  # noqa: SIM118
         if {name: sha256(t) for name, t in found.items()} == hashes:
             return found, f"{checkpoint.model}, its kept base tensors"
-    places: list[tuple[str, str | None]] = [(journal.base_path, None)]
-    places += [(journal.model, journal.revision)] if journal.revision else []
-    for place, revision in places:
+    for place, revision in journal.places:
         with suppress(ModelError, HubError, UsageError):
             other = open_checkpoint(place, revision)
             found = {name: other.read(name) for name in hashes}

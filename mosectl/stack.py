@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -197,13 +198,9 @@ class _Source:
         assert self.journal is not None
         if self.base_path:
             return open_checkpoint(self.base_path)
-        revision = self.journal.revision
-        hub = [(self.journal.model, revision)] if revision else []
-        for place, commit in ((self.journal.base_path, None), *hub):
-            try:
-                return open_checkpoint(place, commit)
-            except (ModelError, HubError):
-                continue
+        for place, revision in self.journal.places:
+            with suppress(ModelError, HubError):
+                return open_checkpoint(place, revision)
         return None
 
 
