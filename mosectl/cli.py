@@ -149,8 +149,7 @@ def edit(
     from mosectl.facts import read_facts
 
     checked = read_facts(facts, on_error, limit)
-    for problem in checked.problems:
-        report.hint(f"{problem.where}: {problem.what} ({'left out' if problem.severity == 'error' else problem.fix})")
+    report.problems(checked)
     if not dry_run:
         writable(out, overwrite)
     from mosectl.editor import edit as compute

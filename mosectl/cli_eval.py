@@ -53,8 +53,7 @@ def evaluate(
     from mosectl.facts import read_facts
 
     checked = read_facts(facts, on_error, limit)
-    for problem in checked.problems:
-        report.hint(f"{problem.where}: {problem.what} ({'left out' if problem.severity == 'error' else problem.fix})")
+    report.problems(checked)
     files = {name: path for name, path in (("--csv", csv), ("--png", png), ("--html", html)) if path is not None}
     _check_files(files, overwrite)
     from mosectl.evaluation import choose_protocols, evaluate_edit

@@ -67,6 +67,12 @@ def hint(text: str) -> None:
     _err().print(escape(text))
 
 
+def problems(found: FactsReport) -> None:
+    """What is wrong in a facts file that is used all the same."""
+    for p in found.problems:
+        hint(f"{p.where}: {p.what} ({'left out' if p.severity == 'error' else p.fix})")
+
+
 def data(value: Any) -> None:
     """One JSON document on stdout."""
     sys.stdout.write(json.dumps(jsonable(value), ensure_ascii=False, indent=2) + "\n")
