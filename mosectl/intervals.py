@@ -38,6 +38,14 @@ class Measure:
     units: int  # facts (or texts) it rests on
 
 
+def value_text(m: Measure | None, form: str) -> str:
+    return "–" if m is None else f"{m.value:{form}}"
+
+
+def interval_text(m: Measure | None, form: str) -> str:
+    return "–" if m is None else f"{m.low:{form}} – {m.high:{form}}"
+
+
 def measure(
     tallies: Sequence[Tally],
     transform: Callable[[np.ndarray], np.ndarray] = lambda x: x,

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from mosectl.evaluation import Evaluation
     from mosectl.facts import FactsReport
     from mosectl.inspection import Inspection
-    from mosectl.intervals import Measure
     from mosectl.live import Asked
     from mosectl.metrics import Stability
     from mosectl.plan import Diagnosis, Estimate
@@ -349,12 +348,8 @@ def asked(answers: Sequence[Asked]) -> None:
 
 def evaluation(e: Evaluation) -> None:
     """Every metric with its interval, retention, the facts that do not hold, and what to know about it all."""
-
-    def value(m: Measure | None, form: str) -> str:
-        return "–" if m is None else format(m.value, form)
-
-    def interval(m: Measure | None, form: str) -> str:
-        return "–" if m is None else f"{m.low:{form}} – {m.high:{form}}"
+    from mosectl.intervals import interval_text as interval  # here: numpy is slow to import
+    from mosectl.intervals import value_text as value
 
     rows = [
         (m.protocol, m.name, *(value(x, ".1%") for x in (m.before, m.right_after, m.after)),

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
+from mosectl.intervals import interval_text, value_text
 from mosectl.plots import shown, svg_retention, svg_shares
 
 if TYPE_CHECKING:
     from mosectl.evaluation import EvaluatedFact, Evaluation
-    from mosectl.intervals import Measure
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c1f24; --paper: #fff; --soft: #667; --line: #d8dbe0; --accent: #4c78a8;
@@ -67,11 +67,15 @@ def render(evaluation: Evaluation) -> str:
 
 def _metrics(e: Evaluation) -> str:
     rows = [
-        (m.protocol, m.name, _share(m.before), _share(m.right_after), _share(m.after), _interval(m.after), str(m.asked))
+        (m.protocol, m.name, *(value_text(x, ".1%") for x in (m.before, m.right_after, m.after)),
+         interval_text(m.after, ".1%"), str(m.asked))
         for m in e.metrics
-    ]
+    ]  # fmt: skip
     head = ("protocol", "metric", ">before", ">right after", ">after", ">95 % interval", ">prompts")
-    texts = [(t.name, t.about, _number(t.before), _number(t.after), _range(t.after)) for t in e.texts]
+    texts = [
+        (t.name, t.about, *(value_text(x, ".3f") for x in (t.before, t.after)), interval_text(t.after, ".3f"))
+        for t in e.texts
+    ]
     return "\n".join(
         [
             "<h2>Metrics</h2>" + _table(head, rows),
@@ -114,19 +118,3 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         "<tr>" + "".join(f"<td{k}>{escape(c)}</td>" for c, k in zip(row, kinds, strict=True)) + "</tr>" for row in rows
     )
     return f'<div class="wide"><table><tr>{top}</tr>{body}</table></div>'
-
-
-def _share(m: Measure | None) -> str:
-    return "–" if m is None else f"{m.value:.1%}"
-
-
-def _interval(m: Measure | None) -> str:
-    return "–" if m is None else f"{m.low:.1%} – {m.high:.1%}"
-
-
-def _number(m: Measure | None) -> str:
-    return "–" if m is None else f"{m.value:.3f}"
-
-
-def _range(m: Measure | None) -> str:
-    return "–" if m is None else f"{m.low:.3f} – {m.high:.3f}"
