@@ -203,20 +203,20 @@ def _svg(records: Sequence[Record], measured: Mapping[str, Callable[[Sequence[Re
     high, columns = 210, len(measured)
     width = (plots.WIDTH - 20) / columns
     legend = 22 * (-(-len(labels) // 3))
-    opening = plots._opening(high * len(groups) + legend + 30, about)
+    opening = plots.opening(high * len(groups) + legend + 30, about)
     out = [opening.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1), f"<style>{_STYLE}</style>"]
     for row, ((model, dataset, edits, size), members) in enumerate(groups.items()):
-        out.append(plots._text(20, row * high + 16, f"{model} · {dataset} · {RunKind(edits, size)}", "start"))
+        out.append(plots.text(20, row * high + 16, f"{model} · {dataset} · {RunKind(edits, size)}", "start"))
         for column, (name, points) in enumerate(measured.items()):
             lines = {label: _averaged([points(r["curve"]) for r in members if r["label"] == label]) for label in labels}
             box = (column * width + 60, row * high + 50, (column + 1) * width - 6, (row + 1) * high - 20)
             out += _panel(Panel(name, lines), kinds, box)
     if not groups:
-        out.append(plots._text(20, 24, "no run has a curve yet", "start"))
+        out.append(plots.text(20, 24, "no run has a curve yet", "start"))
     for i, label in enumerate(labels):
         x, y = 20 + (i % 3) * 235, high * len(groups) + 24 + 22 * (i // 3)
         out.append(_polyline([(x, y - 4), (x + 24, y - 4)], kinds[i]))
-        out.append(plots._text(x + 30, y, label, "start", "small"))
+        out.append(plots.text(x + 30, y, label, "start", "small"))
     return "\n".join([*out, "</svg>"]) + "\n"
 
 
@@ -254,14 +254,14 @@ def _panel(panel: Panel, kinds: Sequence[str], box: tuple[float, float, float, f
     def at(x: float, y: float) -> tuple[float, float]:
         return left + (right - left) * x / last, bottom - (bottom - top) * (scale(y) - scale(low)) / span
 
-    out = [plots._text(left, top - 12, panel.title + (" (log)" if log else ""), "start", "small")]
+    out = [plots.text(left, top - 12, panel.title + (" (log)" if log else ""), "start", "small")]
     for share in (0.0, 0.5, 1.0):
         value = scale(low) + share * span
         y = bottom - (bottom - top) * share
-        out.append(plots._line(left, y, right, y, "grid"))
-        out.append(plots._text(left - 6, y + 4, f"{10**value if log else value:.4g}", "end", "small"))
-    out.append(plots._text(left, bottom + 14, "0", "middle", "small"))
-    out.append(plots._text(right, bottom + 14, f"{last:g} edits", "end", "small"))
+        out.append(plots.line(left, y, right, y, "grid"))
+        out.append(plots.text(left - 6, y + 4, f"{10**value if log else value:.4g}", "end", "small"))
+    out.append(plots.text(left, bottom + 14, "0", "middle", "small"))
+    out.append(plots.text(right, bottom + 14, f"{last:g} edits", "end", "small"))
     lines = [
         _polyline([at(x, y) for x, y in points], kind)
         for points, kind in zip(panel.lines.values(), kinds, strict=True)

@@ -45,21 +45,21 @@ def svg_shares(metrics: Sequence[Metric]) -> str:
     def x(share: float) -> float:
         return left + (right - left) * share
 
-    out = [_opening(height, "Shares after the edit, with 95 % intervals")]
+    out = [opening(height, "Shares after the edit, with 95 % intervals")]
     for tick in (0, 0.25, 0.5, 0.75, 1):
-        out.append(_line(x(tick), 4, x(tick), height - 24, "grid"))
-        out.append(_text(x(tick), height - 8, f"{tick:.0%}", "middle", "small"))
+        out.append(line(x(tick), 4, x(tick), height - 24, "grid"))
+        out.append(text(x(tick), height - 8, f"{tick:.0%}", "middle", "small"))
     for i, m in enumerate(metrics):
         assert m.after is not None
         y = 10 + row * i
-        out.append(_text(left - 10, y + 13, f"{m.protocol} · {m.name}", "end"))
+        out.append(text(left - 10, y + 13, f"{m.protocol} · {m.name}", "end"))
         width = x(m.after.value) - left
         out.append(f'<rect class="bar" x="{left}" y="{y + 2}" width="{width:.1f}" height="14" rx="2"/>')
-        out.append(_line(x(m.after.low), y + 9, x(m.after.high), y + 9, "whisker"))
-        out += [_line(x(end), y + 5, x(end), y + 13, "whisker") for end in (m.after.low, m.after.high)]
+        out.append(line(x(m.after.low), y + 9, x(m.after.high), y + 9, "whisker"))
+        out += [line(x(end), y + 5, x(end), y + 13, "whisker") for end in (m.after.low, m.after.high)]
         if m.before is not None:
-            out.append(_line(x(m.before.value), y, x(m.before.value), y + 18, "before"))
-        out.append(_text(right + 10, y + 13, f"{m.after.value:.1%}", "start"))
+            out.append(line(x(m.before.value), y, x(m.before.value), y + 18, "before"))
+        out.append(text(right + 10, y + 13, f"{m.after.value:.1%}", "start"))
     return "\n".join([*out, "</svg>"])
 
 
@@ -72,11 +72,11 @@ def svg_retention(bins: Sequence[Bin]) -> str:
         middle = (b.first + b.last) / 2
         return left + (right - left) * (middle - 0.5) / last, bottom - (bottom - top) * share
 
-    out = [_opening(236, "Share of facts that still hold, in order of the edit")]
+    out = [opening(236, "Share of facts that still hold, in order of the edit")]
     for tick in (0, 0.5, 1):
         y = bottom - (bottom - top) * tick
-        out += [_line(left, y, right, y, "grid"), _text(left - 8, y + 4, f"{tick:.0%}", "end", "small")]
-    out += [_text(left, 208, "fact 1", "start", "small"), _text(right, 208, f"fact {last}", "end", "small")]
+        out += [line(left, y, right, y, "grid"), text(left - 8, y + 4, f"{tick:.0%}", "end", "small")]
+    out += [text(left, 208, "fact 1", "start", "small"), text(right, 208, f"fact {last}", "end", "small")]
     lines = {
         "then": [at(b, b.right_after) for b in bins if b.right_after is not None],
         "now": [at(b, b.after) for b in bins],
@@ -85,22 +85,22 @@ def svg_retention(bins: Sequence[Bin]) -> str:
         path = " ".join(f"{px:.1f},{py:.1f}" for px, py in points)
         out.append(f'<polyline class="{kind}" points="{path}"/>')
         out += [f'<circle class="{kind}" cx="{px:.1f}" cy="{py:.1f}" r="3"/>' for px, py in points]
-    out += [_line(left, 224, left + 24, 224, "now"), _text(left + 30, 228, "now", "start", "small")]
+    out += [line(left, 224, left + 24, 224, "now"), text(left + 30, 228, "now", "start", "small")]
     if lines["then"]:
-        out += [_line(left + 90, 224, left + 114, 224, "then"), _text(left + 120, 228, "right after", "start", "small")]
+        out += [line(left + 90, 224, left + 114, 224, "then"), text(left + 120, 228, "right after", "start", "small")]
     return "\n".join([*out, "</svg>"])
 
 
-def _opening(height: float, label: str) -> str:
+def opening(height: float, label: str) -> str:
     return f'<svg viewBox="0 0 {WIDTH} {height:g}" role="img" aria-label="{html.escape(label)}">'
 
 
-def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
+def line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
     return f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
 
 
-def _text(x: float, y: float, text: str, anchor: str, kind: str = "label") -> str:
-    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{html.escape(text)}</text>'
+def text(x: float, y: float, content: str, anchor: str, kind: str = "label") -> str:
+    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{html.escape(content)}</text>'
 
 
 def png(evaluation: Evaluation) -> bytes:
