@@ -131,11 +131,11 @@ def run_cell(cell: Cell, asked: _Asked, on_step: OnStep | None = None) -> Record
     """Edit, then measure with the patch on; an edit that fails is a result too."""
     start = time.perf_counter()
     record: Record = {
-        **{"key": cell.key, "status": "done", "reason": "", "label": cell.label, "method": cell.options.method},
-        **{"model": cell.model, "dataset": cell.dataset.name, "skip": cell.dataset.skip, "seed": cell.seed},
-        **{"edits": cell.run.edits, "batch_size": cell.run.batch_size, "mosectl": __version__},
+        "key": cell.key, "status": "done", "reason": "", "label": cell.label, "method": cell.options.method,
+        "model": cell.model, "dataset": cell.dataset.name, "skip": cell.dataset.skip, "seed": cell.seed,
+        "edits": cell.run.edits, "batch_size": cell.run.batch_size, "mosectl": __version__,
         "options": {**asdict(cell.options), "corpus": Path(cell.options.corpus).name if cell.options.corpus else None},
-    }
+    }  # fmt: skip
     try:
         result = edit(cell.edited, asked.loaded, options=cell.options, on_step=on_step)
     except BREAKDOWNS as e:

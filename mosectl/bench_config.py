@@ -126,13 +126,9 @@ def cells(bench: Bench, dtype: str = "auto") -> list[Cell]:
 def _key(bench: Bench, model: str, dataset: Dataset, run: RunKind, options: EditOptions, dtype: str) -> str:
     """16 hex digits; names and places of files do not count, what they hold does."""
     what = {
-        **{"mosectl": __version__, "model": model, "dtype": dtype, "facts": dataset.sha256, "skip": dataset.skip},
-        **{
-            "run": asdict(run),
-            "options": {**asdict(options), "corpus": bench.corpus_sha256},
-            "text": bench.text_sha256,
-        },
-    }
+        "mosectl": __version__, "model": model, "dtype": dtype, "facts": dataset.sha256, "skip": dataset.skip,
+        "run": asdict(run), "options": {**asdict(options), "corpus": bench.corpus_sha256}, "text": bench.text_sha256,
+    }  # fmt: skip
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 

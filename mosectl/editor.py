@@ -8,6 +8,7 @@ in float64 and rounded once into the live model, which is put back when the edit
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -33,9 +34,7 @@ from mosectl.patch import BaseTensor, Patch, PatchFact
 from mosectl.run import Clock, OnStep, Run
 from mosectl.solvers import method
 from mosectl.stats import Corpus, read_corpus, second_moments
-from mosectl.targets import (
-    build_contexts,
-)
+from mosectl.targets import build_contexts
 
 
 @dataclass(frozen=True)
@@ -154,8 +153,8 @@ def _results(
     tried = [*losses, *[None] * (len(facts) - len(losses))]
     for fact, old, new, loss in zip(facts, before.answers, after.answers, tried, strict=True):
         if loss is None:
-            status, loss = "not edited", torch.nan
-        elif not torch.isfinite(torch.tensor(loss)):
+            status, loss = "not edited", math.nan
+        elif not math.isfinite(loss):
             status = "not finite"
         elif not says(new.text, fact.target_new):
             status = "not reached"

@@ -152,6 +152,10 @@ def evaluate_edit(
     subject, before, after = both_sides(what, model, base, How(revision, device, dtype, force), ask)
     records = _records(checked, subject.records)
     judged = _judge(checked, chosen, before, after)
+    settings = {
+        "protocols": list(chosen), "chat": chat, "dtype": after.dtype, "text": corpus.name,
+        "window": after.text.window, "resamples": RESAMPLES, "seed": SEED, "mosectl": __version__,
+    }  # fmt: skip
     return Evaluation(
         subject=subject,
         metrics=tuple(_metrics(checked, chosen, judged, records)),
@@ -159,10 +163,7 @@ def evaluate_edit(
         retention=_retention(judged[1], records),
         facts=tuple(_rows(checked, chosen, before, after, judged[1], records)),
         notes=tuple(_notes(checked, chosen, subject, after, corpus, chat, records)),
-        settings={
-            **{"protocols": list(chosen), "chat": chat, "dtype": after.dtype, "text": corpus.name},
-            **{"window": after.text.window, "resamples": RESAMPLES, "seed": SEED, "mosectl": __version__},
-        },
+        settings=settings,
         seconds=time.perf_counter() - start,
     )
 
