@@ -9,12 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
-from torch.nn import functional as F
 
-from mosectl.forward import Batch, by_length, input_device
+from mosectl.forward import by_length
 from mosectl.intervals import Tally
+from mosectl.scoring import sequence_nll
 from mosectl.stats import MAX_TOKENS
 
 WINDOW = 256  # tokens
@@ -47,7 +46,6 @@ class TextLoss:
     cut: bool  # the text was longer than MAX_TOKENS
 
 
-@torch.no_grad()
 def text_loss(
     model: nn.Module,
     tokenizer: Any,
@@ -77,22 +75,13 @@ def text_loss(
     nll, counted = [0.0] * used, [0.0] * used
     chunks = by_length(windows, batch_tokens)
     for done, chunk in enumerate(chunks, 1):
-        for i, loss in zip(chunk, _losses(model, [windows[i] for i in chunk]), strict=True):
+        for i, loss in zip(chunk, sequence_nll(model, [windows[i] for i in chunk]), strict=True):
             nll[owner[i]] += loss
             counted[owner[i]] += len(windows[i]) - 1
         if on_step:
             on_step(done, len(chunks))
     tallies = tuple(Tally(a, b) for a, b in zip(nll, counted, strict=True))
     return TextLoss(tallies, int(sum(counted)), window, used < len(texts))
-
-
-def _losses(model: nn.Module, sequences: Sequence[Sequence[int]]) -> list[float]:
-    """Summed NLL of each sequence's tokens but the first."""
-    batch = Batch.of(sequences, input_device(model))
-    logits = model(**batch.kwargs()).logits[:, :-1].float()
-    labels = batch.input_ids[:, 1:].to(logits.device)
-    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
-    return (loss * batch.attention_mask[:, 1:].to(loss)).double().sum(-1).tolist()
 
 
 def context_length(model: Any) -> int:

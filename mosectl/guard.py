@@ -10,12 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from mosectl.forward import Batch, input_device
 from mosectl.metrics import Spectrum
+from mosectl.scoring import sequence_nll
 
 CANARIES = 24
 CANARY_TOKENS = 64
@@ -39,7 +37,6 @@ def canaries(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     return [ids for ids in pieces if len(ids) > 1]
 
 
-@torch.no_grad()
 def health(model: nn.Module, pieces: Sequence[Sequence[int]], weights: Mapping[str, Tensor]) -> Health:
     """Measure a model whose edited weights are ``weights``, (d, p) by module path."""
     spectra = {name: Spectrum.of(W) for name, W in weights.items()}
@@ -47,11 +44,7 @@ def health(model: nn.Module, pieces: Sequence[Sequence[int]], weights: Mapping[s
     condition = {name: s.condition for name, s in spectra.items()}
     if not pieces:
         return Health(0.0, norm, condition)
-    batch = Batch.of(pieces, input_device(model))
-    logits = model(**batch.kwargs()).logits[:, :-1].float()
-    seen = batch.attention_mask[:, 1:].bool().to(logits.device)
-    losses = F.cross_entropy(logits.transpose(1, 2), batch.input_ids[:, 1:].to(logits.device), reduction="none")
-    return Health(float(losses[seen].mean()), norm, condition)
+    return Health(sum(sequence_nll(model, pieces)) / sum(len(ids) - 1 for ids in pieces), norm, condition)
 
 
 def harm(base: Health, now: Health, limit: float) -> str:

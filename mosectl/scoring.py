@@ -1,4 +1,4 @@
-"""Answers scored by a model that is shown them (teacher forcing): log-probability and argmax at each of their tokens."""
+"""Text scored by a model that is shown it (teacher forcing): answers token by token, whole sequences as a sum."""
 
 from __future__ import annotations
 
@@ -79,3 +79,13 @@ def score(
         if on_step:
             on_step(len(out), len(order))
     return out
+
+
+@torch.no_grad()
+def sequence_nll(model: nn.Module, sequences: Sequence[Sequence[int]]) -> list[float]:
+    """Summed negative log-likelihood, nats, of each token sequence but its first token, in one forward."""
+    batch = Batch.of(sequences, input_device(model))
+    logits = model(**batch.kwargs()).logits[:, :-1].float()
+    labels = batch.input_ids[:, 1:].to(logits.device)
+    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
+    return (loss * batch.attention_mask[:, 1:].to(loss)).double().sum(-1).tolist()
