@@ -238,7 +238,7 @@ def apply(
             base=base,
             keep_base=keep_base,
             force=force,
-            on_step=_named("apply", on_step),
+            on_step=named("apply", on_step),
         )
     report.data(done) if as_json else report.applied(done, "Applied")
 
@@ -267,7 +267,7 @@ def revert(
             raise PatchError("no such patch file", where=repr(patch), fix=fix)
         wanted = Patch.load(patch)
     with report.progress() as on_step:
-        done = run(wanted, model, out, base=base, force=force, on_step=_named("revert", on_step))
+        done = run(wanted, model, out, base=base, force=force, on_step=named("revert", on_step))
     report.data(done) if as_json else report.applied(done, "Reverted")
 
 
@@ -306,34 +306,7 @@ def ask(
     report.data(found) if as_json else report.asked(found)
 
 
-from mosectl import cli_bench, cli_eval  # noqa: E402, F401  (registers `bench`, `eval`; needs the options above)
-
-
-@app.command()
-def stats(
-    model: Model,
-    layers: Annotated[str, typer.Option(help="all, or layers such as 19,20,21.")] = "all",
-    corpus: Corpus = None,
-    revision: Revision = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    as_json: Json = False,
-) -> None:
-    """Compute a model's statistics ahead of edits. On several GPUs: accelerate launch -m mosectl stats …"""
-    from mosectl import report
-    from mosectl.stats import prepare
-
-    with report.progress(quiet=os.environ.get("RANK", "0") != "0") as on_step:
-        found = prepare(
-            model, layers, corpus, revision=revision, device=device, dtype=dtype, on_step=_named("statistics", on_step)
-        )
-    if os.environ.get("RANK", "0") == "0":
-        report.data(
-            {"layers": sorted(found.C), "tokens": found.tokens, "cached": found.cached}
-        ) if as_json else report.statistics(found)
-
-
-def _named(phase: str, on_step: Any) -> Any:
+def named(phase: str, on_step: Any) -> Any:
     return lambda done, total: on_step(phase, done, total)
 
 
@@ -360,6 +333,9 @@ def _record(patch: Any) -> dict[str, Any]:
 
 def _without_patch(result: Any) -> dict[str, Any]:
     return {k: v for k, v in vars(result).items() if k != "patch"}
+
+
+from mosectl import cli_bench, cli_eval, cli_stats  # noqa: E402, F401  (register their commands; need the options above)
 
 
 def main() -> None:

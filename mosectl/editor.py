@@ -196,7 +196,7 @@ def _patch(
     recorded["solver"] = run.solver_options
     recorded["layers"] = [p.layer for p in run.projections]
     recorded["corpus"] = {"name": corpus.name, "sha256": corpus.sha256}
-    recorded["dtype"] = str(next(iter(run.W0.values())).dtype).removeprefix("torch.")
+    recorded["dtype"] = str(next(iter(run.stored.values())).dtype).removeprefix("torch.")
     for key in ("method", "seed"):  # these stand in the record itself
         del recorded[key]
     return Patch(
@@ -229,7 +229,7 @@ def _bases(loaded: Loaded, arch: Architecture, run: Run) -> dict[str, BaseTensor
     names = disk_names(arch, loaded.checkpoint.tensors) if loaded.checkpoint else {}
     return {
         p.name: fingerprint(
-            p.weight_name, loaded.checkpoint.read(names[p.name]) if loaded.checkpoint else run.W0[p.name]
+            p.weight_name, loaded.checkpoint.read(names[p.name]) if loaded.checkpoint else run.stored[p.name]
         )
         for p in run.projections
     }

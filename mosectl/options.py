@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from mosectl.errors import UsageError
-from mosectl.solvers import method
+from mosectl.solvers import KINDS, method
 from mosectl.targets import TargetOptions
 
 
@@ -22,15 +22,21 @@ class EditOptions:
     relax: float = 1.0  # each round weighs what must keep still by this factor less, for the facts that still resist
     prefixes: int = 2  # pieces of text put before the prompt, besides none
     protect: float = 50.0  # weight of each earlier fact against a new one
-    spread: int = (
-        -1
-    )  # 1: one target at the topmost layer, its residual spread (MEMIT); 0: one a layer; −1: the method's way
+    # Where the values come from: 0 one target a layer, 1 one target at the top, its residual spread over the layers (MEMIT),
+    # 2 descent in the weights; −1 the method's own way.
+    aim: int = -1
+    rehearse: float = 1.0  # nats; earlier facts that lead by less are edited again along with a batch; 0 = none
     guard: float = 1.0  # nats a token by which ordinary text may become less likely before a run is stopped; 0 = any
     seed: int = 0
     chat: bool = False
     corpus: str | None = None  # None = embedded
     solver: Mapping[str, float] = field(default_factory=dict)  # the method's own options
     targets: TargetOptions = field(default_factory=TargetOptions)
+
+
+# What a descent in the weights (aim 2) wants otherwise.
+_DESCENT: dict[str, Any] = {"rounds": 3, "prefixes": 1, "steps": 25, "step_size": 0.1}
+_FLAGS = ("batch_size", "rounds", "seed")  # these have a command-line option of their own
 
 
 def options_from(settings: Sequence[str], **given: Any) -> EditOptions:
@@ -41,7 +47,7 @@ def options_from(settings: Sequence[str], **given: Any) -> EditOptions:
     """
     solver = method(given.get("method") or EditOptions.method)
     known = {f.name: f.type for f in fields(TargetOptions)}
-    own = {"prefixes": "int", "protect": "float", "relax": "float", "guard": "float", "spread": "int"}
+    own = {f.name: f.type for f in fields(EditOptions) if f.type in ("int", "float") and f.name not in _FLAGS}
     found: dict[str, dict[str, Any]] = {"solver": {}, "targets": {}, "edit": {}}
     for setting in settings:
         name, _, text = setting.partition("=")
@@ -50,21 +56,23 @@ def options_from(settings: Sequence[str], **given: Any) -> EditOptions:
         except ValueError:
             raise UsageError(f"--set {setting}: not a number", fix="write --set name=number") from None
         place = "solver" if name in solver.defaults else "targets" if name in known else "edit" if name in own else None
-        if place is None or (number < 0 and name != "spread") or number != number:
+        lowest, highest = (-1, 2) if name == "aim" else (0, float("inf"))
+        if place is None or not lowest <= number <= highest:  # NaN too
             names = ", ".join((*solver.defaults, *known, *own))
             raise UsageError(f"--set {setting}: no such setting, or out of range", fix=f"settings: {names}")
         found[place][name] = number
-    usual = default_options(solver.name)
+    usual = default_options(solver.name, found["edit"].get("aim", -1))
     given = {k: v for k, v in given.items() if v is not None} | found["edit"]
     return replace(usual, **given, solver=found["solver"], targets=replace(usual.targets, **found["targets"]))
 
 
-def default_options(name: str = EditOptions.method) -> EditOptions:
-    """The measured defaults of method ``name``.
+def default_options(name: str = EditOptions.method, aim: int = -1) -> EditOptions:
+    """The measured defaults of method ``name`` with values from where ``aim`` says.
 
     Raises:
         UsageError: no such method.
     """
-    settings, targets = dict(method(name).settings), TargetOptions()
+    settings: dict[str, Any] = {} if name == EditOptions.method else {"rehearse": 0.0, **method(name).settings}
+    settings |= _DESCENT if aim == KINDS["descent"] else {}
     aims = {f.name: settings.pop(f.name) for f in fields(TargetOptions) if f.name in settings}
-    return EditOptions(method=name, **settings, targets=replace(targets, **aims))
+    return EditOptions(method=method(name).name, aim=aim, **settings, targets=TargetOptions(**aims))

@@ -1,4 +1,4 @@
-"""One run over a list of facts: batches, rounds of targets and solve, protection of earlier edits, the guard."""
+"""One run over a list of facts: batches, rounds of targets and solve, care for earlier edits, the guard."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from mosectl.arch import Architecture, Projection
 from mosectl.change import Change, change_between, changed
+from mosectl.descent import descend
+from mosectl.earlier import Earlier
 from mosectl.errors import EditFailed
 from mosectl.facts import Fact
 from mosectl.forward import hidden_at, keys_at
@@ -19,7 +21,7 @@ from mosectl.guard import Health, harm, health
 from mosectl.live import Loaded, set_weight, solve_device, weight_of
 from mosectl.metrics import Stability, stability
 from mosectl.options import EditOptions
-from mosectl.solvers import LayerProblem, method
+from mosectl.solvers import KINDS, LayerProblem, method
 from mosectl.targets import Contexts, Targets, build_contexts, optimise_targets
 
 OnStep = Callable[[str, int, int], None]  # phase, done, total
@@ -64,6 +66,9 @@ class _Standing:
     W: dict[str, Tensor]
 
 
+INSIST = 20.0  # weight of a fact the descent has reached against what must keep still: it is known to be within reach
+
+
 class Run:
     """The edited layers of one live model: base weight, weight so far, statistics and earlier edits, by module path."""
 
@@ -77,16 +82,17 @@ class Run:
     ) -> None:
         self.loaded, self.arch, self.projections, self.options = loaded, arch, projections, options
         self.solver = method(options.method)
-        chosen = {0: "layer", 1: "spread"}.get(options.spread, self.solver.kind)
+        chosen = {number: kind for kind, number in KINDS.items() if kind != "fit"}.get(options.aim, self.solver.kind)
         self.kind = self.solver.kind if self.solver.kind == "fit" else chosen
         self.solver_options = {**self.solver.defaults, **options.solver}
-        self.W0 = {p.name: weight_of(loaded.model, p).detach().clone() for p in projections}  # as stored
-        place = torch.empty(0, dtype=torch.float64, device=solve_device(self.W0[projections[0].name].device))
-        self.W = {p.name: p.oriented(self.W0[p.name]).to(place) for p in projections}  # (d, p)
+        self.stored = {p.name: weight_of(loaded.model, p).detach().clone() for p in projections}
+        place = torch.empty(0, dtype=torch.float64, device=solve_device(self.stored[projections[0].name].device))
+        self.W0 = {p.name: p.oriented(self.stored[p.name]).to(place) for p in projections}  # (d, p)
+        self.W = dict(self.W0)
         self.C = {p.name: C[p.name].to(place) for p in projections}  # (p, p)
-        self.P = {p.name: torch.zeros_like(self.C[p.name]) for p in projections}  # Σ k kᵀ of earlier edits
+        self.earlier = Earlier(loaded.model, projections)
+        self.moments: dict[str, tuple[Tensor, Tensor]] = {}  # P and Q of earlier edits, as the present batch found them
         self.stopped = ""
-        self.Q = {p.name: torch.zeros_like(self.W[p.name]) for p in projections}  # Σ v kᵀ of earlier edits
 
     @contextmanager
     def restored(self) -> Iterator[None]:
@@ -96,7 +102,7 @@ class Run:
         finally:
             for p in self.projections:
                 with torch.no_grad():
-                    weight_of(self.loaded.model, p).copy_(self.W0[p.name])
+                    weight_of(self.loaded.model, p).copy_(self.stored[p.name])
 
     def watch(self, pieces: list[list[int]]) -> None:
         """Remember how the model is before the first batch, for the guard."""
@@ -106,7 +112,8 @@ class Run:
     def edit(self, facts: Sequence[Fact], prefixes: Sequence[str], clock: Clock) -> list[float]:
         """Edit all facts batch by batch; returns the loss of each right after its batch, nats a token.
 
-        A batch that does harm is taken back and ends the run: there are fewer losses than facts then.
+        Earlier facts that have slipped are edited again along with a batch. A batch that does harm is taken back and ends
+        the run: there are fewer losses than facts then.
 
         Raises:
             EditFailed: the very first batch did harm.
@@ -115,9 +122,13 @@ class Run:
         losses: list[float] = []
         for start in range(0, len(facts), size):
             batch = facts[start : start + size]
-            contexts = build_contexts(self.loaded.model, self.loaded.tokenizer, batch, prefixes, chat=self.options.chat)
+            with clock("targets"):
+                again = self.earlier.slipped(self.options.rehearse)
+                self.moments = self.earlier.moments(self.options.protect) if self.options.protect else {}
+            taken = [*batch, *(self.earlier.facts[i] for i in again)]
+            contexts = build_contexts(self.loaded.model, self.loaded.tokenizer, taken, prefixes, chat=self.options.chat)
             before = dict(self.W)
-            done = self._batch(contexts, clock, start, len(facts)).loss_before.tolist()
+            done = self._batch(contexts, clock, start, len(facts))
             with clock("guard"):
                 now = health(self.loaded.model, self.pieces, self.W)
             if what := harm(self.base_health, now, self.options.guard):
@@ -131,9 +142,10 @@ class Run:
                     f"facts {start + 1}-{start + len(batch)} were taken back: {what}; the first {last} are kept"
                 )
                 break
-            losses += done
+            losses += done.loss_before[: len(batch)].tolist()
             self.curve.append((len(losses), now))
-            self._protect(contexts)
+            self.earlier.add(batch, contexts, self.W)
+            self.earlier.edited_again(again, done.margin_before[len(batch) :].tolist(), self.W)
         return losses
 
     def _batch(self, contexts: Contexts, clock: Clock, first: int, total: int) -> Targets:
@@ -147,15 +159,21 @@ class Run:
                 def on_step(done: int, of: int, r: int = r, step: Callable[[int, int], None] = step) -> None:
                     step(first * rounds + r * n + done * n // of, total * rounds)
 
-                needed = r < rounds and self.kind != "fit"
+                needed = r < rounds and self.kind in ("layer", "spread")
                 options = self.options.targets if needed else replace(self.options.targets, steps=0)
                 targets = optimise_targets(self.loaded.model, self.arch, placed, contexts, options, on_step)
-            best = max(best or self._standing(targets), self._standing(targets), key=lambda s: s.score)
-            if r == rounds or bool((targets.margin_before >= options.margin).all()):
+            standing = self._standing(targets)
+            best = max(best or standing, standing, key=lambda s: s.score)
+            done = (targets.margin_before >= options.margin) | ~torch.isfinite(targets.loss_before)
+            if r == rounds or bool(done.all()):
                 break
+            keep = self.options.relax**r
+            if self.kind == "descent":
+                self._descend(contexts, clock, on_step, keep)
+                continue
             with clock("solve"):
                 solve = {"layer": self._solve, "spread": self._solve_spread, "fit": self._fit}[self.kind]
-                solve(contexts, targets, self.options.relax**r)
+                solve(contexts, targets, keep)
         assert best is not None
         for p in self.projections:
             self._set(p, best.W[p.name])
@@ -173,14 +191,34 @@ class Run:
         used = torch.isfinite(targets.loss).to(fact.device)[fact]
         if not bool(used.any()):
             return
-        missing: Tensor | float = 0.0
+        missing: Tensor | float = 0.0  # what lower layers could not reach is asked of the next
         for i, p in enumerate(self.projections):
             K = self._keys(p, contexts, rows[used])
-            V = (
-                targets.V[i].to(K)[used.to(K.device)].T + missing
-            )  # what lower layers could not reach is asked of this one
-            self._set(p, self._solved(p, K, V, _shares(fact[used]).to(K), keep))
+            V = targets.V[i].to(K)[used.to(K.device)].T + missing
+            self._set(p, self._solved(self._problem(p, keep, K, V, _shares(fact[used]))))
             missing = V - self.W[p.name] @ K
+
+    def _descend(self, contexts: Contexts, clock: Clock, on_step: Callable[[int, int], None], keep: float) -> None:
+        """Descend in the weights, then let every layer, lowest first, write what that found for the facts it reached."""
+        with clock("solve"):
+            roots = {}
+            for p in self.projections:
+                none = self.C[p.name].new_zeros(p.p, 0)
+                A, _ = self._problem(p, keep, none, self.W[p.name] @ none).normal_equations()
+                roots[p.name] = torch.linalg.cholesky(A)
+        with clock("targets"):
+            found = descend(
+                self.loaded.model, self.arch, self.projections, contexts, self.W, roots, self.options.targets, on_step
+            )
+        rows = contexts.edit_rows
+        rows = rows[(found.lead > 0).to(rows.device)[contexts.fact[rows]]]
+        if not len(rows):
+            return
+        with clock("solve"):
+            weight = INSIST * _shares(contexts.fact[rows])
+            for p in self.projections:
+                K = self._keys(p, contexts, rows)
+                self._set(p, self._solved(self._problem(p, keep, K, found.W[p.name] @ K, weight)))
 
     def _solve_spread(self, contexts: Contexts, targets: Targets, keep: float) -> None:
         """One residual at the topmost edited layer's hidden state, an equal share to each layer below (MEMIT §4.3).
@@ -188,30 +226,28 @@ class Run:
         Keys and values are means over a fact's contexts there, so each fact is one column.
         """
         top, rows = self.projections[-1], contexts.edit_rows
-        rows = rows[torch.isfinite(targets.loss).to(rows.device)[contexts.fact[rows]]]
+        used = torch.isfinite(targets.loss).to(rows.device)[contexts.fact[rows]]
+        rows = rows[used]
         if not len(rows):
             return
         _, fact = contexts.fact[rows].unique(return_inverse=True)
         mean = torch.zeros(int(fact.max()) + 1, len(fact), dtype=torch.float64, device=fact.device)
         mean[fact, torch.arange(len(fact), device=fact.device)] = _shares(fact)  # (n, rows)
+        average = mean.to(self.C[top.name]).T
         batch, subject = contexts.batch.rows(rows), contexts.subject[rows]
-        finite = torch.isfinite(targets.loss).to(contexts.fact.device)[contexts.fact[contexts.edit_rows]]
-        H = self.W[top.name] @ self._keys(top, contexts, rows)
-        shift = targets.V[0].to(H)[finite.to(H.device)].T - H  # (d, rows)
-        hidden = hidden_at(self.loaded.model, self.arch, top.layer, batch, subject).to(H).T
-        wanted = hidden + shift
+        written = self.W[top.name] @ self._keys(top, contexts, rows)  # (d, rows)
+        shift = targets.V[0].to(written)[used.to(written.device)].T - written
+        wanted: Tensor | None = None
         for i, p in enumerate(self.projections):
-            hidden = hidden_at(self.loaded.model, self.arch, top.layer, batch, subject).to(H).T
-            average = mean.to(H).T
+            hidden = hidden_at(self.loaded.model, self.arch, top.layer, batch, subject).to(shift).T
+            wanted = hidden + shift if wanted is None else wanted
             K = self._keys(p, contexts, rows) @ average
             V = self.W[p.name] @ K + (wanted - hidden) @ average / (len(self.projections) - i)
-            self._set(p, self._solved(p, K, V, torch.ones(K.shape[1]).to(K), keep))
+            self._set(p, self._solved(self._problem(p, keep, K, V)))
 
     def _fit(self, contexts: Contexts, targets: Targets, keep: float) -> None:
         """Let a method train on the model itself."""
-        W = self.solver.run(
-            *(self.loaded.model, self.arch, self.projections, contexts, self.W, self.solver_options), lambda *_: None
-        )
+        W = self.solver.run(self.loaded.model, self.arch, self.projections, contexts, self.W, self.solver_options)
         for p in self.projections:
             self._set(p, W[p.name])
 
@@ -220,44 +256,39 @@ class Run:
         (k,) = keys_at(self.loaded.model, [p], contexts.batch.rows(rows), contexts.subject[rows])
         return k.to(self.C[p.name]).T
 
-    def _solved(self, p: Projection, K: Tensor, V: Tensor, weight: Tensor, keep: float) -> Tensor:
-        name = p.name
-        C, P, Q = keep * self.C[name], keep * self.P[name], keep * self.Q[name]
-        base = p.oriented(self.W0[name]).to(C)
-        W = self.solver.solve(LayerProblem(self.W[name], base, C, P, Q, K, V, weight, self.solver_options))
+    def _problem(self, p: Projection, keep: float, K: Tensor, V: Tensor, weight: Tensor | None = None) -> LayerProblem:
+        """One layer's problem for keys K (p, m) and values V (d, m), each column of weight 1 unless told."""
+        C, W = self.C[p.name], self.W[p.name]
+        P, Q = self.moments.get(p.name) or (torch.zeros_like(C), torch.zeros_like(W))
+        weight = K.new_ones(K.shape[1]) if weight is None else weight.to(K)
+        return LayerProblem(W, self.W0[p.name], keep * C, keep * P, keep * Q, K, V, weight, self.solver_options, p.name)
+
+    def _solved(self, problem: LayerProblem) -> Tensor:
+        W = self.solver.solve(problem)
         if not bool(torch.isfinite(W).all()):
-            raise EditFailed("the solve gave numbers that are not finite", where=name, fix="try --dtype float32")
+            fix = "try --dtype float32"
+            raise EditFailed("the solve gave numbers that are not finite", where=problem.name, fix=fix)
         return W
 
     def _set(self, p: Projection, W: Tensor) -> None:
         self.W[p.name] = W
         set_weight(self.loaded.model, p, W)
 
-    def _protect(self, contexts: Contexts) -> None:
-        """From now on these facts' outputs keep still."""
-        rows = contexts.edit_rows
-        share = self.options.protect * (int(contexts.fact.max()) + 1) / len(rows)
-        for p in self.projections:
-            K = self._keys(p, contexts, rows)
-            self.P[p.name] = self.P[p.name] + share * K @ K.T
-            self.Q[p.name] = self.Q[p.name] + share * self.W[p.name] @ K @ K.T
-
     def finish(self) -> dict[str, Change]:
         """What the edit comes to, as a patch holds it; the live weights are set to just that."""
         changes = {}
         for p in self.projections:
-            base = p.oriented(self.W0[p.name]).to(self.W[p.name])
-            W = self.W[p.name]
+            base, W = self.W0[p.name], self.W[p.name]
             if self.solver.finish:
                 W = self.solver.finish(base, W, self.solver_options)
             changes[p.name] = change_between(base, W, self.solver.side)
-            set_weight(self.loaded.model, p, changes[p.name].apply(base.cpu()))
+            set_weight(self.loaded.model, p, changed([changes[p.name]], base.cpu()))
         return changes
 
     def stability(self, changes: Mapping[str, Change]) -> Iterator[Stability]:
         """Norm, condition number and spectrum of the changed weights against the base, as float32 matrices."""
         for p in self.projections:
-            W = p.oriented(self.W0[p.name]).float().cpu()
+            W = p.oriented(self.stored[p.name]).float().cpu()
             yield stability(p.weight_name, W, changed([changes[p.name]], W))
 
 

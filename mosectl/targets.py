@@ -54,6 +54,23 @@ class Contexts:
     def edit_rows(self) -> Tensor:
         return self.is_edit.nonzero().flatten()
 
+    def followed_by(self, other: Contexts) -> Contexts:
+        """These rows, then the other's, whose facts are numbered on."""
+
+        def joined(a: Tensor, b: Tensor, fill: int = 0) -> Tensor:
+            width = max(a.shape[1], b.shape[1])
+            return torch.cat([F.pad(x, (0, width - x.shape[1]), value=fill) for x in (a, b)])
+
+        a, b = self.batch, other.batch
+        return Contexts(
+            batch=Batch(joined(a.input_ids, b.input_ids), joined(a.attention_mask, b.attention_mask)),
+            fact=torch.cat([self.fact, other.fact + self.fact.max() + 1]),
+            subject=torch.cat([self.subject, other.subject]),
+            positions=joined(self.positions, other.positions),
+            targets=joined(self.targets, other.targets, fill=-1),
+            is_edit=torch.cat([self.is_edit, other.is_edit]),
+        )
+
 
 @dataclass(frozen=True)
 class Targets:
@@ -135,7 +152,7 @@ def optimise_targets(
                     on_step(done + finished, n)
 
             rows = ((contexts.fact >= start) & (contexts.fact < start + group)).nonzero().flatten()
-            part = _rows_of(contexts, rows, start)
+            part = rows_of(contexts, rows, start)
             parts.append(_Optimiser(model, arch, projections, part, options).run(report))
     if len(parts) == 1:
         return parts[0]
@@ -150,7 +167,8 @@ def optimise_targets(
     )
 
 
-def _rows_of(c: Contexts, rows: Tensor, first_fact: int) -> Contexts:
+def rows_of(c: Contexts, rows: Tensor, first_fact: int = 0) -> Contexts:
+    """Some rows of the contexts, their facts numbered from ``first_fact``."""
     return Contexts(
         batch=c.batch.rows(rows),
         fact=c.fact[rows] - first_fact,
@@ -261,10 +279,7 @@ class _Optimiser:
             logits = self.suffix.logits(rows, c.positions[rows]).to(c.fact.device)  # (rows, m, V)
         logp = F.log_softmax(logits, dim=-1)
         targets, edit, fact = c.targets[rows], c.is_edit[rows], c.fact[rows]
-        index = targets.clamp_min(0)[..., None]
-        rival = logp.scatter(-1, index, -torch.inf).amax(-1)
-        row_nll = token_nll(logp, targets)
-        row_lead = torch.where(targets >= 0, logp.gather(-1, index).squeeze(-1) - rival, torch.inf).amin(-1)
+        row_nll, row_lead = token_nll(logp, targets), leads(logp, targets)
         if self.reference is None:
             self.reference = torch.zeros(len(c.fact), logp.shape[-1], device=logp.device)
             self.reference[rows] = logp[:, 0].detach()
@@ -296,6 +311,13 @@ def token_nll(logp: Tensor, targets: Tensor) -> Tensor:
     wanted = targets >= 0
     found = logp.gather(-1, targets.clamp_min(0)[..., None]).squeeze(-1)
     return -(found * wanted).sum(-1) / wanted.sum(-1).clamp_min(1)
+
+
+def leads(logp: Tensor, targets: Tensor) -> Tensor:
+    """Smallest lead of a target token over its best rival, (B,) nats, arguments as in :func:`token_nll`."""
+    index = targets.clamp_min(0)[..., None]
+    rival = logp.scatter(-1, index, -torch.inf).amax(-1)
+    return torch.where(targets >= 0, logp.gather(-1, index).squeeze(-1) - rival, torch.inf).amin(-1)
 
 
 def _mean_by_fact(values: Tensor, fact: Tensor, n: int) -> Tensor:

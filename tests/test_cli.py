@@ -391,3 +391,13 @@ def test_progress_on_a_pipe_is_told_once_a_minute(
         for done in range(5):
             step("targets", done, 10)
     assert capsys.readouterr().err.splitlines() == ["targets …", "targets 2/10", "targets 4/10"]
+
+
+def test_a_model_writes_text_for_its_own_statistics(tmp_path: Path) -> None:
+    model, one, two = save(tmp_path / "m"), tmp_path / "one.txt", tmp_path / "two.txt"
+    few = ("--samples", 5, "--tokens", 4)
+    assert run("sample", "--model", model, "-o", one, *few) == 0 == run("sample", "--model", model, "-o", two, *few)
+    assert 1 <= len(one.read_text().splitlines()) <= 5 and one.read_text() == two.read_text()
+    assert run("sample", "--model", model, "-o", two, *few) == 7  # it exists
+    assert run("sample", "--model", model, "-o", two, *few, "--seed", 1, "--overwrite") == 0
+    assert one.read_text() != two.read_text()

@@ -253,10 +253,8 @@ def test_targets_can_be_spread_or_one_a_layer(corpus: str, monkeypatch: pytest.M
     asked = []
     monkeypatch.setattr("mosectl.run.optimise_targets", lambda *a: asked.append(len(a[2])) or optimise_targets(*a))
     monkeypatch.setattr("mosectl.editor._refuse_failure", lambda _: None)
-    for name, spread, layers in (("memit", -1, 1), ("memit", 0, 2), ("mose", -1, 2), ("mose", 1, 1)):
-        options = replace(
-            default_options(name), corpus=corpus, layers="0,1", prefixes=0, rounds=1, spread=spread, guard=0
-        )
+    for name, aim, layers in (("memit", -1, 1), ("memit", 0, 2), ("mose", -1, 2), ("mose", 1, 1)):
+        options = replace(default_options(name), corpus=corpus, layers="0,1", prefixes=0, rounds=1, aim=aim, guard=0)
         mosectl.edit(FACTS[:1], pico("llama"), make_tokenizer(), options=options)
         assert set(asked) == {layers}
         asked.clear()

@@ -13,6 +13,14 @@ from mosectl.errors import UsageError
 
 NAMES = ("isospectral", "mose", "oft", "rome", "memit", "rect", "emmet", "prune", "alphaedit")
 
+# Where a solver's values come from, and the number that asks for it (EditOptions.aim); "fit" methods need none.
+KINDS = {
+    "layer": 0,  # targets for each edited layer's output
+    "spread": 1,  # one residual at the topmost edited layer, shared out among them (MEMIT)
+    "descent": 2,  # descent in the weights
+    "fit": 3,
+}
+
 
 @dataclass(frozen=True)
 class LayerProblem:
@@ -27,6 +35,18 @@ class LayerProblem:
     V: Tensor  # (d, m) what the layer should write for them
     weight: Tensor  # (m,) weight of each column; a fact's columns sum to 1
     options: Mapping[str, float] = field(default_factory=dict)
+    name: str = ""  # the layer's module path
+
+    def normal_equations(self) -> tuple[Tensor, Tensor]:
+        """A (p, p) and B (d, p) of λ‖(X − W₀)C½‖² + Σ‖X k_j − v_j‖² + ‖(X K − V)w½‖² = tr(X A Xᵀ) − 2 tr(X Bᵀ) + const.
+
+        The first sum is over earlier edits; C is raised by ``damping``, a share of its mean diagonal; λ is ``preserve``.
+        """
+        keep, damping = self.options.get("preserve", 1.0), self.options.get("damping", 1e-2)
+        C = self.C.clone()
+        C.diagonal().add_(damping * C.diagonal().mean())
+        weighted = self.K * self.weight
+        return keep * C + self.P + weighted @ self.K.T, keep * self.W0 @ C + self.Q + self.V @ weighted.T
 
 
 Solver = Callable[[LayerProblem], Tensor]  # → W' (d, p) float64
@@ -41,7 +61,7 @@ class Method:
     name: str
     side: str  # what its patches hold, a key of change.SIDES
     source: str
-    kind: str  # "layer": targets for each edited layer; "spread": one residual shared out (MEMIT); "fit": no targets
+    kind: str  # where values come from, a key of KINDS
     defaults: Mapping[str, float]
     run: Any  # a Solver, or a Fit where kind is "fit"
     settings: Mapping[str, Any]  # defaults of the edit and its targets that differ from the general ones

@@ -31,10 +31,7 @@ def isospectral(problem: LayerProblem) -> Tensor:
     ``iterations`` at most; ``tolerance``, the relative gain below which it stops.
     """
     o = problem.options
-    p = len(problem.C)
-    C = problem.C + o["damping"] * problem.C.trace() / p * torch.eye(p, dtype=problem.C.dtype, device=problem.C.device)
-    A = o["preserve"] * C + problem.P + (problem.K * problem.weight) @ problem.K.T
-    B = o["preserve"] * problem.W0 @ C + problem.Q + (problem.V * problem.weight) @ problem.K.T
+    A, B = problem.normal_equations()
     root = torch.linalg.cholesky(A)
     T, A_inverse = torch.cholesky_solve(B.T, root).T, torch.cholesky_inverse(root)
     sigma = torch.linalg.svdvals(problem.W0)

@@ -42,7 +42,6 @@ def oft(
     contexts: Contexts,
     W: Mapping[str, Tensor],
     options: Mapping[str, float],
-    on_step: Callable[[int, int], None],
 ) -> dict[str, Tensor]:
     """W' = W R_in by module path, R_in block-diagonal, for one batch of facts.
 
@@ -59,10 +58,9 @@ def oft(
     }
     adam = torch.optim.Adam([x for blocks in raw.values() for x in blocks], lr=options["rate"])
     rows = contexts.edit_rows
-    steps = int(options["steps_oft"])
     with frozen(model):
         suffix = Suffix(model, arch, projections[0].layer, contexts.batch)
-        for step in range(steps):
+        for _ in range(int(options["steps_oft"])):
             turns = {name: torch.block_diag(*map(cayley, blocks)) for name, blocks in raw.items()}
             handles = [model.get_submodule(name).register_forward_pre_hook(_turn_input(R)) for name, R in turns.items()]
             with hooked(handles), torch.enable_grad():
@@ -71,7 +69,6 @@ def oft(
                 adam.zero_grad(set_to_none=True)
                 loss.backward()
             adam.step()
-            on_step(step + 1, steps)
     with torch.no_grad():
         return {n: W[n] @ torch.block_diag(*(cayley(x.double()) for x in blocks)) for n, blocks in raw.items()}
 

@@ -1,0 +1,64 @@
+"""`mosectl stats` and `mosectl sample`: what edits take their statistics from. Imported by cli.py."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mosectl.cli import Corpus, Device, Dtype, Json, Model, Revision, app, named, writable
+
+
+@app.command()
+def stats(
+    model: Model,
+    layers: Annotated[str, typer.Option(help="all, or layers such as 19,20,21.")] = "all",
+    corpus: Corpus = None,
+    revision: Revision = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Compute a model's statistics ahead of edits. On several GPUs: accelerate launch -m mosectl stats …"""
+    from mosectl import report
+    from mosectl.stats import prepare
+
+    with report.progress(quiet=os.environ.get("RANK", "0") != "0") as on_step:
+        found = prepare(
+            model, layers, corpus, revision=revision, device=device, dtype=dtype, on_step=named("statistics", on_step)
+        )
+    if os.environ.get("RANK", "0") == "0":
+        report.data(
+            {"layers": sorted(found.C), "tokens": found.tokens, "cached": found.cached}
+        ) if as_json else report.statistics(found)
+
+
+@app.command()
+def sample(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Text file to write, one sample a line.")],
+    samples: Annotated[int, typer.Option(min=1, help="How many.")] = 1536,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens each, at most.")] = 64,
+    seed: Annotated[int, typer.Option(help="Another seed, other text.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+    revision: Revision = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Let a model write text of its own, for --corpus: what it says unasked is what an edit should leave alone."""
+    from mosectl import report
+
+    writable(out, overwrite)
+    from mosectl.files import write_bytes
+    from mosectl.live import load
+    from mosectl.sample import own_text
+
+    with report.progress() as on_step:
+        loaded = load(model, revision=revision, device=device, dtype=dtype)
+        texts = own_text(
+            loaded.model, loaded.tokenizer, samples, tokens=tokens, seed=seed, on_step=named("sample", on_step)
+        )
+        write_bytes(out, "".join(f"{text}\n" for text in texts).encode())
+    report.hint(f"{len(texts)} samples in {out}; use them with: mosectl edit … --corpus {out}")
