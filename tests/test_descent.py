@@ -11,7 +11,7 @@ from conftest import make_tokenizer, pico
 from torch import Tensor
 
 from mosectl.arch import resolve
-from mosectl.descent import Descent, descend
+from mosectl.descent import Descent, _Descender, descend
 from mosectl.earlier import GIVEN_UP, Earlier
 from mosectl.facts import fact_from_dict
 from mosectl.forward import Suffix, hooked, keys_at
@@ -145,3 +145,31 @@ def test_facts_that_slip_are_found_until_given_up() -> None:
     changed = [bool((earlier.values[p.name] != kept[p.name]).any(0)[lost[0]]) for p in stage.ps]
     others = [i for i in range(2) if i != lost[0]]
     assert all(changed) and all(torch.equal(earlier.values[n][:, others], v[:, others]) for n, v in kept.items())
+
+
+def test_a_fact_at_rest_that_others_pulled_back_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = Stage().descend().steps
+    real, calls = _Descender._behind, []
+
+    def behind(self: Any, lead: Tensor) -> Tensor:
+        active = real(self, lead)
+        calls.append(bool(active.any()))
+        if len(calls) == 2:  # all were at rest; pretend that the last steps of one cost the other its lead
+            active[0] = True
+        return active
+
+    monkeypatch.setattr(_Descender, "_behind", behind)
+    again = Stage().descend(margin=2.0).steps
+    assert len(calls) > 2 and again[1] == alone[1] and again[0] >= alone[0]
+
+
+def test_facts_of_different_length_are_joined() -> None:
+    """A target of several tokens after one of a single token: what is padding must not count."""
+    stage = Stage()
+    facts = [FACTS[0], replace(FACTS[1], target_new="in Lower Quill")]
+    parts = [build_contexts(stage.model, stage.tokenizer, [f], ("",)) for f in facts]
+    joined, whole = parts[0].followed_by(parts[1]), build_contexts(stage.model, stage.tokenizer, facts, ("",))
+    assert joined.targets.shape[1] > 1
+    for name in ("fact", "subject", "positions", "targets", "is_edit"):
+        assert torch.equal(getattr(joined, name), getattr(whole, name)), name
+    assert torch.equal(joined.batch.input_ids, whole.batch.input_ids)
