@@ -52,28 +52,27 @@ def descend(
         roots: (p, p) float64 by module path, the lower Cholesky factor of A.
         on_step: called with (facts done, facts in all) after each step.
     """
+    c = rows_of(contexts, contexts.edit_rows)
     with frozen(model):
-        return _Descender(model, arch, projections, contexts, W, roots, options).run(on_step or (lambda *_: None))
+        suffix = Suffix(model, arch, projections[0].layer, c.batch)
+        return _Descender(model, projections, c, suffix, W, roots, options).run(on_step or (lambda *_: None))
 
 
+@dataclass
 class _Descender:
-    def __init__(
-        self,
-        model: nn.Module,
-        arch: Architecture,
-        projections: Sequence[Projection],
-        contexts: Contexts,
-        W: Mapping[str, Tensor],
-        roots: Mapping[str, Tensor],
-        options: TargetOptions,
-    ) -> None:
-        self.model, self.projections, self.live, self.roots = model, projections, W, roots
-        self.options, self.W = options, dict(W)
-        self.c = rows_of(contexts, contexts.edit_rows)
+    model: nn.Module
+    projections: Sequence[Projection]
+    c: Contexts
+    suffix: Suffix
+    live: Mapping[str, Tensor]
+    roots: Mapping[str, Tensor]
+    options: TargetOptions
+
+    def __post_init__(self) -> None:
+        self.W = dict(self.live)
         self.fact = self.c.fact.cpu()  # (rows,) which fact a row belongs to
         self.n = int(self.fact.max()) + 1
         self.trail: list[tuple[str, Tensor, Tensor, Tensor]] = []  # steps so far: path, fact, what to write less, A⁻¹ k
-        self.suffix = Suffix(model, arch, projections[0].layer, self.c.batch)
 
     def run(self, on_step: Callable[[int, int], None]) -> Descent:
         steps = torch.zeros(self.n, dtype=torch.long)

@@ -128,7 +128,7 @@ class Run:
             taken = [*batch, *(self.earlier.facts[i] for i in again)]
             contexts = build_contexts(self.loaded.model, self.loaded.tokenizer, taken, prefixes, chat=self.options.chat)
             before = dict(self.W)
-            done = self._batch(contexts, clock, start, len(facts))
+            done = self._batch(contexts, clock, start, len(batch), len(facts))
             with clock("guard"):
                 now = health(self.loaded.model, self.pieces, self.W)
             if what := harm(self.base_health, now, self.options.guard):
@@ -148,10 +148,13 @@ class Run:
             self.earlier.edited_again(again, done.margin_before[len(batch) :].tolist(), self.W)
         return losses
 
-    def _batch(self, contexts: Contexts, clock: Clock, first: int, total: int) -> Targets:
-        """Alternate targets and solve until every fact holds by itself; of at most ``rounds`` keep the best."""
+    def _batch(self, contexts: Contexts, clock: Clock, first: int, n: int, total: int) -> Targets:
+        """Alternate targets and solve until every fact holds by itself; of at most ``rounds`` keep the best.
+
+        For the progress: ``n`` new facts, the ``first`` of ``total`` at which they begin.
+        """
         best: _Standing | None = None
-        n, rounds = int(contexts.fact.max()) + 1, self.options.rounds
+        rounds = self.options.rounds
         placed = self.projections[-1:] if self.kind == "spread" else self.projections
         for r in range(rounds + 1):
             with clock("targets") as step:
