@@ -118,7 +118,7 @@ def _summary(measures: Sequence[Any], form: Callable[[float], str], interval: bo
     if len(values) > 1:
         return f"{form(fmean(values))} ± {form(stdev(values))}"
     low, high = asked[0].get("low"), asked[0].get("high")
-    bounds = f" ({form(low)}–{form(high)})" if interval and low is not None and high is not None else ""
+    bounds = f" ({form(low)}–{form(high)})" if interval and low is not None and high is not None and low < high else ""
     return form(values[0]) + bounds
 
 

@@ -10,6 +10,7 @@ import errno
 import os
 import signal
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -123,7 +124,7 @@ def edit(
     device: Device = "auto",
     dtype: Dtype = "auto",
     method: Annotated[
-        str, typer.Option(help="Solver: isospectral, mose, rome, memit, rect, emmet, prune, alphaedit.")
+        str, typer.Option(help="Solver: isospectral, mose, oft, rome, memit, rect, emmet, prune, alphaedit.")
     ] = "isospectral",
     layers: Annotated[str, typer.Option(help="auto, or layers such as 19,20,21 or 19-21.")] = "auto",
     batch_size: Annotated[
@@ -317,8 +318,11 @@ def writable(out: Path, overwrite: bool, option: str = "-o") -> None:
     if out.exists() and not overwrite:
         raise OutputError("the output exists", where=str(out), fix=f"choose another {option}, or give --overwrite")
     parent = next(p for p in (out.parent, *out.absolute().parents) if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise OutputError("cannot be written there", where=str(out), fix="choose a folder you may write to")
+    try:  # rights alone do not tell: a root user has them all, also where nothing can be made
+        with tempfile.TemporaryDirectory(prefix=".mosectl-", dir=parent):
+            pass
+    except OSError as e:
+        raise OutputError("cannot be written there", where=str(out), fix="choose a folder you may write to") from e
 
 
 def _looks_like_id(text: str) -> bool:

@@ -81,7 +81,7 @@ def _hub_errors(repo: str, revision: str | None) -> Iterator[None]:
         fix = "check the name; a private model needs: hf auth login"
         raise ModelError("no such folder here and no such model on the Hub", where=repo, fix=fix) from e
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as e:
-        fix = "give a local folder, or connect and unset HF_HUB_OFFLINE"
+        fix = "check the name; for a folder its path; for a hub model connect, and unset HF_HUB_OFFLINE"
         raise HubError("not a local folder, not in the cache, and the Hub is out of reach", where=repo, fix=fix) from e
     except Exception as e:  # the client's transport (httpx, httpx2) has errors of its own
         if not isinstance(e, HfHubHTTPError | OSError) and not type(e).__module__.startswith("httpx"):

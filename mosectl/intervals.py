@@ -43,7 +43,10 @@ def value_text(m: Measure | None, form: str) -> str:
 
 
 def interval_text(m: Measure | None, form: str) -> str:
-    return "–" if m is None else f"{m.low:{form}} – {m.high:{form}}"
+    """The interval; where nothing varied, resampling has none to give."""
+    if m is None:
+        return "–"
+    return f"{m.low:{form}} – {m.high:{form}}" if m.low < m.high else "all alike"
 
 
 def measure(

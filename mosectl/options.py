@@ -56,10 +56,17 @@ def options_from(settings: Sequence[str], **given: Any) -> EditOptions:
         except ValueError:
             raise UsageError(f"--set {setting}: not a number", fix="write --set name=number") from None
         place = "solver" if name in solver.defaults else "targets" if name in known else "edit" if name in own else None
-        lowest, highest = (-1, 2) if name == "aim" else (0, float("inf"))
-        if place is None or not lowest <= number <= highest:  # NaN too
+        if place is None:
             names = ", ".join((*solver.defaults, *known, *own))
-            raise UsageError(f"--set {setting}: no such setting, or out of range", fix=f"settings: {names}")
+            raise UsageError(f"--set {setting}: method '{solver.name}' has no such setting", fix=f"it has: {names}")
+        lowest, highest = (-1, 2) if name == "aim" else (0, float("inf"))
+        if not lowest <= number <= highest:  # NaN too
+            fix = "-1, 0, 1 or 2: see docs/methods.md" if name == "aim" else "give a number that is not negative"
+            raise UsageError(f"--set {setting}: out of range", fix=fix)
+        if name == "aim" and solver.kind == "fit":
+            raise UsageError(
+                f"--set {setting}: '{solver.name}' trains on the model, it takes no values", fix="leave it out"
+            )
         found[place][name] = number
     usual = default_options(solver.name, found["edit"].get("aim", -1))
     given = {k: v for k, v in given.items() if v is not None} | found["edit"]

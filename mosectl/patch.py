@@ -176,7 +176,9 @@ def _by_layer(name: str) -> list[tuple[int, str]]:
 def _header(data: bytes) -> dict[str, Any]:
     size = int.from_bytes(data[:8], "little")
     if len(data) < 8 or not 2 <= size <= min(_MAX_HEADER, len(data) - 8):
-        raise PatchError("not a safetensors file, or cut short", fix="fetch the patch again")
+        raise PatchError(
+            "not a safetensors file, or cut short", fix="give a patch made by mosectl edit; fetch it again if it is one"
+        )
     header = _json(data[8 : 8 + size], "header")
     if not isinstance(header, dict):
         raise PatchError("not a safetensors file", where="header", fix="fetch the patch again")

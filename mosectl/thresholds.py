@@ -58,14 +58,17 @@ def check_thresholds(evaluation: Evaluation, thresholds: Sequence[Threshold]) ->
     Raises:
         BelowThreshold: one is below, or could not be measured; the message names every one.
     """
-    failed = []
+    failed, unasked = [], False
     for t in thresholds:
         metric = evaluation.metric(t.protocol, t.metric)
         found = metric.after if metric else None
         if found is None:
+            unasked = True
             failed.append(f"{t.protocol}.{t.metric} was not measured: the facts have nothing to ask for it")
         elif found.value < t.least - 1e-9:  # sums of thirds and sevenths
             failed.append(f"{t.protocol}.{t.metric} is {found.value:.4f}, below {t.least:g}")
     if failed:
         fix = "edit with more --rounds or other --layers, or lower the threshold"
+        if unasked:
+            fix = "give the facts prompts for what was not measured, or leave that threshold out"
         raise BelowThreshold("; ".join(failed), where=evaluation.subject.name, fix=fix)

@@ -173,7 +173,10 @@ def no_space_for_patch(world: World, patch: pytest.MonkeyPatch) -> tuple[object,
 
 
 def read_only(world: World, patch: pytest.MonkeyPatch) -> tuple[object, ...]:
-    patch.setattr(os, "access", lambda *_: False)
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    patch.setattr(cli.tempfile, "TemporaryDirectory", refuse)
     return world.edit()
 
 
@@ -401,3 +404,11 @@ def test_a_model_writes_text_for_its_own_statistics(tmp_path: Path) -> None:
     assert run("sample", "--model", model, "-o", two, *few) == 7  # it exists
     assert run("sample", "--model", model, "-o", two, *few, "--seed", 1, "--overwrite") == 0
     assert one.read_text() != two.read_text()
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc: nowhere that even root cannot write")
+def test_an_output_that_cannot_be_is_told_before_the_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    facts = tmp_path / "facts.jsonl"
+    facts.write_text(json.dumps(FACT))
+    assert run("edit", facts, "--model", "/no/such/model", "-o", "/proc/nope/x.safetensors") == 7
+    assert "cannot be written there" in capsys.readouterr().err

@@ -292,3 +292,19 @@ def test_the_guard_sees_collapse(tokenizer: object) -> None:
     model.lm_head.weight.data.fill_(float("nan"))
     worn = health(model, pieces, {p.name: weight.detach()})
     assert "ordinary text" in harm(base, worn, 1.0) and harm(base, worn, 0.0) == ""
+
+
+def test_settings_that_do_not_fit_are_told_apart() -> None:
+    for given, name, message in (
+        ("aim=7", None, "out of range"),
+        ("aim=7", "memit", "out of range"),
+        ("aim=2", "oft", "trains on the model"),
+        ("protect=-1", None, "out of range"),
+        ("spread=0", "memit", "'memit' has no such setting"),
+    ):
+        with pytest.raises(UsageError, match=message) as e:
+            options_from([given], method=name)
+        assert e.value.fix
+    descent = options_from(["aim=2", "steps=7"], method="memit")
+    assert descent.targets.step_size == 0.1 and descent.targets.steps == 7 and descent.prefixes == 1
+    assert options_from([], method="memit").rehearse == 0.0 and options_from([]).rehearse == 1.0
