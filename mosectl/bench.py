@@ -23,7 +23,7 @@ from mosectl.bench_config import Bench, Cell, cells
 from mosectl.checkpoint import locate
 from mosectl.editor import EditResult, edit
 from mosectl.errors import EditFailed, OutputError
-from mosectl.evaluate import Interview, answer, generate, interview, judge
+from mosectl.evaluate import answer, generate, judge
 from mosectl.facts import Fact
 from mosectl.files import output_errors, write_bytes
 from mosectl.fluency import text_loss
@@ -60,8 +60,8 @@ def run_bench(
     notice: Callable[[str], None] = lambda _: None,
     watch: Callable[[Cell], AbstractContextManager[OnStep | None]] | None = None,
     on_cell: Callable[[Progress], None] = lambda _: None,
-) -> list[Record]:
-    """Run every cell that ``folder`` has no result of yet; returns the records of all, in the order of the cells.
+) -> dict[str, Record]:
+    """Run every cell that ``folder`` has no result of yet; returns all results the folder then holds, by key.
 
     Args:
         notice: told in words what a user should know.
@@ -91,7 +91,7 @@ def run_bench(
         now = time.perf_counter()
         left = (now - start) / i * (len(waiting) - i)
         on_cell(Progress(cell, record, done + i, len(wanted), now - began, left))
-    return records_of(wanted, found)
+    return found
 
 
 def records_of(wanted: Sequence[Cell], found: Mapping[str, Record]) -> list[Record]:
@@ -110,9 +110,6 @@ class _Asked:
         self.loaded = loaded
         self.texts = read_corpus(bench.text).texts if bench.text else ()
         self._kept: dict[Any, Any] = {}
-
-    def interview(self, facts: tuple[Fact, ...]) -> Interview:
-        return interview(self.loaded.model, self.loaded.tokenizer, facts)
 
     def answers(self, facts: tuple[Fact, ...]) -> list[str]:
         texts = generate(self.loaded.model, self.loaded.tokenizer, [f.prompt for f in facts])
@@ -160,13 +157,11 @@ def run_cell(cell: Cell, asked: _Asked, on_step: OnStep | None = None) -> Record
 def _measured(cell: Cell, asked: _Asked, result: EditResult) -> Record:
     """Shares, text loss and other facts, before and after; intervals are over facts or texts."""
     facts, others = cell.edited, cell.others
-    place = (cell.dataset.name, cell.run.edits)
-    before = asked.before(("facts", *place), lambda: asked.interview(facts))
-    others_before = asked.before(("others", *place), lambda: asked.answers(others))
+    others_before = asked.before(("others", cell.dataset.name, cell.run.edits), lambda: asked.answers(others))
     text_before = asked.before("text", asked.text)
     with patched(asked.loaded.model, result.patch, force=True):  # made for this very model a moment ago
-        after, others_after, text_after = asked.interview(facts), asked.answers(others), asked.text()
-    scores = {name: measure(tallies) for name, tallies in judge(facts, before, after).items()}
+        others_after, text_after = asked.answers(others), asked.text()
+    scores = {name: measure(tallies) for name, tallies in judge(facts, *result.interviews).items()}
     values = [m.value for m in scores.values() if m]
     kept = measure([Tally(float(a == b), 1.0) for a, b in zip(others_before, others_after, strict=True)])
     texts = {"before": text_before, "after": text_after}

@@ -21,6 +21,7 @@ from mosectl.files import write_bytes
 SHARES = ("reliability", "generalization", "locality")
 COLOURS = ("#4c78a8", "#e45756", "#54a24b", "#f58518", "#b279a2", "#72b7b2", "#9d755d", "#d67195", "#79706e", "#bab0ac")
 DASHES = ("", "6 3", "2 3")  # for more methods than colours
+_NAME_SPACE = 'xmlns="http://www.w3.org/2000/svg" '
 _STYLE = """svg { background: #fff; } text { fill: #1c1f24; font: 13px system-ui, sans-serif; }
 text.small { fill: #667; font-size: 11px; } .grid { stroke: #d8dbe0; } .curve { fill: none; stroke-width: 1.8; }"""
 
@@ -203,8 +204,7 @@ def _svg(records: Sequence[Record], measured: Mapping[str, Callable[[Sequence[Re
     high, columns = 210, len(measured)
     width = (plots.WIDTH - 20) / columns
     legend = 22 * (-(-len(labels) // 3))
-    opening = plots.opening(high * len(groups) + legend + 30, about)
-    out = [opening.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1), f"<style>{_STYLE}</style>"]
+    out = [plots.opening(high * len(groups) + legend + 30, about, _NAME_SPACE), f"<style>{_STYLE}</style>"]
     for row, ((model, dataset, edits, size), members) in enumerate(groups.items()):
         out.append(plots.text(20, row * high + 16, f"{model} · {dataset} · {RunKind(edits, size)}", "start"))
         for column, (name, points) in enumerate(measured.items()):

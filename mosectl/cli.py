@@ -178,7 +178,7 @@ def edit(
         )
     result.patch.save(out)
     if as_json:
-        report.data({"patch": str(out), "id": result.patch.id, **_without_patch(result)})
+        report.data({"patch": str(out), "id": result.patch.id, **_numbers(result)})
     else:
         report.edit(result, out, model)
 
@@ -335,8 +335,8 @@ def _record(patch: Any) -> dict[str, Any]:
     return {"id": patch.id, **json.loads(patch.record)}
 
 
-def _without_patch(result: Any) -> dict[str, Any]:
-    return {k: v for k, v in vars(result).items() if k != "patch"}
+def _numbers(result: Any) -> dict[str, Any]:
+    return {k: v for k, v in vars(result).items() if k not in ("patch", "interviews")}
 
 
 from mosectl import cli_bench, cli_eval, cli_stats  # noqa: E402, F401  (register their commands; need the options above)

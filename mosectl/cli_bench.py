@@ -40,7 +40,7 @@ def bench(
     wanted = cells(plan, dtype)
     if not report_only:
         quiet = not sys.stderr.isatty()  # a log has a line a cell, that is enough
-        run_bench(
+        found = run_bench(
             plan,
             out,
             device=device,
@@ -49,9 +49,10 @@ def bench(
             watch=lambda cell: report.progress(quiet),
             on_cell=_tell,
         )
-    elif not (out / RESULTS).is_file():
+    elif (out / RESULTS).is_file():
+        found, _ = read_results(out / RESULTS)
+    else:
         raise OutputError(f"no {RESULTS}", where=str(out), fix="run the bench first, without --report-only")
-    found, _ = read_results(out / RESULTS)
     if missing := sum(c.key not in found for c in wanted):
         report.hint(f"{missing} of {len(wanted)} cells are not run yet")
     if other := len(set(found) - {c.key for c in wanted}):

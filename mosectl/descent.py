@@ -77,7 +77,7 @@ class _Descender:
     def run(self, on_step: Callable[[int, int], None]) -> Descent:
         steps = torch.zeros(self.n, dtype=torch.long)
         lead = torch.zeros(self.n)
-        active = self._behind(lead)
+        active = torch.ones(self.n, dtype=torch.bool)
         for _ in range(self.options.steps):
             if not active.any():  # facts at rest are moved by the steps of the others
                 active = self._behind(lead)
@@ -90,7 +90,8 @@ class _Descender:
                 self._move(part, active, keys, gradients)
             steps += active
             on_step(int((~active).sum()), self.n)
-        self._behind(lead)
+        else:
+            self._behind(lead)
         lost = ~(lead > 0)
         if lost.any():
             self._take_back(lost)
@@ -166,19 +167,21 @@ class _Descender:
     def _move(self, part: Tensor, active: Tensor, keys: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> None:
         """One step for those facts of ``part`` that are ``active`` (n,), each of a length of its own."""
         fact = self.fact[torch.isin(self.fact, part)]  # (rows,)
+        moved = active[fact]  # the rows of others may hold numbers that are not finite
+        fact = fact[moved]
         share = 1.0 / torch.bincount(fact).double()[fact]
         same = (fact[:, None] == fact).double()
         solved: dict[str, Tensor] = {}
         slope, written = torch.zeros(self.n).double(), torch.zeros(self.n).double()
         for name, K in keys.items():
-            g = gradients[name]
+            K, g = K[moved], gradients[name][moved]
             solved[name] = torch.cholesky_solve(K.T, self.roots[name]).T  # (rows, p): A⁻¹ k
             kernel = K @ solved[name].T  # (rows, rows): kᵀA⁻¹k
             slope.index_add_(0, fact, ((g @ g.T * kernel).cpu() * same).sum(1))
             length = (K @ self.W[name].T).square().sum(1) / kernel.diagonal()  # what it costs to write ‖W k‖ more
             written.index_add_(0, fact, share * length.cpu())
-        eta = self.options.step_size * (written / slope.clamp_min(1e-30)).sqrt() * active
+        eta = self.options.step_size * (written / slope.clamp_min(1e-30)).sqrt()
         for name, g in gradients.items():
-            step = g * eta[fact].to(g)[:, None]  # (rows, d)
+            step = g[moved] * eta[fact].to(g)[:, None]  # (rows, d)
             self.W[name] = self.W[name] - step.T @ solved[name]
             self.trail.append((name, fact, step, solved[name]))

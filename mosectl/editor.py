@@ -62,6 +62,7 @@ class EditResult:
     stopped: str  # why the guard ended the run early; empty otherwise
     corpus_tokens: int
     seconds: dict[str, float]  # by phase
+    interviews: tuple[Interview, Interview]  # before and after
     curve: tuple[tuple[int, Health], ...]  # (facts edited so far, health) after each batch that was kept; the base at 0
 
 
@@ -121,7 +122,7 @@ def edit(
         drifts = tuple(run.stability(changes))
         scored = compare(checked, before, after)
         patch = _patch(loaded, arch, run, changes, results, scored, drifts, options, corpus)
-    done = (run.stopped, moments.tokens, clock.seconds, tuple(run.curve))
+    done = (run.stopped, moments.tokens, clock.seconds, (before, after), tuple(run.curve))
     return EditResult(patch, results, scored, drifts, tuple(scores), *done)
 
 

@@ -91,8 +91,9 @@ def svg_retention(bins: Sequence[Bin]) -> str:
     return "\n".join([*out, "</svg>"])
 
 
-def opening(height: float, label: str) -> str:
-    return f'<svg viewBox="0 0 {WIDTH} {height:g}" role="img" aria-label="{html.escape(label)}">'
+def opening(height: float, label: str, name: str = "") -> str:
+    """``name``: the name space, which a picture in a file of its own needs and one inside a page does not."""
+    return f'<svg {name}viewBox="0 0 {WIDTH} {height:g}" role="img" aria-label="{html.escape(label)}">'
 
 
 def line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:

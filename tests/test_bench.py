@@ -159,6 +159,18 @@ def test_a_bench_through_the_command_line(world: World, capsys: pytest.CaptureFi
         assert {"isospectral", "mose, first"} <= set(texts) and "polyline" in (world.out / name).read_text()
 
 
+def breaking(monkeypatch: pytest.MonkeyPatch, method: str, error: BaseException) -> None:
+    """Let the edits of one method fail."""
+    real = bench.edit
+
+    def edit(*args: Any, **how: Any) -> Any:
+        if how["options"].method == method:
+            raise error
+        return real(*args, **how)
+
+    monkeypatch.setattr(bench, "edit", edit)
+
+
 def test_a_second_start_does_what_is_missing(world: World, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     edited: list[str] = []
     real = bench.edit
@@ -199,14 +211,7 @@ def test_a_second_start_does_what_is_missing(world: World, monkeypatch: pytest.M
 
 
 def test_ctrl_c_loses_only_the_running_cell(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = bench.edit
-
-    def stopped(*args: Any, **how: Any) -> Any:
-        if how["options"].method == "mose":
-            raise KeyboardInterrupt
-        return real(*args, **how)
-
-    monkeypatch.setattr(bench, "edit", stopped)
+    breaking(monkeypatch, "mose", KeyboardInterrupt())
     assert world.run() == 130 and len(world.lines()) == 1
     assert world.run("--report-only") == 0
     assert "not run yet" in (world.out / "tables.md").read_text()
@@ -222,14 +227,7 @@ def test_ctrl_c_loses_only_the_running_cell(world: World, monkeypatch: pytest.Mo
 def test_a_failing_method_is_recorded_and_the_bench_goes_on(
     error: Exception, reason: str, world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = bench.edit
-
-    def failing(*args: Any, **how: Any) -> Any:
-        if how["options"].method == "isospectral":
-            raise error
-        return real(*args, **how)
-
-    monkeypatch.setattr(bench, "edit", failing)
+    breaking(monkeypatch, "isospectral", error)
     assert world.run() == 0
     assert [json.loads(x)["status"] for x in world.lines()] == ["failed", "done"]
     assert "FAILED" in capsys.readouterr().err and f"failed: {reason}" in (world.out / "tables.md").read_text().replace(

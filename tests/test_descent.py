@@ -154,13 +154,13 @@ def test_a_fact_at_rest_that_others_pulled_back_goes_on(monkeypatch: pytest.Monk
     def behind(self: Any, lead: Tensor) -> Tensor:
         active = real(self, lead)
         calls.append(bool(active.any()))
-        if len(calls) == 2:  # all were at rest; pretend that the last steps of one cost the other its lead
+        if len(calls) == 1:  # all were at rest; pretend that the last steps of one cost the other its lead
             active[0] = True
         return active
 
     monkeypatch.setattr(_Descender, "_behind", behind)
     again = Stage().descend(margin=2.0).steps
-    assert len(calls) > 2 and again[1] == alone[1] and again[0] >= alone[0]
+    assert len(calls) > 1 and again[1] == alone[1] and again[0] >= alone[0]
 
 
 def test_facts_of_different_length_are_joined() -> None:
