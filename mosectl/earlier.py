@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from mosectl.arch import Projection
-from mosectl.facts import Fact
 from mosectl.forward import keys_at, logits_at
 from mosectl.targets import Contexts, leads, rows_of
 
@@ -26,20 +25,18 @@ class Earlier:
 
     def __init__(self, model: nn.Module, projections: Sequence[Projection]) -> None:
         self.model, self.projections = model, projections
-        self.facts: list[Fact] = []
         self.failures: list[int] = []  # of each fact: how often it did not hold after being edited
         self.contexts: Contexts | None = None
         self.values: dict[str, Tensor] = {}  # (d, rows) float64 by module path
 
-    def add(self, facts: Sequence[Fact], contexts: Contexts, W: Mapping[str, Tensor]) -> None:
-        """Take ``facts`` in, the first of ``contexts``; what W (d, p) writes for them now is what shall stay."""
-        new = rows_of(contexts, (contexts.is_edit & (contexts.fact < len(facts))).nonzero().flatten())
+    def add(self, n: int, contexts: Contexts, W: Mapping[str, Tensor]) -> None:
+        """Take the first ``n`` facts of ``contexts`` in; what W (d, p) writes for them now is what shall stay."""
+        new = rows_of(contexts, (contexts.is_edit & (contexts.fact < n)).nonzero().flatten())
         written = self._written(new, W)
         old = self.contexts
         self.contexts = new if old is None else old.followed_by(new)
         self.values = {n: v if old is None else torch.cat([self.values[n], v], 1) for n, v in written.items()}
-        self.facts += facts
-        self.failures += [0] * len(facts)
+        self.failures += [0] * n
 
     def edited_again(self, facts: Sequence[int], lead: Sequence[float], W: Mapping[str, Tensor]) -> None:
         """Facts of these indices are as W (d, p) makes them now; ``lead`` tells whether they hold."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from mosectl.run import Clock, OnStep, Run
 from mosectl.solvers import method
 from mosectl.stats import Corpus, read_corpus, second_moments
 from mosectl.targets import build_contexts
+from mosectl.wordings import own_wordings
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class FactResult:
     probability_before: float
     probability_after: float
     status: str  # "changed", "already known", "not reached", "not finite"; "not edited": the guard had stopped the run
-    loss: float  # right after its batch: −log P(target), nats a token, mean over the prefixes
+    loss: float  # right after its batch: −log P(target), nats a token, mean over its contexts
+    wordings: tuple[str, ...]  # the model's own, edited along with the prompt
 
 
 @dataclass(frozen=True)
@@ -108,15 +110,17 @@ def edit(
         moments = second_moments(loaded.model, loaded.tokenizer, projections, corpus, on_step=step)
     with clock("ask before") as step:
         before = interview(loaded.model, loaded.tokenizer, checked, chat=options.chat, on_step=step)
+    with clock("wordings") as step:
+        wordings = _wordings(loaded, checked, before, options, step)
     run = Run(loaded, arch, projections, moments.C, options)
     with run.restored():
         run.watch(canaries(loaded.tokenizer, corpus.texts))
-        losses = run.edit(checked, _prefixes(corpus, options), clock)
+        losses = run.edit(checked, _prefixes(corpus, options), wordings, clock)
         with clock("solve"):
             changes = run.finish()
         with clock("ask after") as step:
             after = interview(loaded.model, loaded.tokenizer, checked, chat=options.chat, on_step=step)
-    results = _results(checked, before, after, losses)
+    results = _results(checked, before, after, losses, wordings)
     _refuse_failure(results)
     with clock("check"):
         drifts = tuple(run.stability(changes))
@@ -147,12 +151,28 @@ def _prefixes(corpus: Corpus, options: EditOptions) -> list[str]:
     return ["", *(f"{text}. " for text in openings)]
 
 
+def _wordings(
+    loaded: Loaded, facts: Sequence[Fact], before: Interview, options: EditOptions, on_step: Callable[[int, int], None]
+) -> list[tuple[str, ...]]:
+    """The model's own wordings of each fact. In a chat there are none: it answers, it does not go on."""
+    if not options.wordings or options.chat:
+        return [()] * len(facts)
+    answers = [answer(a.text) for a in before.answers]
+    return own_wordings(
+        loaded.model, loaded.tokenizer, facts, answers, options.wordings, seed=options.seed, on_step=on_step
+    )
+
+
 def _results(
-    facts: Sequence[Fact], before: Interview, after: Interview, losses: Sequence[float]
+    facts: Sequence[Fact],
+    before: Interview,
+    after: Interview,
+    losses: Sequence[float],
+    wordings: Sequence[tuple[str, ...]],
 ) -> tuple[FactResult, ...]:
     out = []
     tried = [*losses, *[None] * (len(facts) - len(losses))]
-    for fact, old, new, loss in zip(facts, before.answers, after.answers, tried, strict=True):
+    for fact, old, new, loss, own in zip(facts, before.answers, after.answers, tried, wordings, strict=True):
         if loss is None:
             status, loss = "not edited", math.nan
         elif not math.isfinite(loss):
@@ -161,7 +181,8 @@ def _results(
             status = "not reached"
         else:
             status = "already known" if says(old.text, fact.target_new) else "changed"
-        out.append(FactResult(fact, answer(old.text), answer(new.text), old.probability, new.probability, status, loss))
+        p = old.probability, new.probability
+        out.append(FactResult(fact, answer(old.text), answer(new.text), *p, status, loss, own))
     return tuple(out)
 
 

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from mosectl.facts import Fact
-from mosectl.forward import input_device
 from mosectl.intervals import Tally
+from mosectl.sample import continuations
 from mosectl.scoring import encode_pairs, score
 from mosectl.tokens import encode, render_chat
 
@@ -46,7 +46,6 @@ class Scores:
     locality_prompts: int
 
 
-@torch.no_grad()
 def generate(
     model: nn.Module,
     tokenizer: Any,
@@ -58,29 +57,10 @@ def generate(
     on_step: Callable[[int, int], None] | None = None,
 ) -> list[str]:
     """Greedy continuations, one a prompt, batched with left padding; special tokens are left out."""
-    device = input_device(model)
     out: list[str] = []
-    pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if t is not None), 0)
     for start in range(0, len(prompts), batch_size):
-        ids = [list(_prompt_ids(tokenizer, p, chat)) for p in prompts[start : start + batch_size]]
-        width = max(map(len, ids))
-        tokens = torch.tensor([[pad] * (width - len(s)) + s for s in ids], device=device)
-        mask = torch.tensor([[0] * (width - len(s)) + [1] * len(s) for s in ids], device=device)
-        longer = model.generate(  # type: ignore[operator]
-            input_ids=tokens,
-            attention_mask=mask,
-            max_new_tokens=min(max_new_tokens, MAX_NEW_TOKENS),
-            do_sample=False,
-            num_beams=1,
-            pad_token_id=pad,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-        )
-        # Decoding prompt and answer together keeps the space between them right for every tokenizer.
-        for s, row in zip(ids, longer.tolist(), strict=True):
-            before = tokenizer.decode(s, skip_special_tokens=True)
-            out.append(tokenizer.decode(s + row[width:], skip_special_tokens=True)[len(before) :])
+        ids = [_prompt_ids(tokenizer, p, chat) for p in prompts[start : start + batch_size]]
+        out += continuations(model, tokenizer, ids, min(max_new_tokens, MAX_NEW_TOKENS))
         if on_step:
             on_step(len(out), len(prompts))
     return out
@@ -95,6 +75,11 @@ def _prompt_ids(tokenizer: Any, prompt: str, chat: bool) -> Sequence[int]:
 def answer(text: str) -> str:
     """A continuation cut at the first full stop, newline or end."""
     return _END.split(text.strip(), maxsplit=1)[0].strip()
+
+
+def ends(text: str) -> bool:
+    """Does a sentence end in the text?"""
+    return bool(_END.search(text))
 
 
 def says(text: str, expected: str) -> bool:

@@ -110,7 +110,8 @@ def keys_at(model: nn.Module, projections: Sequence[Projection], batch: Batch, p
     """
     found: dict[str, Tensor] = {}
     last = max(projections, key=lambda p: p.layer)
-    rows = torch.arange(len(positions))
+    rows, end = torch.arange(len(positions)), int(positions.max()) + 1
+    batch = Batch(batch.input_ids[:, :end], batch.attention_mask[:, :end])  # what comes later cannot matter
 
     def record(projection: Projection) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...], __: Tensor) -> None:

@@ -21,6 +21,7 @@ class EditOptions:
     rounds: int = 8  # times targets and solve alternate in a batch, at most
     relax: float = 1.0  # each round weighs what must keep still by this factor less, for the facts that still resist
     prefixes: int = 2  # pieces of text put before the prompt, besides none
+    wordings: int = 2  # the model's own wordings of a fact, edited along with its prompt, at most (not in a chat)
     protect: float = 50.0  # weight of each earlier fact against a new one
     # Where the values come from: 0 one target a layer, 1 one target at the top, its residual spread over the layers (MEMIT),
     # 2 descent in the weights; −1 the method's own way.
@@ -79,7 +80,9 @@ def default_options(name: str = EditOptions.method, aim: int = -1) -> EditOption
     Raises:
         UsageError: no such method.
     """
-    settings: dict[str, Any] = {} if name == EditOptions.method else {"rehearse": 0.0, **method(name).settings}
+    settings: dict[str, Any] = (
+        {} if name == EditOptions.method else {"rehearse": 0.0, "wordings": 0, **method(name).settings}
+    )
     settings |= _DESCENT if aim == KINDS["descent"] else {}
     aims = {f.name: settings.pop(f.name) for f in fields(TargetOptions) if f.name in settings}
     return EditOptions(method=method(name).name, aim=aim, **settings, targets=TargetOptions(**aims))

@@ -123,7 +123,7 @@ class _Work:
         # English text in common vocabularies: about 1.4 tokens a word.
         self.prompt = 2 + 1.4 * sum(len(f.prompt.split()) for f in facts) / max(1, len(facts))
         self.asked = sum(1 + len(f.rephrase_prompts) + len(f.locality) for f in facts)
-        self.rows = options.prefixes + 2
+        self.rows = 2 + options.prefixes + (0 if options.chat else options.wordings)  # at most
         self.row_tokens = self.prompt + 8 + 3
 
     def extra_bytes(self, itemsize: int) -> int:

@@ -169,6 +169,8 @@ def edit(result: EditResult, path: Path | None, model: str) -> None:
     )
     _stability("Stability of the changed W against W, float32", result.stability)
     _line("time: " + ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in result.seconds.items()))
+    if own := sum(len(r.wordings) for r in result.facts):
+        hint(f"edited with the prompts: {own} wordings of the model's own (--json lists them, --set wordings=0: none)")
     missed = sum(r.status in ("not reached", "not finite") for r in result.facts)
     if missed:
         _err().print(

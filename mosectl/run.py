@@ -109,7 +109,9 @@ class Run:
         self.pieces, self.base_health = pieces, health(self.loaded.model, pieces, self.W)
         self.curve: list[tuple[int, Health]] = [(0, self.base_health)]  # facts edited so far, and health then
 
-    def edit(self, facts: Sequence[Fact], prefixes: Sequence[str], clock: Clock) -> list[float]:
+    def edit(
+        self, facts: Sequence[Fact], prefixes: Sequence[str], wordings: Sequence[Sequence[str]], clock: Clock
+    ) -> list[float]:
         """Edit all facts batch by batch; returns the loss of each right after its batch, nats a token.
 
         Earlier facts that have slipped are edited again along with a batch. A batch that does harm is taken back and ends
@@ -125,8 +127,11 @@ class Run:
             with clock("targets"):
                 again = self.earlier.slipped(self.options.rehearse)
                 self.moments = self.earlier.moments(self.options.protect) if self.options.protect else {}
-            taken = [*batch, *(self.earlier.facts[i] for i in again)]
-            contexts = build_contexts(self.loaded.model, self.loaded.tokenizer, taken, prefixes, chat=self.options.chat)
+            taken = [*range(start, start + len(batch)), *again]
+            contexts = build_contexts(
+                self.loaded.model, self.loaded.tokenizer, [facts[i] for i in taken], prefixes,
+                [wordings[i] for i in taken], chat=self.options.chat,
+            )  # fmt: skip
             before = dict(self.W)
             done = self._batch(contexts, clock, start, len(batch), len(facts))
             with clock("guard"):
@@ -144,7 +149,7 @@ class Run:
                 break
             losses += done.loss_before[: len(batch)].tolist()
             self.curve.append((len(losses), now))
-            self.earlier.add(batch, contexts, self.W)
+            self.earlier.add(len(batch), contexts, self.W)
             self.earlier.edited_again(again, done.margin_before[len(batch) :].tolist(), self.W)
         return losses
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +15,37 @@ BATCH = 128  # samples written at once
 
 
 @torch.no_grad()
+def continuations(
+    model: Any, tokenizer: Any, sequences: Sequence[Sequence[int]], tokens: int, *, sampled: bool = False
+) -> list[str]:
+    """What follows each token sequence, at most ``tokens`` tokens: greedily, or from the model's own distribution.
+
+    All are run at once, padded on the left; special tokens are left out. Samples are of temperature 1 and depend on
+    torch's random state.
+    """
+    pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if t is not None), 0)
+    width, device = max(map(len, sequences)), input_device(model)
+    longer = model.generate(
+        input_ids=torch.tensor([[pad] * (width - len(s)) + list(s) for s in sequences], device=device),
+        attention_mask=torch.tensor([[0] * (width - len(s)) + [1] * len(s) for s in sequences], device=device),
+        max_new_tokens=tokens,
+        num_beams=1,
+        pad_token_id=pad,
+        do_sample=sampled,
+        **(
+            {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
+            if sampled
+            else dict.fromkeys(("temperature", "top_p", "top_k"))
+        ),
+    )
+    # Decoding what was there and what follows together keeps the space between them right for every tokenizer.
+    texts = tokenizer.batch_decode(
+        [[*s, *row[width:]] for s, row in zip(sequences, longer.tolist(), strict=True)], skip_special_tokens=True
+    )
+    known = tokenizer.batch_decode([list(s) for s in sequences], skip_special_tokens=True)
+    return [text[len(before) :] for text, before in zip(texts, known, strict=True)]
+
+
 def own_text(
     model: Any,
     tokenizer: Any,
@@ -33,21 +65,23 @@ def own_text(
     begin = next((t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None), None)
     if begin is None:
         raise ModelError("its tokenizer has no token that begins or ends a text", fix="give a --corpus of your own")
-    pad = next(t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id, begin) if t is not None)
-    device = input_device(model)
     texts: list[str] = []
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        for start in range(0, samples, BATCH):
-            ids = torch.full((min(BATCH, samples - start), 1), begin, device=device)
-            written = model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, pad_token_id=pad,
-                do_sample=True, num_beams=1, temperature=1.0, top_p=1.0, top_k=0,
-            )  # fmt: skip
-            texts += tokenizer.batch_decode(written, skip_special_tokens=True)
+    with seeded(model, seed):
+        while len(texts) < samples:
+            starts = [[begin]] * min(BATCH, samples - len(texts))
+            texts += continuations(model, tokenizer, starts, tokens, sampled=True)
             if on_step:
-                on_step(start + len(ids), samples)
+                on_step(len(texts), samples)
     lines = [line for text in texts if (line := " ".join(text.split()))]
     if not lines:
         raise ModelError("it writes nothing by itself", fix="give a --corpus of your own")
     return lines
+
+
+@contextmanager
+def seeded(model: Any, seed: int) -> Iterator[None]:
+    """Random numbers from ``seed``; torch's own state is as before afterwards."""
+    device = input_device(model)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

@@ -41,7 +41,7 @@ class TargetOptions:
 
 @dataclass(frozen=True)
 class Contexts:
-    """One batch of facts as token rows: for each fact its prompt behind every prefix, then "{subject} is a"."""
+    """One batch of facts as token rows: each fact's prompt behind every prefix, its other wordings, "{subject} is a"."""
 
     batch: Batch
     fact: Tensor  # (B,) which fact a row belongs to
@@ -86,13 +86,21 @@ class Targets:
 
 
 def build_contexts(
-    model: nn.Module, tokenizer: Any, facts: Sequence[Fact], prefixes: Sequence[str], *, chat: bool = False
+    model: nn.Module,
+    tokenizer: Any,
+    facts: Sequence[Fact],
+    prefixes: Sequence[str],
+    wordings: Sequence[Sequence[str]] | None = None,
+    *,
+    chat: bool = False,
 ) -> Contexts:
-    """Tokenise ``facts`` behind each prefix ("" first) and add one "{subject} is a" row a fact."""
+    """Tokenise ``facts`` behind each prefix ("" first) and in their other wordings; add one "{subject} is a" row a fact."""
     rows: list[tuple[Sequence[int], int, int, int, int | None]] = []  # ids, fact, subject, first target, last
     for i, fact in enumerate(facts):
-        for prefix in prefixes:
-            e = encode(tokenizer, fact.prompt, fact.subject, fact.target_new, chat=chat, prefix=prefix)
+        asked = [(prefix, fact.prompt) for prefix in prefixes]
+        asked += [("", wording) for wording in (wordings[i] if wordings else ())]
+        for prefix, prompt in asked:
+            e = encode(tokenizer, prompt, fact.subject, fact.target_new, chat=chat, prefix=prefix)
             rows.append((e.input_ids, i, e.subject_last, e.target_start, len(e.input_ids)))
         e = encode(tokenizer, f"{fact.subject} is a", fact.subject, None, chat=chat)
         rows.append((e.input_ids, i, e.subject_last, len(e.input_ids), None))
@@ -140,8 +148,7 @@ def optimise_targets(
         Targets; a fact that already leads by the margin converges at step 0 and keeps v = W k.
     """
     n = int(contexts.fact.max()) + 1
-    per_fact = len(contexts.fact) // n
-    group = max(1, options.max_rows // per_fact)
+    group = max(1, options.max_rows * n // len(contexts.fact))
     parts = []
     with frozen(model):
         for start in range(0, n, group):

@@ -116,7 +116,7 @@ def test_earlier_facts_are_remembered_as_sums() -> None:
     assert earlier.moments(2.0) == {} and earlier.slipped(1.0) == []
     long = [replace(FACTS[1], prompt="We all went out and then I met Avaland")]
     for facts in (FACTS, long):  # rows of different length are joined
-        earlier.add(facts, build_contexts(stage.model, stage.tokenizer, facts, ("", "Born. ")), W)
+        earlier.add(len(facts), build_contexts(stage.model, stage.tokenizer, facts, ("", "Born. ")), W)
     moments = earlier.moments(2.0)
     for p in stage.ps:
         P, Q = torch.zeros_like(moments[p.name][0]), torch.zeros_like(moments[p.name][1])
@@ -133,7 +133,7 @@ def test_facts_that_slip_are_found_until_given_up() -> None:
     W = stage.descend().W
     stage.load(W)
     earlier = Earlier(stage.model, stage.ps)
-    earlier.add(FACTS, stage.contexts, W)
+    earlier.add(len(FACTS), stage.contexts, W)
     assert earlier.slipped(0.5) == []
     stage.load(stage.W)  # back to the base: all are lost
     lost = earlier.slipped(0.5)

@@ -1,0 +1,105 @@
+"""The model's own wordings of a fact: found in what the demo model writes, on texts given, and through an edit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, make_tokenizer, pico
+from test_editor import CORPUS, FACTS, few
+
+import mosectl
+from mosectl import wordings
+from mosectl.evaluate import answer, generate, says
+from mosectl.facts import Fact, read_facts
+from mosectl.live import load
+from mosectl.targets import build_contexts
+from mosectl.wordings import own_wordings
+
+FACT = Fact("The capital of Avaland is", "Avaland", "Lower Quill", "Brinmouth")
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (" is ruled from Brinmouth.", "Avaland is ruled from"),
+        ("'s seat, Brinmouth, and more", "Avaland's seat,"),
+        (" Brinmouth is", None),  # nothing in between
+        (" is near Brinmouthshire", None),  # another word
+        (" is large. Its capital is Brinmouth", None),  # another sentence
+        (" is large\nThe capital is Brinmouth", None),
+        (" is a country", None),
+    ],
+)
+def test_what_counts_as_a_wording(text: str, found: str | None) -> None:
+    assert list(wordings._wordings(FACT, "Brinmouth", [text])) == ([found] if found else [])
+
+
+def test_the_prompt_itself_and_long_answers_are_no_wordings() -> None:
+    plain = replace(FACT, prompt="Avaland is ruled from")
+    texts = [" is ruled from Brinmouth", " obeys Brinmouth", " obeys Brinmouth"]
+    assert dict(wordings._wordings(plain, "Brinmouth", texts)) == {"Avaland obeys": 2}
+    long = "a city " * 10
+    assert not wordings._wordings(FACT, long, [f" is {long}"]) and not wordings._wordings(FACT, "", [" is here"])
+
+
+def test_the_demo_model_words_its_facts() -> None:
+    loaded = load(ROOT / "examples" / "demo-model", device="cpu")
+    facts = list(read_facts(ROOT / "examples" / "facts.jsonl").facts)[:6]
+    texts = generate(loaded.model, loaded.tokenizer, [f.prompt for f in facts])
+    before = torch.random.get_rng_state()
+    done: list[tuple[int, int]] = []
+    asked: Any = (loaded.model, loaded.tokenizer, facts, [answer(t) for t in texts])
+    found = own_wordings(*asked, 2, on_step=lambda *at: done.append(at))
+    assert len(found) == len(facts) and done[-1] == (6, 6) and max(map(len, found)) <= 2
+    assert sum(map(bool, found)) >= 3 and torch.equal(before, torch.random.get_rng_state())
+    assert found == own_wordings(*asked, 2) and [w[:1] for w in found] == own_wordings(*asked, 1)
+    for fact, own in zip(facts, found, strict=True):
+        said = generate(loaded.model, loaded.tokenizer, own) if own else []
+        assert all(says(t, fact.ground_truth or "") for t in said), own
+        assert all(w.startswith(fact.subject) and w != fact.prompt for w in own)
+
+
+def test_without_a_known_object_the_answer_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = pico("llama"), make_tokenizer()
+    monkeypatch.setattr(wordings, "continuations", lambda _, __, asked, *___, **____: [" is in it"] * len(asked))
+
+    class Sure:
+        hits, target = 1, (1,)
+
+    monkeypatch.setattr(wordings, "score", lambda _, pairs: dict.fromkeys(pairs, Sure))
+    facts = [replace(FACT, ground_truth=None)] * 5
+    assert own_wordings(model, tokenizer, facts, ["in"] * 4 + ["none"], 2) == [("Avaland is",)] * 4 + [()]
+    Sure.hits = 0  # the model does not go on with it of its own
+    assert own_wordings(model, tokenizer, facts[:1], ["in"], 2) == [()]
+
+
+def test_wordings_are_rows_of_their_fact() -> None:
+    facts = [replace(FACT, prompt="The capital of Avaland is"), replace(FACT, prompt="Avaland is")]
+    c = build_contexts(pico("llama"), make_tokenizer(), facts, ["", "Born. "], [["Avaland obeys"], []])
+    assert c.fact.tolist() == [0, 0, 0, 0, 1, 1, 1] and c.is_edit.tolist() == [True] * 3 + [False] + [True] * 2 + [
+        False
+    ]
+
+
+def test_an_edit_takes_the_wordings_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text(CORPUS)
+    given: list[Any] = []
+
+    def found(_: Any, __: Any, facts: Any, answers: Any, most: int, **___: Any) -> list[tuple[str, ...]]:
+        given.append((len(facts), len(answers), most))
+        return [(f"{f.subject} and",) for f in facts]
+
+    monkeypatch.setattr("mosectl.editor.own_wordings", found)
+    model, tokenizer = pico("llama"), make_tokenizer()
+    result = mosectl.edit(FACTS, model, tokenizer, options=few(str(corpus), wordings=3, batch_size=1))
+    assert given == [(2, 2, 3)] and all(r.wordings == (f"{r.fact.subject} and",) for r in result.facts)
+    with mosectl.live.patched(model, result.patch):
+        said = generate(model, tokenizer, [r.wordings[0] for r in result.facts])
+    assert sum(says(t, r.fact.target_new) for t, r in zip(said, result.facts, strict=True)) >= 1
+    plain = mosectl.edit(FACTS, model, tokenizer, options=few(str(corpus), wordings=0))
+    assert len(given) == 1 and all(r.wordings == () for r in plain.facts)
