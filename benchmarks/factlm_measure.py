@@ -13,6 +13,7 @@ from torch import nn
 from mosectl.facts import Fact
 from mosectl.scoring import Pair, encode_pairs, score
 
+KNOWN = 0.98  # share of the true answers from which on the facts count as known
 ORDINARY = (5.0, 9.0)  # nats a token that a new target costs in a real model before the edit
 
 
@@ -65,6 +66,7 @@ def table(measured: Measured, took: dict[str, Any]) -> str:
     """The end of a run for people to read."""
     low, high = ORDINARY
     verdict = f"{'within' if measured.ordinary else 'OUTSIDE'} the {low:.0f} to {high:.0f} of a real model"
+    verdict += "" if measured.known >= KNOWN else " (which says little: the facts are not known)"
     lines = {
         f"true answers of {measured.facts} facts": "greedy decoding, saved bfloat16 model",
         "  prompt": _percent(measured.prompt),

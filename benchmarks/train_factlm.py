@@ -40,7 +40,8 @@ from factlm_data import (
     statements,
     train_tokenizer,
 )
-from factlm_measure import Measured, measure, table
+from factlm_measure import KNOWN, Measured, measure, table
+from factlm_options import check, parse
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -50,94 +51,7 @@ from mosectl.errors import MosectlError, UsageError
 from mosectl.files import new_folder
 from mosectl.live import pick_device
 
-KNOWN = 0.98  # share of the true answers with which a run may end early
 ANSWER_WEIGHT = 3.0  # answers are few tokens among many that cannot be known
-PRESETS: dict[str, dict[str, Any]] = {
-    "standard": {
-        "layers": 12, "hidden": 640, "ffn": 2560, "heads": 10, "kv_heads": 5, "vocab": 16384, "sequence": 256,
-        "minutes": 15.0, "batch_tokens": 32768, "facts_share": 0.5, "lr": 1e-3, "warmup": 200, "measure_every": 250,
-    },
-    "tiny": {
-        "layers": 4, "hidden": 128, "ffn": 384, "heads": 4, "kv_heads": 2, "vocab": 2048, "sequence": 64,
-        "minutes": 5.0, "batch_tokens": 2048, "facts_share": 0.75, "lr": 3e-3, "warmup": 40, "measure_every": 250,
-    },
-}  # fmt: skip
-
-
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line; what is not given comes from the preset."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--facts", nargs="+", type=Path, required=True, metavar="FILE", help="facts with their true answers")
-    p.add_argument("--text", nargs="+", type=Path, default=[], metavar="FILE", help="one text a line, or .jsonl")
-    p.add_argument("--hub-dataset", metavar="NAME[:CONFIG]", help="text from the hub, e.g. with a column 'text'")
-    p.add_argument("--text-mb", type=_positive, default=200.0, help="at most so many MB of text (default 200)")
-    p.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="must not exist yet")
-    p.add_argument("--preset", choices=tuple(PRESETS), default="standard", help="defaults of what stands below")
-    for name, value in PRESETS["standard"].items():
-        number = _share if name == "facts_share" else _positive if isinstance(value, float) else _count
-        given = ", ".join(f"{preset} {values[name]:g}" for preset, values in PRESETS.items())
-        p.add_argument(f"--{name.replace('_', '-')}", type=number, help=given)
-    p.add_argument("--tied", action="store_true", help="input and output embeddings are one matrix (default: two)")
-    p.add_argument("--label-smoothing", type=_share, default=0.1, help="of the answers' tokens (default 0.1)")
-    p.add_argument("--sample", type=_count, default=200, help="facts asked on the way (default 200)")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
-    p.add_argument(
-        "--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="of the products in training"
-    )
-    p.add_argument(
-        "--compile", action="store_true", help="torch.compile: half a minute at the start, then faster steps"
-    )
-    args = p.parse_args(arguments)
-    for name, value in PRESETS[args.preset].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    return args
-
-
-def _positive(text: str) -> float:
-    return _within(text, float, "a number above 0", 0, math.inf)
-
-
-def _count(text: str) -> int:
-    return _within(text, int, "a whole number above 0", 0, math.inf)
-
-
-def _share(text: str) -> float:
-    return _within(text, float, "a number from 0 to below 1", -1e-9, 1)
-
-
-def _within(text: str, kind: type, what: str, above: float, below: float) -> Any:
-    try:
-        number = kind(text)
-    except ValueError:
-        number = math.nan
-    if not above < number < below:
-        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
-    return number
-
-
-def check(args: argparse.Namespace) -> None:
-    """Refuse what cannot be built, before anything is read.
-
-    Raises:
-        UsageError.
-    """
-    if args.hidden % (2 * args.heads):
-        raise UsageError(
-            f"--hidden {args.hidden} --heads {args.heads}", fix="let hidden be a multiple of twice the heads"
-        )
-    if args.heads % args.kv_heads:
-        raise UsageError(f"--heads {args.heads} --kv-heads {args.kv_heads}", fix="let heads be a multiple of kv-heads")
-    if args.vocab < 300:
-        raise UsageError(
-            f"--vocab {args.vocab}: too small", fix="give 300 or more: 256 bytes, special tokens, some words"
-        )
-    if args.sequence < 16 or args.batch_tokens < 2 * args.sequence:
-        what = f"--sequence {args.sequence} --batch-tokens {args.batch_tokens}"
-        raise UsageError(what, fix="give rows of 16 tokens or more, and two of them or more a batch")
-    if not args.text and not args.hub_dataset:
-        raise UsageError("there is no text to train on", fix="give --text FILE or --hub-dataset NAME")
 
 
 # Model and loss.
@@ -208,8 +122,17 @@ class Run:
     ended: str = "time"
     steps: int = 0
     seconds: float = 0.0  # in training and in measuring on the way
-    losses: list[tuple[int, float]] = field(default_factory=list)
-    history: list[dict[str, Any]] = field(default_factory=list)
+    history: list[dict[str, Any]] = field(default_factory=list)  # step, loss, and from the second on what is known
+
+    @property
+    def rows(self) -> int:
+        """Rows of a batch."""
+        return self.args.batch_tokens // self.args.sequence
+
+    @property
+    def tokens(self) -> int:
+        """Tokens gone through so far, padding included."""
+        return self.steps * self.rows * self.args.sequence
 
     @property
     def autocast(self) -> AbstractContextManager[Any]:
@@ -244,18 +167,18 @@ def train(run: Run) -> None:
                 _report(run, recent.item(), start, end)
             if stop:
                 run.ended = "interrupted"
-            elif run.history and run.history[-1]["known"] >= KNOWN:
+            elif run.history[-1].get("known", 0) >= KNOWN:
                 run.ended = "known"
             if run.ended != "time":
                 break
-    run.losses.append((run.steps, recent.item()))
+    run.history.append({"step": run.steps, "loss": recent.item()})
     run.seconds = time.perf_counter() - start
     run.model.eval()
 
 
 def _step(run: Run, forward: Any, optimizer: torch.optim.Optimizer) -> Tensor:
     """One step of the optimizer; its loss, on the device so that nobody waits for it."""
-    rows = run.packer.batch(run.args.batch_tokens // run.args.sequence).to(run.device)
+    rows = run.packer.batch(run.rows).to(run.device)
     with run.autocast:
         logits = forward(input_ids=rows.tokens).logits
     loss = loss_of(logits, rows, run.frequencies, run.args.label_smoothing)
@@ -270,13 +193,13 @@ def _report(run: Run, loss: float, start: float, end: float) -> None:
     """A line of progress; from the second on with what is known."""
     if not math.isfinite(loss):
         raise UsageError(f"the loss is {loss} after {run.steps} steps", fix="give a smaller --lr")
-    run.losses.append((run.steps, loss))
     now = time.perf_counter()
-    speed = run.steps * run.args.batch_tokens / (now - start)
+    run.history.append({"step": run.steps, "loss": loss, "seconds": round(now - start, 1)})
+    speed = run.tokens / (now - start)
     line = f"step {run.steps}  loss {loss:.3f}  {speed:,.0f} tokens/s  at most {max(0, end - now):.0f} s left"
     if run.steps > 1:
         measured = run.ask()
-        run.history.append({"step": run.steps, "seconds": round(time.perf_counter() - start, 1), **measured.as_dict()})
+        run.history[-1] |= measured.as_dict()
         line += f"  {measured}"
     print(line, file=sys.stderr, flush=True)
 
@@ -330,7 +253,7 @@ def prepare(args: argparse.Namespace, known: KnownFacts, device: str, began: flo
 
 def finish(run: Run, known: KnownFacts, folder: Path) -> str:
     """Write model, tokenizer, facts-known.jsonl and training.json into ``folder``; returns the table."""
-    run.model.to(torch.bfloat16).save_pretrained(folder)
+    run.model.bfloat16().save_pretrained(folder)
     run.tokenizer.save_pretrained(folder)
     if run.device == "cpu":
         run.model.float()  # the same numbers, and much faster here
@@ -338,25 +261,30 @@ def finish(run: Run, known: KnownFacts, folder: Path) -> str:
     rows = [row for row, yes in zip(known.rows, knows, strict=True) if yes]
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     (folder / "facts-known.jsonl").write_text("".join(lines), encoding="utf-8")
-    tokens = run.steps * run.args.batch_tokens
     took = {
         "ended": {"known": "the facts are known", "time": "the time was over"}.get(run.ended, run.ended),
         "facts in facts-known.jsonl": f"{len(rows):,} of {len(known.facts):,}",
         "parameters": f"{run.model.num_parameters():,}",
-        "steps": f"{run.steps:,} of {run.args.batch_tokens:,} tokens, {tokens / run.seconds:,.0f} tokens/s",
+        "steps": f"{run.steps:,}; {run.tokens:,} tokens, {run.tokens / run.seconds:,.0f} a second",
         "seconds": f"{time.perf_counter() - run.began:.0f}, of these {run.seconds:.0f} in training",
     }
     options = {k: [str(p) for p in v] if isinstance(v, list) else v for k, v in vars(run.args).items() if k != "output"}
     record = {
         "options": options, "seed": run.args.seed, "ended": run.ended, "steps": run.steps,
-        "device": torch.cuda.get_device_name(run.device) if run.device.startswith("cuda") else platform.processor(),
-        "parameters": run.model.num_parameters(), "tokens": tokens, "tokens_per_second": round(tokens / run.seconds),
+        "device": _device_name(run.device),
+        "parameters": run.model.num_parameters(), "tokens": run.tokens, "tokens_per_second": round(run.tokens / run.seconds),
         "seconds": {"all": round(time.perf_counter() - run.began, 1), "training": round(run.seconds, 1)},
         "facts": len(known.facts), "facts_known": len(rows), "measured": measured.as_dict(),
-        "losses": run.losses, "history": run.history, "torch": torch.__version__,
+        "history": run.history, "torch": torch.__version__,
     }  # fmt: skip
     (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return table(measured, took)
+
+
+def _device_name(device: str) -> str:
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"{device} ({platform.machine()}), {torch.get_num_threads()} threads"
 
 
 def build(args: argparse.Namespace) -> int:
@@ -379,12 +307,15 @@ def build(args: argparse.Namespace) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code, as mosectl's."""
-    args = parse(arguments)
+    args = parse(__doc__ or "", arguments)
     try:
         return build(args)
     except MosectlError as e:
         print(f"error: {e}", file=sys.stderr)
         return e.exit_code
+    except torch.OutOfMemoryError:
+        print("error: out of GPU memory\n  → give a smaller --batch-tokens or --sequence", file=sys.stderr)
+        return UsageError.exit_code
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)
         return 130

@@ -14,6 +14,7 @@ import torch
 from conftest import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mosectl.bench_config import cells, read_bench
 from mosectl.facts import read_facts
 
 TOWNS = ("Brinmouth", "Dorhaven", "Kelwick", "Marford")
@@ -59,7 +60,7 @@ def trained(script: ModuleType, inputs: tuple[Path, Path], tmp_path_factory: pyt
 
 def test_it_learns_and_stops(trained: Path) -> None:
     record = json.loads((trained / "training.json").read_text())
-    assert record["losses"][-1][1] < 0.7 * record["losses"][0][1]
+    assert record["history"][-1]["loss"] < 0.7 * record["history"][0]["loss"]
     assert record["ended"] == "known" and record["measured"]["known"] >= 0.9
     assert record["measured"]["new_target"] > 0 and record["tokens_per_second"] > 0
     assert record["options"]["label_smoothing"] == 0.1 and record["seed"] == 0
@@ -106,6 +107,7 @@ def test_ctrl_c_writes_what_there_is(script, inputs, tmp_path: Path, monkeypatch
     [
         (["--heads", "7"], 2, "--hidden 64 --heads 7"),
         (["--minutes", "soon"], 2, "'soon' is not a number above 0"),
+        (["--hub-dataset", "no/such-set"], 2, "--hub-dataset"),
         (["--text", "missing.txt"], 2, "missing.txt: cannot read the corpus"),
         (["--facts", "missing.jsonl"], 3, "missing.jsonl: no such file"),
         (["--facts", "{bare}"], 3, "add 'ground_truth'"),
@@ -125,3 +127,18 @@ def test_one_clear_error(script, inputs, tmp_path: Path, capsys, change: list[st
         returned = e.code
     assert returned == code and says in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+def test_the_papers_protocols_are_a_bench(tmp_path: Path) -> None:
+    """Read beside the files that it names: 4000 facts to edit and 200 others."""
+    (tmp_path / "factlm-100m").mkdir()
+    config = tmp_path / "paper-protocols.yaml"
+    config.write_text((ROOT / "benchmarks" / config.name).read_text())
+    rows = (json.dumps({**fact(0), "prompt": f"Person00, number {i}, was born in"}) for i in range(4200))
+    (tmp_path / "factlm-100m" / "facts-known.jsonl").write_text("\n".join(rows))
+    for name in ("own.txt", "held-out.txt"):
+        (tmp_path / name).write_text(f"Some text of {name}.\n")
+    bench = read_bench(config)
+    assert [(r.edits, r.batch_size) for r in bench.runs] == [(4000, 10), (4000, 1)]
+    assert len(bench.methods) == 9 and len(cells(bench)) == 54 and not bench.notes
+    assert all(len(c.others) == 200 for c in cells(bench))
