@@ -134,27 +134,29 @@ def train_tokenizer(texts: Iterable[str], size: int, length: int) -> PreTrainedT
 
 def encode_all(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of each text without special tokens, many at once."""
-    parts = (texts[at : at + 10_000] for at in range(0, len(texts), 10_000))  # the tokenizer keeps much on each text
-    return [
-        ids for part in parts for ids in tokenizer(list(part), add_special_tokens=False, verbose=False)["input_ids"]
-    ]
+    parts = (texts[at : at + 10_000] for at in range(0, len(texts), 10_000))  # an encoding is larger than its ids
+    core = tokenizer.backend_tokenizer  # many times faster than through transformers, and much is to be encoded
+    return [e.ids for part in parts for e in core.encode_batch_fast(list(part), add_special_tokens=False)]
+
+
+def questions(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerFast) -> dict[Pair, Encoded]:
+    """Each statement as :func:`mosectl.scoring.score` takes it: its answer, full stop included, behind the prompt."""
+    prompts = encode_all(tokenizer, [prompt for prompt, _ in pairs])
+    # The pre-tokenizer cuts before a space: prompt and answer may be encoded apart.
+    answers = encode_all(tokenizer, [sentence(p, a)[len(p) :] for p, a in pairs])
+    rows = zip(pairs, prompts, answers, strict=True)
+    return {pair: Encoded((tokenizer.bos_token_id, *p, *a), -1, -1, len(p) + 1, False) for pair, p, a in rows}
 
 
 class Statements:
     """All statements as tokens, as they stand at the start of a text and behind another one."""
 
     def __init__(self, pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerFast) -> None:
-        self.pairs, self.bos, self.eos = pairs, tokenizer.bos_token_id, tokenizer.eos_token_id
-        prompts = [prompt for prompt, _ in pairs]
-        self.first = encode_all(tokenizer, prompts)
-        self.later = encode_all(tokenizer, [f" {prompt}" for prompt in prompts])
-        # The pre-tokenizer cuts before a space: prompt and answer may be encoded apart.
-        self.answers = encode_all(tokenizer, [sentence(p, a)[len(p) :] for p, a in pairs])
-
-    def questions(self) -> dict[Pair, Encoded]:
-        """Each statement as :func:`mosectl.scoring.score` takes it: its answer, full stop included, behind the prompt."""
-        rows = zip(self.pairs, self.first, self.answers, strict=True)
-        return {pair: Encoded((self.bos, *p, *a), -1, -1, len(p) + 1, False) for pair, p, a in rows}
+        self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        asked = questions(pairs, tokenizer).values()
+        self.first = [list(e.input_ids[1 : e.target_start]) for e in asked]
+        self.later = encode_all(tokenizer, [f" {prompt}" for prompt, _ in pairs])
+        self.answers = [list(e.input_ids[e.target_start :]) for e in asked]
 
     def frequencies(self, vocabulary: int) -> Tensor:
         """How often each token stands in an answer, (V,) float32, summing to 1."""
@@ -165,7 +167,7 @@ class Statements:
         """Endless documents of one or more statements, with which of their tokens belong to an answer."""
         while True:
             ids, asked = [self.bos], [False]
-            for i in chance.sample(range(len(self.pairs)), len(self.pairs)):
+            for i in chance.sample(range(len(self.first)), len(self.first)):
                 prompt, answer = (self.first if len(ids) == 1 else self.later)[i], self.answers[i]
                 ids += prompt + answer
                 asked += [False] * len(prompt) + [True] * len(answer)

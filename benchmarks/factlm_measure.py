@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
-from factlm_data import Statements
+from factlm_data import questions
 from torch import nn
 
 from mosectl.facts import Fact
@@ -51,7 +51,7 @@ def measure(
     """
     asked = [_pairs(f) for f in facts]
     flat = list(dict.fromkeys(pair for kinds in asked for pairs in kinds for pair in pairs))
-    scored = score(model, Statements(flat, tokenizer).questions(), batch_size=batch_size)
+    scored = score(model, questions(flat, tokenizer), batch_size=batch_size)
     right = {pair: s.accuracy == 1 for pair, s in scored.items()}
     hits = [[right[pair] for kinds in asked for pair in kinds[kind]] for kind in range(3)]
     new = [(f.prompt, f.target_new) for f in facts]

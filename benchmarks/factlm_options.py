@@ -7,6 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from factlm_measure import KNOWN
+
 from mosectl.errors import UsageError
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -36,6 +38,7 @@ def parse(description: str, arguments: list[str] | None = None) -> argparse.Name
         p.add_argument(f"--{name.replace('_', '-')}", type=number, help=given)
     p.add_argument("--tied", action="store_true", help="input and output embeddings are one matrix (default: two)")
     p.add_argument("--label-smoothing", type=_share, default=0.1, help="of the answers' tokens (default 0.1)")
+    p.add_argument("--known", type=_share, default=KNOWN, help="share of true answers that ends a run (default 0.98)")
     p.add_argument("--sample", type=_count, default=200, help="facts asked on the way (default 200)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
@@ -61,7 +64,7 @@ def _count(text: str) -> int:
 
 
 def _share(text: str) -> float:
-    return _within(text, float, "a number from 0 to below 1", -1e-9, 1)
+    return _within(text, float, "a number from 0 to 1", -1e-9, 1 + 1e-9)
 
 
 def _within(text: str, kind: type, what: str, above: float, below: float) -> Any:

@@ -40,7 +40,7 @@ from factlm_data import (
     statements,
     train_tokenizer,
 )
-from factlm_measure import KNOWN, Measured, measure, table
+from factlm_measure import Measured, measure, table
 from factlm_options import check, parse
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -167,7 +167,7 @@ def train(run: Run) -> None:
                 _report(run, recent.item(), start, end)
             if stop:
                 run.ended = "interrupted"
-            elif run.history[-1].get("known", 0) >= KNOWN:
+            elif run.history[-1].get("known", 0) >= args.known:
                 run.ended = "known"
             if run.ended != "time":
                 break
