@@ -180,7 +180,7 @@ def _step(run: Run, forward: Any, optimizer: torch.optim.Optimizer) -> Tensor:
     """One step of the optimizer; its loss, on the device so that nobody waits for it."""
     rows = run.packer.batch(run.rows).to(run.device)
     with run.autocast:
-        logits = forward(input_ids=rows.tokens).logits
+        logits = forward(input_ids=rows.tokens, use_cache=False).logits
     loss = loss_of(logits, rows, run.frequencies, run.args.label_smoothing)
     loss.backward()
     nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
