@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from mosectl.arch import Architecture, Projection
-from mosectl.forward import Suffix, by_row, hooked
-from mosectl.targets import Contexts, TargetOptions, frozen, leads, rows_of, token_nll
+from mosectl.forward import Suffix, by_row, frozen, hooked
+from mosectl.targets import Contexts, TargetOptions, leads, rows_of, token_nll
 
 
 @dataclass(frozen=True)

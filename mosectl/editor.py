@@ -112,7 +112,7 @@ def edit(
         before = interview(loaded.model, loaded.tokenizer, checked, chat=options.chat, on_step=step)
     with clock("wordings") as step:
         wordings = _wordings(loaded, checked, before, options, step)
-    run = Run(loaded, arch, projections, moments.C, options)
+    run = Run(loaded, arch, projections, moments, options)
     with run.restored():
         run.watch(canaries(loaded.tokenizer, corpus.texts))
         losses = run.edit(checked, _prefixes(corpus, options), wordings, clock)

@@ -89,6 +89,22 @@ def hooked(handles: Sequence[Any]) -> Iterator[None]:
 
 
 @contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No gradients for the weights, no dropout; both restored afterwards."""
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    training = model.training
+    model.eval()
+    for p in wanted:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in wanted:
+            p.requires_grad_(True)
+        model.train(training)
+
+
+@contextmanager
 def logits_at(model: nn.Module, positions: Tensor) -> Iterator[None]:
     """Inside the block the model computes its logits at ``positions`` (B, m) only: (B, m, V)."""
 
@@ -145,9 +161,6 @@ def run_until_stopped(model: nn.Module, batch: Batch, hooks: Sequence[tuple[str,
     """One forward with forward hooks on named modules; a hook may raise to stop it."""
     with hooked([model.get_submodule(name).register_forward_hook(hook) for name, hook in hooks]), suppress(_Stop):
         model(**batch.kwargs())
-
-
-stop = _Stop
 
 
 class Suffix:

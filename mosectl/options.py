@@ -81,7 +81,7 @@ def default_options(name: str = EditOptions.method, aim: int = -1) -> EditOption
         UsageError: no such method.
     """
     settings: dict[str, Any] = (
-        {} if name == EditOptions.method else {"rehearse": 0.0, "wordings": 0, **method(name).settings}
+        {} if name == EditOptions.method else {"rehearse": 0.0, "wordings": 0, "fisher": 0, **method(name).settings}
     )
     settings |= _DESCENT if aim == KINDS["descent"] else {}
     aims = {f.name: settings.pop(f.name) for f in fields(TargetOptions) if f.name in settings}

@@ -22,6 +22,7 @@ from mosectl.live import Loaded, set_weight, solve_device, weight_of
 from mosectl.metrics import Stability, stability
 from mosectl.options import EditOptions
 from mosectl.solvers import KINDS, LayerProblem, method
+from mosectl.stats import Moments
 from mosectl.targets import Contexts, Targets, build_contexts, optimise_targets
 
 OnStep = Callable[[str, int, int], None]  # phase, done, total
@@ -66,6 +67,7 @@ class _Standing:
     W: dict[str, Tensor]
 
 
+DAMPING = 0.1  # of G
 INSIST = 20.0  # weight of a fact the descent has reached against what must keep still: it is known to be within reach
 
 
@@ -77,7 +79,7 @@ class Run:
         loaded: Loaded,
         arch: Architecture,
         projections: list[Projection],
-        C: Mapping[str, Tensor],
+        moments: Moments,
         options: EditOptions,
     ) -> None:
         self.loaded, self.arch, self.projections, self.options = loaded, arch, projections, options
@@ -89,7 +91,10 @@ class Run:
         place = torch.empty(0, dtype=torch.float64, device=solve_device(self.stored[projections[0].name].device))
         self.W0 = {p.name: p.oriented(self.stored[p.name]).to(place) for p in projections}  # (d, p)
         self.W = dict(self.W0)
-        self.C = {p.name: C[p.name].to(place) for p in projections}  # (p, p)
+        self.C = {p.name: moments.C[p.name].to(place) for p in projections}  # (p, p)
+        self.metric = (
+            {p.name: _metric(moments.G[p.name].to(place)) for p in projections} if options.targets.fisher else None
+        )
         self.earlier = Earlier(loaded.model, projections)
         self.moments: dict[str, tuple[Tensor, Tensor]] = {}  # P and Q of earlier edits, as the present batch found them
         self.stopped = ""
@@ -169,7 +174,9 @@ class Run:
 
                 needed = r < rounds and self.kind in ("layer", "spread")
                 options = self.options.targets if needed else replace(self.options.targets, steps=0)
-                targets = optimise_targets(self.loaded.model, self.arch, placed, contexts, options, on_step)
+                targets = optimise_targets(
+                    self.loaded.model, self.arch, placed, contexts, options, on_step, self.metric
+                )
             standing = self._standing(targets)
             best = max(best or standing, standing, key=lambda s: s.score)
             done = (targets.margin_before >= options.margin) | ~torch.isfinite(targets.loss_before)
@@ -298,6 +305,13 @@ class Run:
         for p in self.projections:
             W = p.oriented(self.stored[p.name]).float().cpu()
             yield stability(p.weight_name, W, changed([changes[p.name]], W))
+
+
+def _metric(G: Tensor) -> Tensor:
+    """The inverse (d, d) float32 of G, raised by a share of its mean diagonal: what the corpus did not ask is not free."""
+    G = G.clone()
+    G.diagonal().add_(DAMPING * G.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny))
+    return torch.linalg.inv(G).float()
 
 
 def _shares(fact: Tensor) -> Tensor:

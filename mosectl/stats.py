@@ -1,7 +1,10 @@
-"""Second moments C = E[k kᵀ] of FFN inner activations k over a corpus, (p, p) a layer.
+"""What an edited layer must keep still, as two moments over a corpus: of what it reads and of what its output is worth.
 
-What a layer writes over the corpus has E[y yᵀ] = W C Wᵀ for any W, so one statistic serves every solver and an edited
-layer needs no new one.
+C = E[k kᵀ], (p, p), of the FFN's inner activations k: what the layer writes has E[y yᵀ] = W C Wᵀ for any W, so one
+statistic serves every solver and an edited layer needs no new one. G = E[g gᵀ], (d, d), of the gradients g of the loss
+with respect to y: a shift y + δ of every token raises the divergence of the model's predictions by δᵀ G δ / 2. Both are the
+factors of the Fisher information of W (K-FAC, Martens & Grosse 2015, arXiv 1503.05671); as there, the labels of the loss are
+drawn from the model's own predictions.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from torch import Tensor, nn
 from mosectl.arch import Projection
 from mosectl.errors import UsageError
 from mosectl.files import write_tensors
-from mosectl.forward import Batch, by_length, by_row, input_device, run_until_stopped, stop
+from mosectl.forward import Batch, by_length, by_row, frozen, hooked, input_device
 
 MAX_LENGTH = 512  # tokens a text: statistics do not need long contexts, and memory grows with them
 MAX_TOKENS = 200_000
@@ -44,9 +47,10 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Moments:
-    """Second moment of each edited layer's inner activations, by module path."""
+    """Second moments of each edited layer's inner activations and of its output's gradients, by module path."""
 
     C: dict[str, Tensor]  # (p, p) float32
+    G: dict[str, Tensor]  # (d, d) float32, nats²
     tokens: int
     cached: bool
 
@@ -82,11 +86,11 @@ def second_moments(
     corpus: Corpus,
     *,
     max_tokens: int = MAX_TOKENS,
-    batch_tokens: int = 8192,
+    batch_tokens: int = 4096,
     cache: bool = True,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Moments:
-    """C = E[k kᵀ] for each projection over at most ``max_tokens`` tokens of ``corpus``.
+    """C = E[k kᵀ] and G = E[g gᵀ] for each projection over at most ``max_tokens`` tokens of ``corpus``.
 
     Each layer is cached under the hash of the model's weights, so a changed model never meets old statistics. Under
     ``accelerate launch`` every process takes its share of the texts and the sums are added up.
@@ -96,14 +100,15 @@ def second_moments(
     found = {name: _load(file) for name, file in files.items()} if cache else {}
     if found and all(found.values()):
         loaded = {name: stored for name, stored in found.items() if stored}
-        return Moments({k: v["C"] for k, v in loaded.items()}, int(next(iter(loaded.values()))["tokens"]), True)
+        C, G = ({name: stored[key] for name, stored in loaded.items()} for key in "CG")
+        return Moments(C, G, int(next(iter(loaded.values()))["tokens"]), True)
     batches = _batches(tokenizer, corpus, max_tokens, batch_tokens)
     sums, tokens = _accumulate(model, projections, batches, on_step)
-    C = {name: (total / max(tokens, 1)).float().cpu() for name, total in sums.items()}
+    C, G = ({p.name: (sums[p.name, key] / max(tokens, 1)).float().cpu() for p in projections} for key in "CG")
     if cache and os.environ.get("RANK", "0") == "0":
         for name, file in files.items():
-            write_tensors(file, {"C": C[name], "tokens": torch.tensor(tokens)})
-    return Moments(C, tokens, False)
+            write_tensors(file, {"C": C[name], "G": G[name], "tokens": torch.tensor(tokens)})
+    return Moments(C, G, tokens, False)
 
 
 def prepare(
@@ -141,8 +146,8 @@ def _accumulate(
     projections: Sequence[Projection],
     batches: list[list[list[int]]],
     on_step: Callable[[int, int], None] | None,
-) -> tuple[dict[str, Tensor], int]:
-    """Sums of k kᵀ in float64 and the number of tokens, over all processes."""
+) -> tuple[dict[tuple[str, str], Tensor], int]:
+    """Sums of k kᵀ and g gᵀ in float64, by module path and "C" or "G", and the number of tokens, over all processes."""
     from mosectl.live import solve_device, weight_of
 
     distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
@@ -153,35 +158,57 @@ def _accumulate(
         state = PartialState()
         mine = batches[state.process_index :: state.num_processes]
     device = input_device(model)
-    last = max(projections, key=lambda p: p.layer)
-    sums: dict[str, Tensor] = {}
+    sums: dict[tuple[str, str], Tensor] = {}
     for p in projections:
-        device64 = solve_device(weight_of(model, p).device)
-        sums[p.name] = torch.zeros(p.p, p.p, dtype=torch.float64, device=device64)
+        place = torch.empty(0, dtype=torch.float64, device=solve_device(weight_of(model, p).device))
+        sums |= {(p.name, "C"): place.new_zeros(p.p, p.p), (p.name, "G"): place.new_zeros(p.d, p.d)}
     tokens = 0
-    for done, sequences in enumerate(mine):
-        batch = Batch.of(sequences, device)
-        mask = batch.attention_mask.bool()
-
-        def add(p: Projection, mask: Tensor = mask) -> Callable[..., None]:
-            def hook(_: nn.Module, args: tuple[Tensor, ...], __: Tensor) -> None:
-                k = by_row(args[0], len(mask))[mask.to(args[0].device)].float()  # (tokens, p)
-                sums[p.name] += (k.T @ k).to(sums[p.name].device).double()
-                if p is last:
-                    raise stop
-
-            return hook
-
-        run_until_stopped(model, batch, [(p.name, add(p)) for p in projections])
-        tokens += int(mask.sum())
-        if on_step:
-            on_step(done + 1, len(mine))
+    with frozen(model):
+        for done, sequences in enumerate(mine):
+            batch = Batch.of(sequences, device)
+            chance = torch.Generator(device).manual_seed(done)
+            for name, (k, g) in _keys_and_gradients(model, projections, batch, chance).items():
+                for key, x in (("C", k), ("G", g)):
+                    sums[name, key] += (x.T @ x).to(sums[name, key])
+            tokens += int(batch.attention_mask.sum())
+            if on_step:
+                on_step(done + 1, len(mine))
     if distributed:
         from accelerate.utils import reduce
 
         sums = {name: reduce(total, "sum") for name, total in sums.items()}
         tokens = int(reduce(torch.tensor(tokens, device=device), "sum"))
     return sums, tokens
+
+
+def _keys_and_gradients(
+    model: nn.Module, projections: Sequence[Projection], batch: Batch, chance: torch.Generator
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """k (tokens, p) and g (tokens, d), float32, of every token of a batch by module path.
+
+    g is the gradient, by the token's output, of the summed loss of a label drawn at each position.
+    """
+    mask = batch.attention_mask.bool()
+    keys: dict[str, Tensor] = {}
+    leaves: dict[str, Tensor] = {}
+
+    def record(p: Projection) -> Callable[..., Tensor]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+            keys[p.name] = by_row(args[0].detach(), len(mask))[mask.to(args[0].device)].float()
+            leaf = leaves[p.name] = torch.zeros_like(out, requires_grad=True)
+            return out + leaf
+
+        return hook
+
+    hooks = [model.get_submodule(p.name).register_forward_hook(record(p)) for p in projections]
+    with hooked(hooks), torch.enable_grad():
+        logits = model(**batch.kwargs()).logits
+        logp = logits[mask.to(logits.device)].float().log_softmax(-1)  # (tokens, V)
+        labels = torch.multinomial(logp.detach().exp().to(chance.device), 1, generator=chance)
+        loss = -logp.gather(1, labels.to(logp.device)).sum()
+        found = torch.autograd.grad(loss, list(leaves.values()))
+    gradients = {name: by_row(g, len(mask))[mask.to(g.device)].float() for name, g in zip(leaves, found, strict=True)}
+    return {name: (k, gradients[name]) for name, k in keys.items()}
 
 
 def _batches(tokenizer: Any, corpus: Corpus, max_tokens: int, batch_tokens: int) -> list[list[list[int]]]:
@@ -225,5 +252,5 @@ def _load(file: Path) -> dict[str, Tensor] | None:
         stored = load_file(file)
     except (OSError, SafetensorError):
         return None
-    good = {"C", "tokens"} <= stored.keys() and bool(torch.isfinite(stored["C"]).all())
+    good = {"C", "G", "tokens"} <= stored.keys() and all(bool(torch.isfinite(stored[key]).all()) for key in "CG")
     return stored if good else None

@@ -5,13 +5,15 @@ arXiv 2210.07229). A rotation cannot change a length, so here the FFN outputs W 
 spheres, v = ‖W k‖·(u + δ)/‖u + δ‖ with u = W k/‖W k‖: every target found is one a norm-preserving update can reach.
 Additive methods may leave the sphere (v = W k + ‖W k‖ δ), and those that spread one residual use the topmost layer alone.
 δ is in units of the output's own length, so one step size fits models whose activations differ a hundredfold.
+What a target costs the rest of the model grows with δ and with how much the model's predictions hang on its direction. The
+steps are therefore those of steepest descent in the metric G = E[g gᵀ] of the layer's output (stats.py), which find the
+new object at least cost; Adam, as the additive methods were published with, moves every coordinate alike.
 All facts of a batch are optimised together; facts are independent, and one that has converged leaves the batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +23,7 @@ from torch.nn import functional as F
 
 from mosectl.arch import Architecture, Projection
 from mosectl.facts import Fact
-from mosectl.forward import Batch, Suffix, ffn_output, hooked, input_device
+from mosectl.forward import Batch, Suffix, ffn_output, frozen, hooked, input_device
 from mosectl.tokens import encode
 
 
@@ -30,6 +32,8 @@ class TargetOptions:
     """Settings of the target optimiser; lengths are relative to ‖W k‖."""
 
     steps: int = 20
+    fisher: int = 1  # 1: steepest descent in the metric of the Fisher information; 0: Adam
+    drop: float = 1.0  # nats a token by which a step in that metric shall lower the loss, to first order
     step_size: float = 0.25  # Adam's, in units of the output's root mean square
     margin: float = 6.0  # nats by which every target token must lead before a fact counts as converged
     kl_weight: float = 0.0625  # keeps what the model says after "{subject} is a" (ROME's factor)
@@ -138,11 +142,13 @@ def optimise_targets(
     contexts: Contexts,
     options: TargetOptions,
     on_step: Callable[[int, int], None] | None = None,
+    metric: Mapping[str, Tensor] | None = None,
 ) -> Targets:
     """Find reachable targets for all facts of ``contexts`` at once.
 
     Args:
         projections: the edited layers, lowest first.
+        metric: G⁻¹ (d, d) float32 by module path, where ``options.fisher``; without it steps are Adam's.
         on_step: called with (facts done, facts in all) after each step.
     Returns:
         Targets; a fact that already leads by the margin converges at step 0 and keeps v = W k.
@@ -160,7 +166,7 @@ def optimise_targets(
 
             rows = ((contexts.fact >= start) & (contexts.fact < start + group)).nonzero().flatten()
             part = rows_of(contexts, rows, start)
-            parts.append(_Optimiser(model, arch, projections, part, options).run(report))
+            parts.append(_Optimiser(model, arch, projections, part, options, metric).run(report))
     if len(parts) == 1:
         return parts[0]
     return Targets(
@@ -186,22 +192,6 @@ def rows_of(c: Contexts, rows: Tensor, first_fact: int = 0) -> Contexts:
     )
 
 
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """No gradients for the weights, no dropout; both restored afterwards."""
-    wanted = [p for p in model.parameters() if p.requires_grad]
-    training = model.training
-    model.eval()
-    for p in wanted:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in wanted:
-            p.requires_grad_(True)
-        model.train(training)
-
-
 class _Optimiser:
     """One group of facts, few enough to run in a single batch."""
 
@@ -212,6 +202,7 @@ class _Optimiser:
         projections: Sequence[Projection],
         contexts: Contexts,
         options: TargetOptions,
+        metric: Mapping[str, Tensor] | None,
     ) -> None:
         self.model, self.projections, self.c, self.options = model, projections, contexts, options
         self.n = int(contexts.fact.max()) + 1
@@ -223,6 +214,10 @@ class _Optimiser:
             for _ in range(self.n)
         ]
         self.adam = torch.optim.Adam(self.deltas, lr=options.step_size / projections[0].d ** 0.5)
+        self.metric = metric and [metric[p.name].to(contexts.fact.device) for p in projections]
+        self.lengths = [torch.zeros(0)] * len(
+            projections
+        )  # (n,) ‖W k‖ of each fact, mean over its rows, before any step
         self.written: list[Tensor | None] = [None] * len(projections)
         self.reference: Tensor | None = None  # (B, V) log-probabilities of the KL rows before any step
 
@@ -235,7 +230,7 @@ class _Optimiser:
         V: list[Tensor] | None = None
         for step in range(o.steps + 1):
             rows = active[c.fact].nonzero().flatten()
-            nll, lead, kl = self._forward(rows)
+            nll, lead, kl, behind = self._forward(rows)
             finite = torch.isfinite(nll.detach()) & torch.isfinite(kl.detach())
             # Facts with a non-finite loss keep the last finite target and are reported by their infinite loss.
             usable = active & finite
@@ -256,7 +251,10 @@ class _Optimiser:
             if step == o.steps or not active.any():
                 break
             steps[active] += 1
-            self._step(nll + o.kl_weight * kl, active)
+            if self.metric:
+                self._descend(behind, kl, active)
+            else:
+                self._step(nll + o.kl_weight * kl, active)
         assert V is not None
         edit = c.edit_rows
         return Targets([v[edit] for v in V], loss.cpu(), margin.cpu(), converged.cpu(), steps.cpu(), *first)
@@ -269,13 +267,36 @@ class _Optimiser:
         for i, g in zip(chosen, gradients, strict=True):
             self.deltas[i].grad = g
         self.adam.step()
-        with torch.no_grad():
-            for i in chosen:
-                length = self.deltas[i].norm(dim=-1, keepdim=True)
-                self.deltas[i] *= (self.options.reach / length.clamp_min(self.options.reach)).clamp(max=1)
+        self._within_reach(chosen)
 
-    def _forward(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Per fact (n,): target NLL, smallest lead, KL to the unedited model; infinite for facts without rows."""
+    @torch.no_grad()
+    def _descend(self, behind: Tensor, kl: Tensor, active: Tensor) -> None:
+        """δ ← δ − η G⁻¹ g, g the gradient of the rows that do not lead yet, η for ``drop`` nats less to first order."""
+        assert self.metric
+        chosen = active.nonzero().flatten()
+        deltas = [self.deltas[i] for i in chosen]
+        with torch.enable_grad():
+            total = (behind + self.options.kl_weight * kl)[chosen].sum()
+            g = torch.stack(torch.autograd.grad(total, deltas))  # (m, L, d), by δ
+        length = torch.stack(self.lengths, 1)[chosen, :, None]  # (m, L, 1): an output moves by ‖W k‖ δ
+        s = torch.stack([(g[:, i] / length[:, i]) @ M for i, M in enumerate(self.metric)], 1) / length
+        slope = (g * s).sum((1, 2)).clamp_min(torch.finfo(g.dtype).tiny)
+        eta = behind.detach()[chosen].clamp(max=self.options.drop) / slope
+        for delta, step in zip(deltas, eta[:, None, None] * s, strict=True):
+            delta -= step
+        self._within_reach(chosen.tolist())
+
+    @torch.no_grad()
+    def _within_reach(self, chosen: Sequence[int]) -> None:
+        for i in chosen:
+            length = self.deltas[i].norm(dim=-1, keepdim=True)
+            self.deltas[i] *= (self.options.reach / length.clamp_min(self.options.reach)).clamp(max=1)
+
+    def _forward(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Per fact (n,): target NLL, smallest lead, KL to the unedited model, NLL of rows that do not lead by the margin.
+
+        Facts without rows have infinite values.
+        """
         c = self.c
         deltas = torch.stack(self.deltas)[c.fact[rows]]  # (rows, L, d)
         handles = [
@@ -296,7 +317,8 @@ class _Optimiser:
         kl = _mean_by_fact(row_kl[~edit], fact[~edit], self.n)
         lead = torch.full((self.n,), torch.inf, device=logp.device)
         lead = lead.scatter_reduce(0, fact[edit], row_lead[edit].detach(), "amin")
-        return nll, lead, kl
+        late = edit & (row_lead.detach() < self.options.margin)
+        return nll, lead, kl, _mean_by_fact(row_nll[late], fact[late], self.n)
 
     def _mover(self, layer: int, rows: Tensor, delta: Tensor) -> Callable[..., Tensor]:
         at = self.c.subject[rows]
@@ -304,6 +326,9 @@ class _Optimiser:
         def hook(module: nn.Module, _: Any, out: Tensor) -> Tensor:
             y = ffn_output(out, module, len(rows))
             r, s = torch.arange(len(rows), device=y.device), at.to(y.device)
+            if not len(self.lengths[layer]):
+                length = y[r, s].detach().float().norm(dim=-1).to(at.device)
+                self.lengths[layer] = _mean_by_fact(length, self.c.fact[rows], self.n).clamp_min(1e-30)
             moved = displaced(y[r, s].float(), delta.to(y.device), bool(self.options.sphere))
             self.written[layer] = moved.detach()
             y = y.index_put((r, s), moved.to(y.dtype))

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from mosectl.arch import Architecture, Projection
-from mosectl.forward import Suffix, hooked
+from mosectl.forward import Suffix, frozen, hooked
 from mosectl.solvers import register
-from mosectl.targets import Contexts, frozen, token_nll
+from mosectl.targets import Contexts, token_nll
 
 
 def cayley(raw: Tensor) -> Tensor:
