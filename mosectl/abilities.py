@@ -105,7 +105,8 @@ def load_tasks(names: Sequence[str], limit: int | None = None) -> AbilityTasks:
         _check_task(name, task)
         if task.get_config("num_fewshot") is None:
             task.set_config("num_fewshot", 0)
-    return AbilityTasks((*found["groups"], *found["tasks"]), found, limit, lm_eval.__version__)
+    groups = [name for name, group in found["groups"].items() if group.has_aggregation]  # the others have no number
+    return AbilityTasks((*groups, *found["tasks"]), found, limit, lm_eval.__version__)
 
 
 def _check_harness() -> Any:
@@ -177,7 +178,11 @@ def _load_errors(name: str) -> Iterator[None]:
         if isinstance(e, OSError) or type(e).__module__.startswith(("httpx", "requests", "huggingface_hub")):
             fix = "check its name, connect, unset HF_HUB_OFFLINE and HF_DATASETS_OFFLINE; --abilities local needs no network"
             raise HubError(f"the task's data cannot be had: {first}", where=f"--abilities {name}", fix=fix) from e
-        fix = "mend its YAML file: one task, not a group" if _is_path(name) else "leave it out, or look for a newer lm-eval"
+        fix = (
+            "mend its YAML file: one task, not a group"
+            if _is_path(name)
+            else "leave it out, or look for a newer lm-eval"
+        )
         what = f"the task cannot be loaded: {type(e).__name__}: {first}"
         raise UsageError(what, where=f"--abilities {name}", fix=fix) from e
 

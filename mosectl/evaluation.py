@@ -169,7 +169,11 @@ def evaluate_edit(
     }  # fmt: skip
     notes = _notes(checked, chosen, subject, after, corpus, chat, records)
     if abilities is not None and after.abilities is not None:
-        settings |= {"abilities": list(abilities.names), "limit": abilities.limit, "lm_eval": abilities.version}
+        settings |= {
+            "abilities": list(abilities.names),
+            "abilities_limit": abilities.limit,
+            "lm_eval": abilities.version,
+        }
         notes += ability_notes(abilities, after.abilities)
     return Evaluation(
         subject=subject,

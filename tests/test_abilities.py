@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections import Counter
 from pathlib import Path
@@ -117,7 +118,7 @@ def test_both_sides_and_the_model_stays_as_it_is(harness: Any, tmp_path: Path) -
     assert any("show damage" in n for n in found.notes) and any(
         "mosectl_nq_open: 3 of 3 prompts" in n for n in found.notes
     )
-    assert found.settings["lm_eval"] == harness.__version__ and found.settings["limit"] == 3
+    assert found.settings["lm_eval"] == harness.__version__ and found.settings["abilities_limit"] == 3
     assert "mosectl_samsum" in webpage.render(found) and "<h2>Abilities</h2>" in webpage.render(found)
     alone = evaluate_edit(loaded, FACTS, abilities=tasks, **options).abilities
     assert all(a.before is None and a.change is None for a in alone)
@@ -145,6 +146,21 @@ def test_command_line(harness: Any, tmp_path: Path, own: Path, capfd: pytest.Cap
     assert "abilities.mosectl_sst2 is 0." in shown.err and "mosectl_sst2\tacc ↑\t" in shown.out
     assert run(*world.cli(*few, "--fail-under", "abilities.rte=1")) == 2
     assert "measured are mosectl_sst2, own_text" in capfd.readouterr().err
+
+
+def test_the_noise_of_others_is_swallowed_only_for_a_while(capsys: pytest.CaptureFixture[str]) -> None:
+    logger, handler = logging.getLogger("noisy"), logging.StreamHandler(sys.stderr)  # has the stream of before
+    logger.addHandler(handler)
+    try:
+        with pytest.raises(ValueError), abilities._quiet():
+            sys.stderr.write("noise")
+            logger.error("noise")
+            sys.stdout.write("noise")
+            raise ValueError
+        logger.error("heard")
+    finally:
+        logger.removeHandler(handler)
+    assert capsys.readouterr() == ("", "heard\n")
 
 
 # What cannot work.
