@@ -11,7 +11,8 @@ from mosectl.cli import Chat, Device, Dtype, Force, Json, Limit, OnError, Revisi
 from mosectl.errors import UsageError
 
 if TYPE_CHECKING:
-    from mosectl.evaluation import Evaluation
+    from mosectl.abilities import AbilityTasks
+    from mosectl.evaluation import Evaluation, OnStep
 
 
 @app.command("eval")
@@ -30,9 +31,20 @@ def evaluate(
     text: Annotated[
         str | None, typer.Option(help="Held-out text for perplexity: .txt or .jsonl; default: a small embedded one.")
     ] = None,
+    abilities: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TASKS",
+            help="Tasks of lm-evaluation-harness, before and after: local (four small ones, no network), names such as "
+            "rte,sst2,nq_open (downloaded), YAML files; commas between. Needs: pip install 'mosectl\\[eval]'.",
+        ),
+    ] = None,
+    abilities_limit: Annotated[int | None, typer.Option(min=1, help="Examples a task; default: all.")] = None,
     fail_under: Annotated[
         list[str] | None,
-        typer.Option(help="Exit with 10 below it: reliability=0.95, or memit.locality=0.9. Repeatable."),
+        typer.Option(
+            help="Exit with 10 below it: reliability=0.95, memit.locality=0.9, abilities.TASK=0.6. Repeatable."
+        ),
     ] = None,
     csv: Annotated[Path | None, typer.Option(help="Write one row a fact to this file.")] = None,
     png: Annotated[Path | None, typer.Option(help="Write a picture (needs matplotlib).")] = None,
@@ -48,7 +60,7 @@ def evaluate(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Measure an edit: reliability, generalization, locality, portability, fluency, perplexity, retention."""
+    """Measure an edit: reliability, generalization, locality, portability, fluency, perplexity, retention, abilities."""
     from mosectl import report
     from mosectl.facts import read_facts
 
@@ -57,11 +69,13 @@ def evaluate(
     files = {name: path for name, path in (("--csv", csv), ("--png", png), ("--html", html)) if path is not None}
     _check_files(files, overwrite)
     from mosectl.evaluation import choose_protocols, evaluate_edit
-    from mosectl.thresholds import check_thresholds, parse_threshold
+    from mosectl.thresholds import check_asked, check_thresholds, parse_threshold
 
     chosen = choose_protocols(protocol or [])
-    thresholds = [parse_threshold(t, chosen) for t in fail_under or []]
     with report.progress() as on_step:
+        tasks = _tasks(abilities, abilities_limit, on_step)
+        thresholds = [parse_threshold(t, chosen, tasks.names if tasks else ()) for t in fail_under or []]
+        check_asked(checked.facts, thresholds, what)
         found = evaluate_edit(
             what,
             checked.facts,
@@ -69,6 +83,7 @@ def evaluate(
             base=base,
             text=text,
             protocols=chosen,
+            abilities=tasks,
             chat=chat,
             revision=revision,
             device=device,
@@ -82,6 +97,19 @@ def evaluate(
     for path in files.values():
         report.hint(f"written: {path}")
     check_thresholds(found, thresholds)
+
+
+def _tasks(names: str | None, limit: int | None, on_step: OnStep) -> AbilityTasks | None:
+    if names is None:
+        if limit is not None:
+            raise UsageError("--abilities-limit is for --abilities", fix="give both, or leave it out")
+        return None
+    from mosectl.abilities import load_tasks
+
+    if not (wanted := [n.strip() for n in names.split(",") if n.strip()]):
+        raise UsageError("--abilities names no task", fix="write --abilities local, or the names of tasks")
+    on_step("abilities: tasks", 0, 1)
+    return load_tasks(wanted, limit)
 
 
 def _check_files(files: dict[str, Path], overwrite: bool) -> None:

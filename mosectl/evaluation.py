@@ -11,13 +11,14 @@ import csv
 import io
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mosectl import __version__
+from mosectl.abilities import Ability, AbilityTasks, Side, ability_notes, ask_tasks, compare_abilities
 from mosectl.errors import UsageError
 from mosectl.evaluate import MAX_NEW_TOKENS, answer, generate, interview, says
 from mosectl.facts import Fact, as_facts
@@ -90,6 +91,7 @@ class Evaluation:
     subject: Subject
     metrics: tuple[Metric, ...]
     texts: tuple[TextMetric, ...]
+    abilities: tuple[Ability, ...]  # empty where none were asked for
     retention: tuple[Bin, ...]
     facts: tuple[EvaluatedFact, ...]
     notes: tuple[str, ...]
@@ -109,6 +111,7 @@ class Observation:
     entropy: tuple[float, ...]  # a fact, bits
     text: TextLoss
     dtype: str
+    abilities: Side | None = None
 
 
 def evaluate_edit(
@@ -119,6 +122,7 @@ def evaluate_edit(
     base: Any = None,
     text: str | Path | None = None,
     protocols: Sequence[str] = (),
+    abilities: AbilityTasks | None = None,
     chat: bool = False,
     revision: str | None = None,
     device: str = "auto",
@@ -135,6 +139,7 @@ def evaluate_edit(
         base: for an edited model: the unedited one; default: found by its journal.
         text: held-out text for perplexity (.txt or .jsonl); default: the embedded corpus.
         protocols: names from :data:`mosectl.protocols.PROTOCOLS`; default: all.
+        abilities: tasks of lm-evaluation-harness, from :func:`mosectl.abilities.load_tasks`.
         force: skip the check that patch or base belong to the model.
         on_step: called with (phase, done, total) as the work goes on.
     Raises:
@@ -146,7 +151,13 @@ def evaluate_edit(
     tell = on_step or (lambda phase, done, total: None)
 
     def ask(loaded: Loaded, side: str) -> Observation:
-        return _observe(loaded, checked, chosen, corpus, chat, batch_size, lambda n: _phase(tell, f"{side}: {n}"))
+        def step(name: str) -> Callable[[int, int], None]:
+            return lambda done, total: tell(f"{side}: {name}", done, total)
+
+        found = _observe(loaded, checked, chosen, corpus, chat, batch_size, step)
+        if abilities is None:
+            return found
+        return replace(found, abilities=ask_tasks(abilities, loaded, chat=chat, batch_size=batch_size, step=step))
 
     tell("load", 0, 1)
     subject, before, after = both_sides(what, model, base, How(revision, device, dtype, force), ask)
@@ -156,13 +167,22 @@ def evaluate_edit(
         "protocols": list(chosen), "chat": chat, "dtype": after.dtype, "text": corpus.name,
         "window": after.text.window, "resamples": RESAMPLES, "seed": SEED, "mosectl": __version__,
     }  # fmt: skip
+    notes = _notes(checked, chosen, subject, after, corpus, chat, records)
+    if abilities is not None and after.abilities is not None:
+        settings |= {
+            "abilities": list(abilities.names),
+            "abilities_limit": abilities.limit,
+            "lm_eval": abilities.version,
+        }
+        notes += ability_notes(abilities, after.abilities)
     return Evaluation(
         subject=subject,
         metrics=tuple(_metrics(checked, chosen, judged, records)),
         texts=_texts(before, after, corpus),
+        abilities=compare_abilities(before.abilities if before else None, after.abilities) if after.abilities else (),
         retention=_retention(judged[1], records),
         facts=tuple(_rows(checked, chosen, before, after, judged[1], records)),
-        notes=tuple(_notes(checked, chosen, subject, after, corpus, chat, records)),
+        notes=tuple(notes),
         settings=settings,
         seconds=time.perf_counter() - start,
     )
@@ -177,10 +197,6 @@ def choose_protocols(names: Sequence[str]) -> tuple[str, ...]:
     if unknown := [n for n in names if n not in PROTOCOLS]:
         raise UsageError(f"--protocol {unknown[0]}: no such protocol", fix=f"choose from {', '.join(PROTOCOLS)}")
     return tuple(n for n in PROTOCOLS if n in names or not names)
-
-
-def _phase(on_step: OnStep, name: str) -> Callable[[int, int], None]:
-    return lambda done, total: on_step(name, done, total)
 
 
 # Asking one model.

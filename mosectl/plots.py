@@ -148,7 +148,7 @@ def _draw_retention(axes: Any, bins: Sequence[Bin]) -> None:
     middle = [(b.first + b.last) / 2 for b in bins]
     axes.plot(middle, [b.after for b in bins], "-o", color="#4c78a8", markersize=4, label="now")
     axes.set_ylim(-0.03, 1.05)
-    axes.set_xlabel("facts in order of the edit", fontsize=8)
-    axes.set_ylabel("share that holds", fontsize=8)
+    axes.set_xlabel(f"the {bins[-1].last} facts in order of the edit", fontsize=8)
+    axes.set_ylabel("share that holds\n(generation)", fontsize=8)
     axes.tick_params(labelsize=8)
     axes.legend(loc="lower left", fontsize=8)

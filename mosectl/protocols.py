@@ -55,6 +55,14 @@ def portable_probes(fact: Fact) -> list[tuple[str, str]]:
     return _known(fact.portability)
 
 
+def asks(protocol: str, fact: Fact) -> set[str]:
+    """The metrics a fact has something to ask for, given a model from before the edit: those that weigh anything at all."""
+    chosen, empty = PROTOCOLS[protocol], Scored((0,), (0,), (0.0,))
+    texts = [("",) * len(probes) for probes in (fact.rephrase_prompts, fact.locality, portable_probes(fact))]
+    silent = Answers("", texts[0], texts[1], texts[2], dict.fromkeys(chosen.needs(fact), empty))
+    return {metric for metric, tally in chosen.judge(fact, silent, silent).items() if tally.weight}
+
+
 def _known(probes: Sequence[Probe]) -> list[Pair]:
     return [(p.prompt, p.answer) for p in probes if p.answer]
 

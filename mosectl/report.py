@@ -42,7 +42,8 @@ def _out() -> Console:
 
 
 def _err() -> Console:
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    # The stream of now: a bar must go on while others' noise on sys.stderr is being swallowed.
+    return Console(file=sys.stderr, stderr=True, highlight=False, soft_wrap=True)
 
 
 def error(e: BaseException) -> None:
@@ -365,6 +366,11 @@ def evaluation(e: Evaluation) -> None:
         ("metric", ">before", ">after", ">95 % interval", "of what"),
         [(t.name, value(t.before, ".3f"), value(t.after, ".3f"), interval(t.after, ".3f"), t.about) for t in e.texts],
     )
+    if e.abilities:
+        from mosectl.abilities import COLUMNS, table
+
+        title = f"Abilities (lm-evaluation-harness {e.settings['lm_eval']}; ±: standard error; interval: of the change)"
+        _table(title, COLUMNS, table(e.abilities))
     if len(e.retention) > 1:
         bins = [
             (f"{b.first}-{b.last}", "–" if b.right_after is None else f"{b.right_after:.0%}", f"{b.after:.0%}")

@@ -10,37 +10,46 @@ from mosectl.errors import BelowThreshold, UsageError
 
 if TYPE_CHECKING:
     from mosectl.evaluation import Evaluation
+    from mosectl.facts import Fact
+
+ABILITIES = "abilities"  # where a threshold otherwise names a protocol
 
 
 @dataclass(frozen=True)
 class Threshold:
     """The least share that is good enough."""
 
-    protocol: str
-    metric: str
+    protocol: str  # or ABILITIES
+    metric: str  # or the name of a task, whose first metric counts
     least: float
 
     def __str__(self) -> str:
         return f"{self.protocol}.{self.metric}={self.least:g}"
 
 
-def parse_threshold(text: str, protocols: Sequence[str]) -> Threshold:
-    """A threshold from "metric=value" (under `generation`) or "protocol.metric=value".
+def parse_threshold(text: str, protocols: Sequence[str], tasks: Sequence[str] = ()) -> Threshold:
+    """A threshold from "metric=value" (under `generation`), "protocol.metric=value" or "abilities.task=value".
 
     Args:
         protocols: those that will be measured.
+        tasks: those of `--abilities`.
     Raises:
-        UsageError: no such metric, a protocol that is not measured, or not a share between 0 and 1.
+        UsageError: no such metric, a protocol or task that is not measured, or not a share between 0 and 1.
     """
     from mosectl.protocols import METRICS
 
     name, _, number = text.partition("=")
     protocol, _, metric = name.rpartition(".")
     protocol = protocol or "generation"
-    if metric not in METRICS:
+    if name.startswith(f"{ABILITIES}."):
+        protocol, metric = ABILITIES, name.removeprefix(f"{ABILITIES}.")  # a task's name may have a dot in it
+        if metric not in tasks:
+            fix = f"measured are {', '.join(tasks) or 'none'} (see --abilities)"
+            raise UsageError(f"--fail-under {text}: task '{metric}' is not measured", fix=fix)
+    elif metric not in METRICS:
         what = f"--fail-under {text}: no such metric"
         raise UsageError(what, fix=f"write metric=value with one of {', '.join(METRICS)}, or protocol.metric=value")
-    if protocol not in protocols:
+    elif protocol not in protocols:
         fix = f"measured are {', '.join(protocols)} (see --protocol)"
         raise UsageError(f"--fail-under {text}: protocol '{protocol}' is not measured", fix=fix)
     try:
@@ -52,6 +61,29 @@ def parse_threshold(text: str, protocols: Sequence[str]) -> Threshold:
     return Threshold(protocol, metric, least)
 
 
+def check_asked(facts: Sequence[Fact], thresholds: Sequence[Threshold], name: str) -> None:
+    """Before the work: can these facts reach the thresholds at all? What only the model can tell is left to the end.
+
+    Args:
+        name: of what is to be evaluated.
+    Raises:
+        BelowThreshold: the facts have nothing to ask for one of them; the message names every such.
+    """
+    from mosectl.protocols import asks
+
+    judged = [t for t in thresholds if t.protocol != ABILITIES]
+    unasked = [t for t in judged if not any(t.metric in asks(t.protocol, fact) for fact in facts)]
+    if unasked:
+        raise BelowThreshold("; ".join(map(_unasked, unasked)), where=name, fix=_ASK)
+
+
+_ASK = "give the facts prompts for what was not measured, or leave that threshold out"
+
+
+def _unasked(t: Threshold) -> str:
+    return f"{t.protocol}.{t.metric} was not measured: the facts have nothing to ask for it"
+
+
 def check_thresholds(evaluation: Evaluation, thresholds: Sequence[Threshold]) -> None:
     """Compare the values after the edit (not their intervals) with what was asked for.
 
@@ -60,15 +92,21 @@ def check_thresholds(evaluation: Evaluation, thresholds: Sequence[Threshold]) ->
     """
     failed, unasked = [], False
     for t in thresholds:
-        metric = evaluation.metric(t.protocol, t.metric)
-        found = metric.after if metric else None
+        found = _value(evaluation, t)
         if found is None:
             unasked = True
-            failed.append(f"{t.protocol}.{t.metric} was not measured: the facts have nothing to ask for it")
-        elif found.value < t.least - 1e-9:  # sums of thirds and sevenths
-            failed.append(f"{t.protocol}.{t.metric} is {found.value:.4f}, below {t.least:g}")
+            failed.append(_unasked(t))
+        elif found < t.least - 1e-9:  # sums of thirds and sevenths
+            failed.append(f"{t.protocol}.{t.metric} is {found:.4f}, below {t.least:g}")
     if failed:
         fix = "edit with more --rounds or other --layers, or lower the threshold"
         if unasked:
-            fix = "give the facts prompts for what was not measured, or leave that threshold out"
+            fix = _ASK
         raise BelowThreshold("; ".join(failed), where=evaluation.subject.name, fix=fix)
+
+
+def _value(evaluation: Evaluation, t: Threshold) -> float | None:
+    if t.protocol == ABILITIES:
+        return next((a.after.value for a in evaluation.abilities if a.task == t.metric), None)
+    metric = evaluation.metric(t.protocol, t.metric)
+    return metric.after.value if metric and metric.after else None

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
+from mosectl.abilities import COLUMNS, table
 from mosectl.intervals import interval_text, value_text
 from mosectl.plots import shown, svg_retention, svg_shares
 
@@ -76,12 +77,14 @@ def _metrics(e: Evaluation) -> str:
         (t.name, t.about, *(value_text(x, ".3f") for x in (t.before, t.after)), interval_text(t.after, ".3f"))
         for t in e.texts
     ]
-    return "\n".join(
-        [
-            "<h2>Metrics</h2>" + _table(head, rows),
-            "<h2>Text</h2>" + _table(("metric", "of what", ">before", ">after", ">95 % interval"), texts),
-        ]
-    )
+    parts = [
+        "<h2>Metrics</h2>" + _table(head, rows),
+        "<h2>Text</h2>" + _table(("metric", "of what", ">before", ">after", ">95 % interval"), texts),
+    ]
+    if e.abilities:
+        about = "By lm-evaluation-harness; ±: its standard error; interval: of the change, over the same examples."
+        parts.append(f'<h2>Abilities</h2>{_table(COLUMNS, table(e.abilities))}<p class="soft">{about}</p>')
+    return "\n".join(parts)
 
 
 def _facts(facts: Sequence[EvaluatedFact]) -> str:

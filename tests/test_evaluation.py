@@ -10,6 +10,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -21,10 +22,11 @@ import mosectl
 from mosectl import plots, webpage
 from mosectl.errors import BaseMismatch, BelowThreshold, PatchError, UsageError
 from mosectl.evaluate import compare, interview
-from mosectl.evaluation import Evaluation, evaluate_edit, to_csv
+from mosectl.evaluation import Bin, Evaluation, evaluate_edit, to_csv
 from mosectl.facts import fact_from_dict
 from mosectl.live import Loaded, load, patched
 from mosectl.patch import Patch, PatchFact
+from mosectl.protocols import asks
 from mosectl.thresholds import Threshold, check_thresholds, parse_threshold
 
 ROWS: list[dict[str, Any]] = [
@@ -159,6 +161,8 @@ def test_thresholds(world: World) -> None:
         parse_threshold("memit.locality=1", ("generation",))
     found = world.evaluate()
     check_thresholds(found, [Threshold("generation", "reliability", 0.0)])
+    asked = {(m.protocol, m.name) for m in found.metrics if m.after}
+    assert asked == {(p, m) for p in every for fact in FACTS for m in asks(p, fact)}, "known from the facts alone"
     none = replace(found, metrics=tuple(replace(m, after=None) for m in found.metrics))
     with pytest.raises(BelowThreshold, match="was not measured") as e:
         check_thresholds(none, [Threshold("generation", "reliability", 0.0)])
@@ -230,6 +234,20 @@ def test_below_a_threshold_is_exit_code_10(world: World, capsys: pytest.CaptureF
     assert "generation\treliability" in shown.out and page.exists(), "the report is there all the same"
 
 
+def test_a_threshold_without_prompts_is_told_before_the_model_is_loaded(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone = ("eval", world.folder / "gone", world.facts)
+    bounds = ("--fail-under", "portability=0", "--fail-under", "memit.portability=0", "--fail-under", "locality=0")
+    assert run(*gone, *bounds, "--limit", 1) == 10
+    shown = capsys.readouterr()
+    assert "memit.portability was not measured" in shown.err and "generation" not in shown.err and shown.out == ""
+    world.facts.write_text(json.dumps(ROWS[1]))
+    assert run(*gone, *bounds) == 10
+    assert "generation.portability was not measured" in capsys.readouterr().err
+    assert run(*gone, "--fail-under", "reliability=1") == 4, "what the facts do ask for needs the model"
+
+
 BAD: dict[str, tuple[tuple[str, ...], int, str]] = {
     "unknown protocol": (("eval", "{p}", "{f}", "--protocol", "magic"), 2, "choose from generation"),
     "unknown metric": (("eval", "{p}", "{f}", "--fail-under", "speed=1"), 2, "no such metric"),
@@ -264,6 +282,12 @@ def test_bad_input(
     shown = capsys.readouterr()
     assert message in shown.err and "→" in shown.err and shown.out == "" and "Traceback" not in shown.err, shown.err
     assert sorted(world.folder.rglob("*")) == before
+
+
+def test_the_curve_names_its_protocol_and_the_number_of_facts() -> None:
+    axes = Mock()
+    plots._draw_retention(axes, [Bin(1, 2, None, 0.5), Bin(3, 3, 1.0, 1.0)])
+    assert "the 3 facts" in axes.set_xlabel.call_args[0][0] and "generation" in axes.set_ylabel.call_args[0][0]
 
 
 def test_png(world: World) -> None:
