@@ -156,6 +156,9 @@ def hidden_at(model: nn.Module, arch: Architecture, layer: int, batch: Batch, po
     return found[0]
 
 
+stop = _Stop
+
+
 @torch.no_grad()
 def run_until_stopped(model: nn.Module, batch: Batch, hooks: Sequence[tuple[str, Callable[..., None]]]) -> None:
     """One forward with forward hooks on named modules; a hook may raise to stop it."""

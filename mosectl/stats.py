@@ -27,10 +27,11 @@ from torch import Tensor, nn
 from mosectl.arch import Projection
 from mosectl.errors import UsageError
 from mosectl.files import write_tensors
-from mosectl.forward import Batch, by_length, by_row, frozen, hooked, input_device
+from mosectl.forward import Batch, by_length, by_row, frozen, hooked, input_device, run_until_stopped, stop
 
 MAX_LENGTH = 512  # tokens a text: statistics do not need long contexts, and memory grows with them
 MAX_TOKENS = 200_000
+GRADIENT_TOKENS = 32_768  # a G of few rows needs fewer tokens than C, and a gradient costs three forwards
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def second_moments(
     corpus: Corpus,
     *,
     max_tokens: int = MAX_TOKENS,
-    batch_tokens: int = 4096,
+    batch_tokens: int = 4096,  # logits of so many are held at once
     cache: bool = True,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Moments:
@@ -103,8 +104,7 @@ def second_moments(
         C, G = ({name: stored[key] for name, stored in loaded.items()} for key in "CG")
         return Moments(C, G, int(next(iter(loaded.values()))["tokens"]), True)
     batches = _batches(tokenizer, corpus, max_tokens, batch_tokens)
-    sums, tokens = _accumulate(model, projections, batches, on_step)
-    C, G = ({p.name: (sums[p.name, key] / max(tokens, 1)).float().cpu() for p in projections} for key in "CG")
+    C, G, tokens = _accumulate(model, projections, batches, on_step)
     if cache and os.environ.get("RANK", "0") == "0":
         for name, file in files.items():
             write_tensors(file, {"C": C[name], "G": G[name], "tokens": torch.tensor(tokens)})
@@ -146,55 +146,88 @@ def _accumulate(
     projections: Sequence[Projection],
     batches: list[list[list[int]]],
     on_step: Callable[[int, int], None] | None,
-) -> tuple[dict[tuple[str, str], Tensor], int]:
-    """Sums of k kᵀ and g gᵀ in float64, by module path and "C" or "G", and the number of tokens, over all processes."""
+) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
+    """C and G by module path, summed in float64, and the number of tokens of C, over all processes."""
     from mosectl.live import solve_device, weight_of
 
     distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    mine = batches
+    every = max(1, sum(len(ids) for batch in batches for ids in batch) // GRADIENT_TOKENS)
+    mine = list(enumerate(batches))
     if distributed:
         from accelerate import PartialState
 
         state = PartialState()
-        mine = batches[state.process_index :: state.num_processes]
+        mine = mine[state.process_index :: state.num_processes]
     device = input_device(model)
     sums: dict[tuple[str, str], Tensor] = {}
     for p in projections:
         place = torch.empty(0, dtype=torch.float64, device=solve_device(weight_of(model, p).device))
         sums |= {(p.name, "C"): place.new_zeros(p.p, p.p), (p.name, "G"): place.new_zeros(p.d, p.d)}
-    tokens = 0
+    tokens = torch.zeros(2, dtype=torch.long, device=device)  # of C, of G
     with frozen(model):
-        for done, sequences in enumerate(mine):
+        for done, (number, sequences) in enumerate(mine, 1):
             batch = Batch.of(sequences, device)
-            chance = torch.Generator(device).manual_seed(done)
-            for name, (k, g) in _keys_and_gradients(model, projections, batch, chance).items():
-                for key, x in (("C", k), ("G", g)):
+            if number % every == 0:
+                keys, gradients = _keys_and_gradients(
+                    model, projections, batch, torch.Generator(device).manual_seed(number)
+                )
+                found = {"C": keys, "G": gradients}
+            else:
+                found = {"C": _keys(model, projections, batch)}
+            for i, (key, of_layers) in enumerate(found.items()):
+                for name, x in of_layers.items():
                     sums[name, key] += (x.T @ x).to(sums[name, key])
-            tokens += int(batch.attention_mask.sum())
+                tokens[i] += batch.attention_mask.sum()
             if on_step:
-                on_step(done + 1, len(mine))
+                on_step(done, len(mine))
     if distributed:
         from accelerate.utils import reduce
 
         sums = {name: reduce(total, "sum") for name, total in sums.items()}
-        tokens = int(reduce(torch.tensor(tokens, device=device), "sum"))
-    return sums, tokens
+        tokens = reduce(tokens, "sum")
+    C, G = (
+        {p.name: (sums[p.name, key] / n).float().cpu() for p in projections}
+        for key, n in zip("CG", tokens.clamp_min(1).tolist(), strict=True)
+    )
+    return C, G, int(tokens[0])
+
+
+def _keys(model: nn.Module, projections: Sequence[Projection], batch: Batch) -> dict[str, Tensor]:
+    """k (tokens, p) float32 of every token of a batch by module path."""
+    keys: dict[str, Tensor] = {}
+    last = max(projections, key=lambda p: p.layer)
+
+    def record(p: Projection) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...], __: Tensor) -> None:
+            keys[p.name] = _tokens(args[0], batch)
+            if p is last:
+                raise stop
+
+        return hook
+
+    run_until_stopped(model, batch, [(p.name, record(p)) for p in projections])
+    return keys
+
+
+def _tokens(x: Tensor, batch: Batch) -> Tensor:
+    """(tokens, n) float32 of what a layer reads or writes: what is padding is left out."""
+    mask = batch.attention_mask.bool()
+    return by_row(x.detach(), len(mask))[mask.to(x.device)].float()
 
 
 def _keys_and_gradients(
     model: nn.Module, projections: Sequence[Projection], batch: Batch, chance: torch.Generator
-) -> dict[str, tuple[Tensor, Tensor]]:
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """k (tokens, p) and g (tokens, d), float32, of every token of a batch by module path.
 
     g is the gradient, by the token's output, of the summed loss of a label drawn at each position.
     """
-    mask = batch.attention_mask.bool()
     keys: dict[str, Tensor] = {}
     leaves: dict[str, Tensor] = {}
 
     def record(p: Projection) -> Callable[..., Tensor]:
         def hook(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-            keys[p.name] = by_row(args[0].detach(), len(mask))[mask.to(args[0].device)].float()
+            keys[p.name] = _tokens(args[0], batch)
             leaf = leaves[p.name] = torch.zeros_like(out, requires_grad=True)
             return out + leaf
 
@@ -203,12 +236,11 @@ def _keys_and_gradients(
     hooks = [model.get_submodule(p.name).register_forward_hook(record(p)) for p in projections]
     with hooked(hooks), torch.enable_grad():
         logits = model(**batch.kwargs()).logits
-        logp = logits[mask.to(logits.device)].float().log_softmax(-1)  # (tokens, V)
+        logp = logits[batch.attention_mask.bool().to(logits.device)].float().log_softmax(-1)  # (tokens, V)
         labels = torch.multinomial(logp.detach().exp().to(chance.device), 1, generator=chance)
         loss = -logp.gather(1, labels.to(logp.device)).sum()
         found = torch.autograd.grad(loss, list(leaves.values()))
-    gradients = {name: by_row(g, len(mask))[mask.to(g.device)].float() for name, g in zip(leaves, found, strict=True)}
-    return {name: (k, gradients[name]) for name, k in keys.items()}
+    return keys, {name: _tokens(g, batch) for name, g in zip(leaves, found, strict=True)}
 
 
 def _batches(tokenizer: Any, corpus: Corpus, max_tokens: int, batch_tokens: int) -> list[list[list[int]]]:
