@@ -310,7 +310,7 @@ class Run:
 def _metric(G: Tensor) -> Tensor:
     """The inverse (d, d) float32 of G, raised by a share of its mean diagonal: what the corpus did not ask is not free."""
     G = G.clone()
-    G.diagonal().add_(DAMPING * G.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny))
+    G.diagonal().add_(DAMPING * G.diagonal().mean().clamp_min(1e-20))
     return torch.linalg.inv(G).float()
 
 

@@ -33,7 +33,7 @@ class TargetOptions:
 
     steps: int = 20
     fisher: int = 1  # 1: steepest descent in the metric of the Fisher information; 0: Adam
-    drop: float = 1.0  # nats a token by which a step in that metric shall lower the loss, to first order
+    drop: float = 2.0  # nats a token by which a step in that metric shall lower the loss, to first order
     step_size: float = 0.25  # Adam's, in units of the output's root mean square
     margin: float = 6.0  # nats by which every target token must lead before a fact counts as converged
     kl_weight: float = 0.0625  # keeps what the model says after "{subject} is a" (ROME's factor)
@@ -218,6 +218,9 @@ class _Optimiser:
         self.lengths = [torch.zeros(0)] * len(
             projections
         )  # (n,) ‖W k‖ of each fact, mean over its rows, before any step
+        self.reached = torch.full((self.n,), torch.inf, device=contexts.fact.device)  # loss at the last step taken
+        self.pace = torch.ones_like(self.reached)  # share of ``drop`` that a fact's steps are for
+        self.before = [d.detach() for d in self.deltas]  # each fact's δ before its last step
         self.written: list[Tensor | None] = [None] * len(projections)
         self.reference: Tensor | None = None  # (B, V) log-probabilities of the KL rows before any step
 
@@ -252,7 +255,7 @@ class _Optimiser:
                 break
             steps[active] += 1
             if self.metric:
-                self._descend(behind, kl, active)
+                self._descend(nll, behind, kl, active)
             else:
                 self._step(nll + o.kl_weight * kl, active)
         assert V is not None
@@ -270,9 +273,21 @@ class _Optimiser:
         self._within_reach(chosen)
 
     @torch.no_grad()
-    def _descend(self, behind: Tensor, kl: Tensor, active: Tensor) -> None:
-        """δ ← δ − η G⁻¹ g, g the gradient of the rows that do not lead yet, η for ``drop`` nats less to first order."""
+    def _descend(self, nll: Tensor, behind: Tensor, kl: Tensor, active: Tensor) -> None:
+        """δ ← δ − η G⁻¹ g, g the gradient of the rows that do not lead yet, η for ``drop`` nats less to first order.
+
+        A fact whose loss rose goes half of its last step back, and on in shorter steps.
+        """
         assert self.metric
+        rose = nll.detach() > self.reached
+        for i in (active & rose).nonzero().flatten().tolist():
+            self.pace[i] /= 2
+            self.deltas[i] += (self.before[i] - self.deltas[i]) / 2
+        active = active & ~rose
+        if not active.any():
+            return
+        self.reached = torch.where(active, nll.detach(), self.reached)
+        self.pace = torch.where(active, 1.5 * self.pace, self.pace).clamp(max=1)
         chosen = active.nonzero().flatten()
         deltas = [self.deltas[i] for i in chosen]
         with torch.enable_grad():
@@ -281,8 +296,9 @@ class _Optimiser:
         length = torch.stack(self.lengths, 1)[chosen, :, None]  # (m, L, 1): an output moves by ‖W k‖ δ
         s = torch.stack([(g[:, i] / length[:, i]) @ M for i, M in enumerate(self.metric)], 1) / length
         slope = (g * s).sum((1, 2)).clamp_min(torch.finfo(g.dtype).tiny)
-        eta = behind.detach()[chosen].clamp(max=self.options.drop) / slope
-        for delta, step in zip(deltas, eta[:, None, None] * s, strict=True):
+        eta = self.pace[chosen] * behind.detach()[chosen].clamp(max=self.options.drop) / slope
+        for i, delta, step in zip(chosen.tolist(), deltas, eta[:, None, None] * s, strict=True):
+            self.before[i] = delta.clone()
             delta -= step
         self._within_reach(chosen.tolist())
 

@@ -1,0 +1,171 @@
+"""Targets in the metric of the Fisher information, and that metric's statistics, on pico models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_tokenizer, pico
+from test_editor import CORPUS, FACTS
+from torch import Tensor
+
+from mosectl import stats
+from mosectl.arch import resolve
+from mosectl.facts import fact_from_dict
+from mosectl.forward import Suffix, hooked, keys_at
+from mosectl.run import _metric
+from mosectl.stats import read_corpus, second_moments
+from mosectl.targets import TargetOptions, Targets, build_contexts, optimise_targets, token_nll
+
+
+class Stage:
+    """A pico model, two of its layers, two facts and a metric for each layer."""
+
+    def __init__(self, n: int = 2, layers: int = 2) -> None:
+        self.model, self.tokenizer = pico("llama"), make_tokenizer()
+        self.arch = resolve(self.model)
+        self.ps = list(self.arch.projections[:layers])
+        facts = [fact_from_dict(f, "x") for f in FACTS[:n]]
+        self.contexts = build_contexts(self.model, self.tokenizer, facts, [""])
+        self.G = {}
+        for i, p in enumerate(self.ps):  # far from round: variances from 1 to 100
+            Q = torch.linalg.qr(torch.randn(p.d, p.d, generator=torch.Generator().manual_seed(i)))[0]
+            self.G[p.name] = Q @ torch.diag(torch.logspace(0, 2, p.d)) @ Q.T
+
+    def targets(self, metric: bool = True, **options: Any) -> Targets:
+        inverse = {n: torch.linalg.inv(G) for n, G in self.G.items()} if metric else None
+        how = TargetOptions(**{"sphere": 0, "kl_weight": 0.0, "decay": 0.0, "reach": 1e6, **options})
+        return optimise_targets(self.model, self.arch, self.ps, self.contexts, how, metric=inverse)
+
+    def shifts(self, found: Targets) -> list[Tensor]:
+        """(rows, d) by layer: how far each target lies from what the layer writes, lower layers being shifted."""
+        c, rows = self.contexts, self.contexts.edit_rows
+        out: list[Tensor] = []
+        for p, v in zip(self.ps, found.V, strict=True):
+            with hooked(self.adding(out)):
+                (k,) = keys_at(self.model, [p], c.batch.rows(rows), c.subject[rows])
+            out.append(v - k @ self.model.get_submodule(p.name).weight.detach().T)
+        return out
+
+    def adding(self, shifts: list[Tensor]) -> list[Any]:
+        """Hooks that add (rows, d) to what the lowest layers write at the subjects."""
+        at = self.contexts.subject[self.contexts.edit_rows]
+
+        def hook(shift: Tensor, out: Tensor) -> Tensor:
+            out = out.clone()
+            out[torch.arange(len(shift)), at[: len(shift)]] += shift
+            return out
+
+        return [
+            self.model.get_submodule(p.name).register_forward_hook(lambda _, __, out, s=s: hook(s, out))
+            for p, s in zip(self.ps, shifts, strict=False)
+        ]
+
+    def loss(self, shifts: list[Tensor]) -> float:
+        """Loss of the first fact, nats a token, with something added to what the layers write at its subject."""
+        c, row = self.contexts, self.contexts.edit_rows[:1]
+        with hooked(self.adding(shifts)), torch.no_grad():
+            logits = Suffix(self.model, self.arch, 0, c.batch.rows(row)).logits(torch.tensor([0]), c.positions[row])
+        return float(token_nll(logits.double().log_softmax(-1), c.targets[row]))
+
+
+def test_a_step_is_the_gradient_in_the_metric() -> None:
+    """G δ points down the gradient, found by differences, in both layers at once; its length is for ``drop`` nats."""
+    stage = Stage(n=1)
+    drop = 0.1
+    moved = stage.shifts(stage.targets(steps=1, margin=50.0, drop=drop))
+    still = [torch.zeros_like(s) for s in moved]
+    slopes = []
+    for i, p in enumerate(stage.ps):
+        g = torch.zeros(p.d)
+        for j in range(p.d):
+            e = [s.clone() for s in still]
+            e[i][0, j] = 1e-2
+            g[j] = (stage.loss(e) - stage.loss([-x for x in e])) / 2e-2
+        down = -stage.G[p.name] @ moved[i][0]
+        assert float(torch.cosine_similarity(g, down, dim=0)) > 0.99
+        slopes.append(float(down.norm() / g.norm()))
+    assert slopes[0] == pytest.approx(slopes[1], rel=0.1), "one step length for all layers of a fact"
+    assert stage.loss(still) - stage.loss(moved) == pytest.approx(drop, rel=0.2)
+
+
+def test_targets_in_the_metric_cost_less_than_adams() -> None:
+    stage = Stage()
+    how = {"steps": 60, "margin": 1.5}
+    found, adam = stage.targets(drop=0.5, **how), stage.targets(metric=False, step_size=0.1, **how)
+    assert bool(found.converged.all()) and bool(adam.converged.all())
+
+    def cost(t: Targets) -> float:
+        return sum(float(((s @ stage.G[p.name]) * s).sum()) for p, s in zip(stage.ps, stage.shifts(t), strict=True))
+
+    assert cost(found) < 0.3 * cost(adam)
+
+
+def test_a_step_that_raises_the_loss_is_halved() -> None:
+    stage = Stage(n=1)
+    wild = stage.targets(drop=100.0, steps=60, margin=2.0)
+    assert bool(wild.converged.all()) and float(wild.loss) < 3
+    few = stage.targets(drop=100.0, steps=2, margin=2.0)
+    assert not bool(few.converged.any())
+
+
+def test_reach_bounds_the_steps() -> None:
+    stage = Stage()
+    c, rows = stage.contexts, stage.contexts.edit_rows
+    (k, _) = keys_at(stage.model, stage.ps, c.batch.rows(rows), c.subject[rows])
+    length = (k @ stage.model.get_submodule(stage.ps[0].name).weight.detach().T).norm(dim=1)
+    shift, _ = stage.shifts(stage.targets(steps=5, margin=50.0, drop=5.0, reach=0.25))
+    assert torch.allclose(shift.norm(dim=1), 0.25 * length, rtol=1e-3)
+
+
+def test_gradient_moments_against_a_plain_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text by text, with the likeliest token for a label instead of a drawn one."""
+    (tmp_path / "corpus.txt").write_text(CORPUS)
+    monkeypatch.setattr("mosectl.stats.torch.multinomial", lambda p, *_, **__: p.argmax(-1, keepdim=True))
+    model, tokenizer = pico("gpt2"), make_tokenizer()
+    arch = resolve(model)
+    found = second_moments(model, tokenizer, arch.projections[:2], read_corpus(tmp_path / "corpus.txt"), cache=False)
+    p = arch.projections[1]
+    total, n = torch.zeros(p.d, p.d), 0
+    for text in CORPUS.splitlines():
+        kept: list[Tensor] = []
+
+        def keep(_: Any, __: Any, out: Tensor, kept: list[Tensor] = kept) -> None:
+            out.retain_grad()
+            kept.append(out)
+
+        with hooked([model.get_submodule(p.name).register_forward_hook(keep)]):
+            logp = model(**tokenizer(text, return_tensors="pt")).logits.log_softmax(-1)
+        (-logp.max(-1).values.sum()).backward()
+        g = kept[0].grad[0]
+        total, n = total + g.T @ g, n + len(g)
+    assert found.G[p.name].shape == (p.d, p.d)
+    assert torch.allclose(found.G[p.name], total / n, rtol=1e-3, atol=1e-4 * float(total.diagonal().mean() / n))
+    again = second_moments(model, tokenizer, arch.projections[:2], read_corpus(tmp_path / "corpus.txt"), cache=False)
+    assert torch.equal(found.G[p.name], again.G[p.name])
+
+
+def test_gradients_are_taken_over_a_share_of_the_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "corpus.txt").write_text(CORPUS * 9)
+    model, tokenizer = pico("llama"), make_tokenizer()
+    asked: Any = (model, tokenizer, resolve(model).projections[:2], read_corpus(tmp_path / "corpus.txt"))
+    calls: list[int] = []
+    real = stats._keys_and_gradients
+    monkeypatch.setattr(stats, "_keys_and_gradients", lambda *a: calls.append(1) or real(*a))
+    whole = second_moments(*asked, batch_tokens=64, cache=False)
+    batches = len(calls)
+    monkeypatch.setattr(stats, "GRADIENT_TOKENS", whole.tokens // 3)
+    part = second_moments(*asked, batch_tokens=64, cache=False)
+    assert part.tokens == whole.tokens and 2 <= len(calls) - batches <= batches / 2
+    for name, C in whole.C.items():
+        assert torch.allclose(part.C[name], C, rtol=1e-3, atol=1e-5)
+        ratio = float(part.G[name].trace() / whole.G[name].trace())
+        assert 0.5 < ratio < 2 and not torch.equal(part.G[name], whole.G[name])
+
+
+def test_a_metric_without_gradients_is_finite() -> None:
+    assert bool(torch.isfinite(_metric(torch.zeros(4, 4, dtype=torch.float64))).all())
+    G = torch.diag(torch.tensor([1.0, 3.0], dtype=torch.float64))
+    assert torch.allclose(_metric(G), torch.diag(1 / torch.tensor([1.2, 3.2])))
