@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from mosectl.errors import UsageError
-from mosectl.solvers import KINDS, method
+from mosectl.solvers import method
 from mosectl.targets import TargetOptions
 
 
@@ -18,13 +18,13 @@ class EditOptions:
     method: str = "isospectral"
     layers: str = "auto"  # "auto" or "3,4,5"
     batch_size: int = 0  # facts edited together; 0 = all
-    rounds: int = 8  # times targets and solve alternate in a batch, at most
+    rounds: int = 4  # times targets and solve alternate in a batch, at most
     relax: float = 1.0  # each round weighs what must keep still by this factor less, for the facts that still resist
     prefixes: int = 2  # pieces of text put before the prompt, besides none
     wordings: int = 2  # the model's own wordings of a fact, edited along with its prompt, at most (not in a chat)
     protect: float = 50.0  # weight of each earlier fact against a new one
-    # Where the values come from: 0 one target a layer, 1 one target at the top, its residual spread over the layers (MEMIT),
-    # 2 descent in the weights; −1 the method's own way.
+    # Where the values come from: 0 one target a layer, 1 one target at the top, its residual spread over the layers (MEMIT);
+    # −1 the method's own way.
     aim: int = -1
     rehearse: float = 1.0  # nats; earlier facts that lead by less are edited again along with a batch; 0 = none
     guard: float = 1.0  # nats a token by which ordinary text may become less likely before a run is stopped; 0 = any
@@ -35,8 +35,6 @@ class EditOptions:
     targets: TargetOptions = field(default_factory=TargetOptions)
 
 
-# What a descent in the weights (aim 2) wants otherwise.
-_DESCENT: dict[str, Any] = {"rounds": 3, "prefixes": 1, "steps": 25, "step_size": 0.1}
 _FLAGS = ("batch_size", "rounds", "seed")  # these have a command-line option of their own
 
 
@@ -60,22 +58,22 @@ def options_from(settings: Sequence[str], **given: Any) -> EditOptions:
         if place is None:
             names = ", ".join((*solver.defaults, *known, *own))
             raise UsageError(f"--set {setting}: method '{solver.name}' has no such setting", fix=f"it has: {names}")
-        lowest, highest = (-1, 2) if name == "aim" else (0, float("inf"))
+        lowest, highest = (-1, 1) if name == "aim" else (0, float("inf"))
         if not lowest <= number <= highest:  # NaN too
-            fix = "-1, 0, 1 or 2: see docs/methods.md" if name == "aim" else "give a number that is not negative"
+            fix = "-1, 0 or 1: see docs/methods.md" if name == "aim" else "give a number that is not negative"
             raise UsageError(f"--set {setting}: out of range", fix=fix)
         if name == "aim" and solver.kind == "fit":
             raise UsageError(
                 f"--set {setting}: '{solver.name}' trains on the model, it takes no values", fix="leave it out"
             )
         found[place][name] = number
-    usual = default_options(solver.name, found["edit"].get("aim", -1))
+    usual = default_options(solver.name)
     given = {k: v for k, v in given.items() if v is not None} | found["edit"]
     return replace(usual, **given, solver=found["solver"], targets=replace(usual.targets, **found["targets"]))
 
 
-def default_options(name: str = EditOptions.method, aim: int = -1) -> EditOptions:
-    """The measured defaults of method ``name`` with values from where ``aim`` says.
+def default_options(name: str = EditOptions.method) -> EditOptions:
+    """The measured defaults of method ``name``.
 
     Raises:
         UsageError: no such method.
@@ -83,6 +81,5 @@ def default_options(name: str = EditOptions.method, aim: int = -1) -> EditOption
     settings: dict[str, Any] = (
         {} if name == EditOptions.method else {"rehearse": 0.0, "wordings": 0, "fisher": 0, **method(name).settings}
     )
-    settings |= _DESCENT if aim == KINDS["descent"] else {}
     aims = {f.name: settings.pop(f.name) for f in fields(TargetOptions) if f.name in settings}
-    return EditOptions(method=method(name).name, aim=aim, **settings, targets=TargetOptions(**aims))
+    return EditOptions(method=method(name).name, **settings, targets=TargetOptions(**aims))

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from mosectl.arch import Architecture, Projection
 from mosectl.change import Change, change_between, changed
-from mosectl.descent import descend
 from mosectl.earlier import Earlier
 from mosectl.errors import EditFailed
 from mosectl.facts import Fact
@@ -68,7 +67,6 @@ class _Standing:
 
 
 DAMPING = 0.1  # of G
-INSIST = 20.0  # weight of a fact the descent has reached against what must keep still: it is known to be within reach
 
 
 class Run:
@@ -84,8 +82,8 @@ class Run:
     ) -> None:
         self.loaded, self.arch, self.projections, self.options = loaded, arch, projections, options
         self.solver = method(options.method)
-        chosen = {number: kind for kind, number in KINDS.items() if kind != "fit"}.get(options.aim, self.solver.kind)
-        self.kind = self.solver.kind if self.solver.kind == "fit" else chosen
+        own = options.aim < 0 or self.solver.kind == "fit"
+        self.kind = self.solver.kind if own else KINDS[options.aim]
         self.solver_options = {**self.solver.defaults, **options.solver}
         self.stored = {p.name: weight_of(loaded.model, p).detach().clone() for p in projections}
         place = torch.empty(0, dtype=torch.float64, device=solve_device(self.stored[projections[0].name].device))
@@ -172,7 +170,7 @@ class Run:
                 def on_step(done: int, of: int, r: int = r, step: Callable[[int, int], None] = step) -> None:
                     step(first * rounds + r * n + done * n // of, total * rounds)
 
-                needed = r < rounds and self.kind in ("layer", "spread")
+                needed = r < rounds and self.kind != "fit"
                 options = self.options.targets if needed else replace(self.options.targets, steps=0)
                 targets = optimise_targets(
                     self.loaded.model, self.arch, placed, contexts, options, on_step, self.metric
@@ -183,9 +181,6 @@ class Run:
             if r == rounds or bool(done.all()):
                 break
             keep = self.options.relax**r
-            if self.kind == "descent":
-                self._descend(contexts, clock, on_step, keep)
-                continue
             with clock("solve"):
                 solve = {"layer": self._solve, "spread": self._solve_spread, "fit": self._fit}[self.kind]
                 solve(contexts, targets, keep)
@@ -212,28 +207,6 @@ class Run:
             V = targets.V[i].to(K)[used.to(K.device)].T + missing
             self._set(p, self._solved(self._problem(p, keep, K, V, _shares(fact[used]))))
             missing = V - self.W[p.name] @ K
-
-    def _descend(self, contexts: Contexts, clock: Clock, on_step: Callable[[int, int], None], keep: float) -> None:
-        """Descend in the weights, then let every layer, lowest first, write what that found for the facts it reached."""
-        with clock("solve"):
-            roots = {}
-            for p in self.projections:
-                none = self.C[p.name].new_zeros(p.p, 0)
-                A, _ = self._problem(p, keep, none, self.W[p.name] @ none).normal_equations()
-                roots[p.name] = torch.linalg.cholesky(A)
-        with clock("targets"):
-            found = descend(
-                self.loaded.model, self.arch, self.projections, contexts, self.W, roots, self.options.targets, on_step
-            )
-        rows = contexts.edit_rows
-        rows = rows[(found.lead > 0).to(rows.device)[contexts.fact[rows]]]
-        if not len(rows):
-            return
-        with clock("solve"):
-            weight = INSIST * _shares(contexts.fact[rows])
-            for p in self.projections:
-                K = self._keys(p, contexts, rows)
-                self._set(p, self._solved(self._problem(p, keep, K, found.W[p.name] @ K, weight)))
 
     def _solve_spread(self, contexts: Contexts, targets: Targets, keep: float) -> None:
         """One residual at the topmost edited layer's hidden state, an equal share to each layer below (MEMIT §4.3).

@@ -24,7 +24,7 @@ from mosectl.intervals import measure
 from mosectl.jsonable import jsonable
 from mosectl.live import patched
 
-EASY = ["preserve=0.0001", "prefixes=0", "reach=4", "step_size=0.3", "margin=3", "decay=0", "kl_weight=0"]
+EASY = ["preserve=0.0001", "prefixes=0", "reach=4", "fisher=0", "step_size=0.3", "margin=3", "decay=0", "kl_weight=0"]
 OTHERS = [
     {"prompt": "The old cello plays", "subject": "cello", "target_new": "in"},
     {"prompt": "She was born near Quill", "subject": "Quill", "target_new": "and"},

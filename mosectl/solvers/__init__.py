@@ -13,13 +13,12 @@ from mosectl.errors import UsageError
 
 NAMES = ("isospectral", "mose", "oft", "rome", "memit", "rect", "emmet", "prune", "alphaedit")
 
-# Where a solver's values come from, and the number that asks for it (EditOptions.aim); "fit" methods need none.
-KINDS = {
-    "layer": 0,  # targets for each edited layer's output
-    "spread": 1,  # one residual at the topmost edited layer, shared out among them (MEMIT)
-    "descent": 2,  # descent in the weights
-    "fit": 3,
-}
+# Where a solver's values come from; the first two can be asked for by their number (EditOptions.aim).
+KINDS = (
+    "layer",  # a target for each edited layer's output
+    "spread",  # one residual at the topmost edited layer, shared out among them (MEMIT)
+    "fit",  # none are needed: it trains on the model
+)
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class Method:
     name: str
     side: str  # what its patches hold, a key of change.SIDES
     source: str
-    kind: str  # where values come from, a key of KINDS
+    kind: str  # where values come from, one of KINDS
     defaults: Mapping[str, float]
     run: Any  # a Solver, or a Fit where kind is "fit"
     settings: Mapping[str, Any]  # defaults of the edit and its targets that differ from the general ones
