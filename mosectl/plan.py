@@ -20,7 +20,8 @@ from mosectl.layers import parse_layers
 from mosectl.live import DTYPES, pick_device, pick_dtype
 from mosectl.options import EditOptions
 from mosectl.solvers import method
-from mosectl.stats import MAX_TOKENS, read_corpus
+from mosectl.stats import GRADIENT_TOKENS, MAX_TOKENS, read_corpus
+from mosectl.wordings import SAMPLES, TOKENS
 
 _STEPS = 15  # optimiser steps a fact takes over all rounds, as seen in practice; each round adds a forward
 
@@ -140,6 +141,8 @@ class _Work:
         fast, exact = _speed(device, dtype), _speed("cpu" if device == "mps" else device, torch.float64)
         d, p = self.projection.d, self.projection.p
         corpus = min(MAX_TOKENS, sum(len(t) for t in read_corpus(self.options.corpus).texts) / 4)
+        gradients = min(GRADIENT_TOKENS, corpus) * 6 * self.whole
+        own = self.facts * SAMPLES * (self.prompt + TOKENS) * 2 * self.whole if self.options.wordings else 0.0
         asking = self.asked * (self.prompt + 12) * 2 * self.whole
         steps = (_STEPS + self.options.rounds) * self.facts * self.rows * self.row_tokens
         batches = -(-self.facts // (self.options.batch_size or max(1, self.facts)))
@@ -148,8 +151,9 @@ class _Work:
         )
         return {
             "load": 2 + model_bytes / 1e9,
-            "statistics": corpus * 2 * self.below / fast,
+            "statistics": (corpus * 2 * self.below + gradients) / fast,
             "ask before and after": 2 * asking / fast,
+            "wordings": 0.0 if self.options.chat else own / fast,
             "targets": steps * 4 * self.above / fast,
             "solve": solve / exact,
         }
