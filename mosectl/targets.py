@@ -215,13 +215,10 @@ class _Optimiser:
         ]
         self.adam = torch.optim.Adam(self.deltas, lr=options.step_size / projections[0].d ** 0.5)
         self.metric = metric and [metric[p.name].to(contexts.fact.device) for p in projections]
-        self.lengths = [torch.zeros(0)] * len(
-            projections
-        )  # (n,) ‖W k‖ of each fact, mean over its rows, before any step
+        self.lengths: list[Tensor] = []  # (n,) a layer: ‖W k‖ of each fact, mean over its rows, before any step
         self.reached = torch.full((self.n,), torch.inf, device=contexts.fact.device)  # loss at the last step taken
         self.pace = torch.ones_like(self.reached)  # share of ``drop`` that a fact's steps are for
         self.before = [d.detach() for d in self.deltas]  # each fact's δ before its last step
-        self.written: list[Tensor | None] = [None] * len(projections)
         self.reference: Tensor | None = None  # (B, V) log-probabilities of the KL rows before any step
 
     def run(self, report: Callable[[int], None]) -> Targets:
@@ -232,17 +229,17 @@ class _Optimiser:
         converged, steps = torch.zeros_like(active), torch.zeros(self.n, dtype=torch.long, device=device)
         V: list[Tensor] | None = None
         for step in range(o.steps + 1):
-            rows = active[c.fact].nonzero().flatten()
-            nll, lead, kl, behind = self._forward(rows)
+            parts = self.suffix.alike(active[c.fact].nonzero().flatten())
+            rows = torch.cat(parts)
+            written, nll, lead, kl, behind = self._forward(parts)
             finite = torch.isfinite(nll.detach()) & torch.isfinite(kl.detach())
             # Facts with a non-finite loss keep the last finite target and are reported by their infinite loss.
             usable = active & finite
             if V is None:
                 V = [torch.zeros(len(c.fact), p.d, device=device) for p in self.projections]
             keep = usable[c.fact[rows]]
-            for v, new in zip(V, self.written, strict=True):
-                assert new is not None
-                v[rows[keep]] = new.to(device)[keep]
+            for v, new in zip(V, written, strict=True):
+                v[rows[keep]] = new[keep]
             loss = torch.where(usable, nll.detach(), loss)
             margin = torch.where(usable, lead.detach(), margin)
             loss[active & ~finite] = torch.inf
@@ -308,20 +305,19 @@ class _Optimiser:
             length = self.deltas[i].norm(dim=-1, keepdim=True)
             self.deltas[i] *= (self.options.reach / length.clamp_min(self.options.reach)).clamp(max=1)
 
-    def _forward(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Per fact (n,): target NLL, smallest lead, KL to the unedited model, NLL of rows that do not lead by the margin.
-
-        Facts without rows have infinite values.
+    def _forward(self, parts: Sequence[Tensor]) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor]:
+        """What each layer writes at the subjects, (rows, d), rows in the order of the parts. Then per fact (n,): target NLL,
+        smallest lead, KL to the unedited model, NLL of rows that do not lead by the margin; infinite for facts without rows.
         """
-        c = self.c
-        deltas = torch.stack(self.deltas)[c.fact[rows]]  # (rows, L, d)
-        handles = [
-            self.model.get_submodule(p.name).register_forward_hook(self._mover(i, rows, deltas[:, i]))
-            for i, p in enumerate(self.projections)
-        ]
-        with hooked(handles), torch.enable_grad():
-            logits = self.suffix.logits(rows, c.positions[rows]).to(c.fact.device)  # (rows, m, V)
-        logp = F.log_softmax(logits, dim=-1)
+        c, rows = self.c, torch.cat(list(parts))
+        with torch.enable_grad():
+            found = [self._part(part) for part in parts]
+            logp = torch.cat([part for part, _, _ in found])  # (rows, m, V)
+        written, lengths = (
+            [torch.cat(layer) for layer in zip(*kind, strict=True)] for kind in list(zip(*found, strict=True))[1:]
+        )
+        if not self.lengths:
+            self.lengths = [_mean_by_fact(x, c.fact[rows], self.n).clamp_min(1e-30) for x in lengths]
         targets, edit, fact = c.targets[rows], c.is_edit[rows], c.fact[rows]
         row_nll, row_lead = token_nll(logp, targets), leads(logp, targets)
         if self.reference is None:
@@ -334,19 +330,33 @@ class _Optimiser:
         lead = torch.full((self.n,), torch.inf, device=logp.device)
         lead = lead.scatter_reduce(0, fact[edit], row_lead[edit].detach(), "amin")
         late = edit & (row_lead.detach() < self.options.margin)
-        return nll, lead, kl, _mean_by_fact(row_nll[late], fact[late], self.n)
+        return written, nll, lead, kl, _mean_by_fact(row_nll[late], fact[late], self.n)
 
-    def _mover(self, layer: int, rows: Tensor, delta: Tensor) -> Callable[..., Tensor]:
+    def _part(self, rows: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Log-probabilities (rows, m, V) of some rows; by layer what is written (rows, d), and ‖W k‖ (rows,)."""
+        c = self.c
+        deltas = torch.stack(self.deltas)[c.fact[rows]]  # (rows, L, d)
+        written: list[Tensor] = []
+        lengths: list[Tensor] = []
+        handles = [
+            self.model.get_submodule(p.name).register_forward_hook(self._mover(rows, deltas[:, i], written, lengths))
+            for i, p in enumerate(self.projections)
+        ]
+        with hooked(handles):
+            logits = self.suffix.logits(rows, c.positions[rows]).to(c.fact.device)
+        return F.log_softmax(logits, dim=-1), written, lengths
+
+    def _mover(
+        self, rows: Tensor, delta: Tensor, written: list[Tensor], lengths: list[Tensor]
+    ) -> Callable[..., Tensor]:
         at = self.c.subject[rows]
 
         def hook(module: nn.Module, _: Any, out: Tensor) -> Tensor:
             y = ffn_output(out, module, len(rows))
             r, s = torch.arange(len(rows), device=y.device), at.to(y.device)
-            if not len(self.lengths[layer]):
-                length = y[r, s].detach().float().norm(dim=-1).to(at.device)
-                self.lengths[layer] = _mean_by_fact(length, self.c.fact[rows], self.n).clamp_min(1e-30)
+            lengths.append(y[r, s].detach().float().norm(dim=-1).to(at.device))
             moved = displaced(y[r, s].float(), delta.to(y.device), bool(self.options.sphere))
-            self.written[layer] = moved.detach()
+            written.append(moved.detach().to(at.device))
             y = y.index_put((r, s), moved.to(y.dtype))
             bias = module.bias
             return (y + bias if isinstance(bias, Tensor) else y).view_as(out)
