@@ -20,6 +20,7 @@ class EditOptions:
     batch_size: int = 0  # facts edited together; 0 = all
     rounds: int = 4  # times targets and solve alternate in a batch, at most
     relax: float = 1.0  # each round weighs what must keep still by this factor less, for the facts that still resist
+    insist: float = 3.0  # each round weighs the facts that do not hold yet by this factor more
     prefixes: int = 2  # pieces of text put before the prompt, besides none
     wordings: int = 2  # the model's own wordings of a fact, edited along with its prompt, at most (not in a chat)
     protect: float = 50.0  # weight of each earlier fact against a new one
@@ -79,7 +80,9 @@ def default_options(name: str = EditOptions.method) -> EditOptions:
         UsageError: no such method.
     """
     settings: dict[str, Any] = (
-        {} if name == EditOptions.method else {"rehearse": 0.0, "wordings": 0, "fisher": 0, **method(name).settings}
+        {}
+        if name == EditOptions.method
+        else {"insist": 1.0, "rehearse": 0.0, "wordings": 0, "fisher": 0, **method(name).settings}
     )
     aims = {f.name: settings.pop(f.name) for f in fields(TargetOptions) if f.name in settings}
     return EditOptions(method=method(name).name, **settings, targets=TargetOptions(**aims))

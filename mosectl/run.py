@@ -162,6 +162,7 @@ class Run:
         For the progress: ``n`` new facts, the ``first`` of ``total`` at which they begin.
         """
         best: _Standing | None = None
+        urgency = torch.ones(int(contexts.fact.max()) + 1, dtype=torch.float64)  # (facts,) weight of each in the solve
         rounds = self.options.rounds
         placed = self.projections[-1:] if self.kind == "spread" else self.projections
         for r in range(rounds + 1):
@@ -181,9 +182,12 @@ class Run:
             if r == rounds or bool(done.all()):
                 break
             keep = self.options.relax**r
+            if r:
+                urgency[~(targets.margin_before > 0)] *= self.options.insist
             with clock("solve"):
-                solve = {"layer": self._solve, "spread": self._solve_spread, "fit": self._fit}[self.kind]
-                solve(contexts, targets, keep)
+                solvers: dict[str, Callable[..., None]]
+                solvers = {"layer": self._solve, "spread": self._solve_spread, "fit": self._fit}
+                solvers[self.kind](contexts, targets, keep, urgency)
         assert best is not None
         for p in self.projections:
             self._set(p, best.W[p.name])
@@ -195,20 +199,25 @@ class Run:
         loss = float(targets.loss_before.clamp(max=20).nan_to_num(20).mean())
         return _Standing((held, -loss), targets, dict(self.W))
 
-    def _solve(self, contexts: Contexts, targets: Targets, keep: float) -> None:
-        """Bring every edited layer, lowest first, to its own targets; ``keep`` scales what must keep still."""
+    def _solve(self, contexts: Contexts, targets: Targets, keep: float, urgency: Tensor) -> None:
+        """Bring every edited layer, lowest first, to its own targets.
+
+        Args:
+            keep: scales what must keep still. urgency: (facts,) weight of each fact.
+        """
         rows, fact = contexts.edit_rows, contexts.fact[contexts.edit_rows]
         used = torch.isfinite(targets.loss).to(fact.device)[fact]
         if not bool(used.any()):
             return
+        weight = _shares(fact[used]) * urgency.to(fact.device)[fact[used]]
         missing: Tensor | float = 0.0  # what lower layers could not reach is asked of the next
         for i, p in enumerate(self.projections):
             K = self._keys(p, contexts, rows[used])
             V = targets.V[i].to(K)[used.to(K.device)].T + missing
-            self._set(p, self._solved(self._problem(p, keep, K, V, _shares(fact[used]))))
+            self._set(p, self._solved(self._problem(p, keep, K, V, weight)))
             missing = V - self.W[p.name] @ K
 
-    def _solve_spread(self, contexts: Contexts, targets: Targets, keep: float) -> None:
+    def _solve_spread(self, contexts: Contexts, targets: Targets, keep: float, urgency: Tensor) -> None:
         """One residual at the topmost edited layer's hidden state, an equal share to each layer below (MEMIT §4.3).
 
         Keys and values are means over a fact's contexts there, so each fact is one column.
@@ -218,7 +227,7 @@ class Run:
         rows = rows[used]
         if not len(rows):
             return
-        _, fact = contexts.fact[rows].unique(return_inverse=True)
+        facts, fact = contexts.fact[rows].unique(return_inverse=True)
         mean = torch.zeros(int(fact.max()) + 1, len(fact), dtype=torch.float64, device=fact.device)
         mean[fact, torch.arange(len(fact), device=fact.device)] = _shares(fact)  # (n, rows)
         average = mean.to(self.C[top.name]).T
@@ -231,9 +240,9 @@ class Run:
             wanted = hidden + shift if wanted is None else wanted
             K = self._keys(p, contexts, rows) @ average
             V = self.W[p.name] @ K + (wanted - hidden) @ average / (len(self.projections) - i)
-            self._set(p, self._solved(self._problem(p, keep, K, V)))
+            self._set(p, self._solved(self._problem(p, keep, K, V, urgency.to(facts.device)[facts])))
 
-    def _fit(self, contexts: Contexts, targets: Targets, keep: float) -> None:
+    def _fit(self, contexts: Contexts, *_: object) -> None:
         """Let a method train on the model itself."""
         W = self.solver.run(self.loaded.model, self.arch, self.projections, contexts, self.W, self.solver_options)
         for p in self.projections:
@@ -244,12 +253,13 @@ class Run:
         (k,) = keys_at(self.loaded.model, [p], contexts.batch.rows(rows), contexts.subject[rows])
         return k.to(self.C[p.name]).T
 
-    def _problem(self, p: Projection, keep: float, K: Tensor, V: Tensor, weight: Tensor | None = None) -> LayerProblem:
-        """One layer's problem for keys K (p, m) and values V (d, m), each column of weight 1 unless told."""
+    def _problem(self, p: Projection, keep: float, K: Tensor, V: Tensor, weight: Tensor) -> LayerProblem:
+        """One layer's problem for keys K (p, m) and values V (d, m), their columns weighed by ``weight`` (m,)."""
         C, W = self.C[p.name], self.W[p.name]
         P, Q = self.moments.get(p.name) or (torch.zeros_like(C), torch.zeros_like(W))
-        weight = K.new_ones(K.shape[1]) if weight is None else weight.to(K)
-        return LayerProblem(W, self.W0[p.name], keep * C, keep * P, keep * Q, K, V, weight, self.solver_options, p.name)
+        return LayerProblem(
+            W, self.W0[p.name], keep * C, keep * P, keep * Q, K, V, weight.to(K), self.solver_options, p.name
+        )
 
     def _solved(self, problem: LayerProblem) -> Tensor:
         W = self.solver.solve(problem)

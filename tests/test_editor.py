@@ -21,9 +21,9 @@ from mosectl.guard import canaries, harm, health
 from mosectl.live import Loaded, load
 from mosectl.options import EditOptions, default_options, options_from
 from mosectl.rotation import is_rotation
-from mosectl.solvers import NAMES, method
+from mosectl.solvers import NAMES, LayerProblem, method
 from mosectl.stats import read_corpus, second_moments
-from mosectl.targets import TargetOptions, build_contexts, displaced, optimise_targets
+from mosectl.targets import TargetOptions, Targets, build_contexts, displaced, optimise_targets
 
 # The subject ends the prompt and the target is one token: what a model with random weights can be made to say.
 FACTS = [
@@ -309,3 +309,26 @@ def test_settings_that_do_not_fit_are_told_apart() -> None:
             options_from([given], method=name)
         assert e.value.fix
     assert options_from([], method="memit").rehearse == 0.0 and options_from([]).rehearse == 1.0
+
+
+def test_facts_that_do_not_hold_weigh_more_in_the_next_round(corpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = pico("llama"), make_tokenizer()
+    weights = []
+
+    def aimed(*how: object) -> Targets:
+        return replace(optimise_targets(*how), margin_before=torch.tensor([-1.0, 1.0]))
+
+    def solved(_: object, problem: LayerProblem) -> torch.Tensor:
+        weights.append(problem.weight.tolist())
+        return problem.W  # nothing is ever reached
+
+    monkeypatch.setattr("mosectl.run.optimise_targets", aimed)
+    monkeypatch.setattr("mosectl.run.Run._solved", solved)
+    monkeypatch.setattr("mosectl.editor._refuse_failure", lambda _: None)
+    for name in ("isospectral", "memit"):
+        usual = default_options(name)
+        options = replace(usual, corpus=corpus, layers="1", prefixes=0, wordings=0, rounds=3, insist=2.0, guard=0)
+        mosectl.edit(FACTS, model, tokenizer, options=options)
+        assert weights == [[1.0, 1.0], [2.0, 1.0], [4.0, 1.0]], name
+        weights.clear()
+    assert default_options("memit").insist == 1.0 and EditOptions().insist > 1
