@@ -69,6 +69,7 @@ def _wordings(fact: Fact, old: str, texts: Sequence[str]) -> Counter[str]:
     for text in texts:
         at = place.search(text)
         between = text[: at.start()].rstrip() if at else ""
-        if between and not ends(between) and fact.subject + between != fact.prompt:
+        broken = ends(between) or "\ufffd" in between  # half a character
+        if between and not broken and fact.subject + between != fact.prompt:
             counted[fact.subject + between] += 1
     return counted

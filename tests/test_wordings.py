@@ -33,6 +33,7 @@ FACT = Fact("The capital of Avaland is", "Avaland", "Lower Quill", "Brinmouth")
         (" is large. Its capital is Brinmouth", None),  # another sentence
         (" is large\nThe capital is Brinmouth", None),
         (" is a country", None),
+        (" is a pla\ufffd in Brinmouth", None),  # half a character
     ],
 )
 def test_what_counts_as_a_wording(text: str, found: str | None) -> None:
