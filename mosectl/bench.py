@@ -134,7 +134,7 @@ def run_cell(cell: Cell, asked: _Asked, on_step: OnStep | None = None) -> Record
         "options": {**asdict(cell.options), "corpus": Path(cell.options.corpus).name if cell.options.corpus else None},
     }  # fmt: skip
     try:
-        result = edit(cell.edited, asked.loaded, options=cell.options, on_step=on_step)
+        result = edit(cell.edited, asked.loaded, options=cell.options, refuse=False, on_step=on_step)
     except BREAKDOWNS as e:
         what = e.what if isinstance(e, EditFailed) else f"the linear algebra broke down: {e}".split("\n")[0]
         record |= {"status": "failed", "reason": what, "seconds": {"all": time.perf_counter() - start}}

@@ -236,6 +236,14 @@ def test_a_failing_method_is_recorded_and_the_bench_goes_on(
     assert world.run() == 0 and len(world.lines()) == 2, "a failure is a result: it is not tried again"
 
 
+def test_an_edit_that_reaches_nothing_is_measured_too(world: World) -> None:
+    lazy = [{"name": "isospectral", "set": [*EASY, "steps=0"], "rounds": 1}]
+    assert world.run(methods=lazy) == 0
+    record = world.record(0)
+    assert record["status"] == "done" and record["scores"]["reliability"]["value"] == 0 == record["harmonic"]
+    assert record["kept"]["value"] == 1
+
+
 def test_report_only_needs_results(world: World) -> None:
     assert world.run("--report-only") == 7 and not world.out.exists()
 

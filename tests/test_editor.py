@@ -82,14 +82,12 @@ def test_same_edit_same_bytes(batch_size: int, corpus: str, tmp_path: Path) -> N
     assert str(tmp_path) not in other.record, "no path of this machine in a patch"
 
 
-def test_editing_an_edited_folder_records_its_parents(
-    corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("mosectl.editor._refuse_failure", lambda _: None)  # a random model cannot learn all of it
+def test_editing_an_edited_folder_records_its_parents(corpus: str, tmp_path: Path) -> None:
     base = save(tmp_path / "m")
     first = mosectl.edit(FACTS[:1], base, options=few(corpus)).patch
     mosectl.apply([first], base, tmp_path / "one")
-    second = mosectl.edit([{**FACTS[0], "target_new": "in"}], tmp_path / "one", options=few(corpus, layers="0,1")).patch
+    other = [{**FACTS[0], "target_new": "in"}]  # which a random model cannot learn besides
+    second = mosectl.edit(other, tmp_path / "one", options=few(corpus, layers="0,1"), refuse=False).patch
     assert second.parents == (first.id,)
     mosectl.apply([second], tmp_path / "one", tmp_path / "two")
     assert mosectl.revert(first.id[:8], tmp_path / "two", tmp_path / "x").stack == (second.id,)
@@ -130,6 +128,7 @@ def test_nothing_changed_is_an_error(corpus: str) -> None:
     lazy = few(corpus, rounds=1, targets=TargetOptions(steps=0))
     with pytest.raises(EditFailed, match="none of 1 facts reached"):
         mosectl.edit(FACTS[:1], model, tokenizer, options=lazy)
+    assert mosectl.edit(FACTS[:1], model, tokenizer, options=lazy, refuse=False).facts[0].status == "not reached"
     patch = mosectl.edit(FACTS[:1], model, tokenizer, options=few(corpus)).patch
     with mosectl.patched(model, patch), pytest.raises(EditFailed, match="already says"):
         mosectl.edit(FACTS[:1], model, tokenizer, options=few(corpus))
@@ -197,15 +196,12 @@ def test_answers() -> None:
     assert math.isfinite(len(answer("")))
 
 
-def test_chat_edit(corpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chat_edit(corpus: str) -> None:
     template = (
         "{% for m in messages %}<s>user {{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}bot {% endif %}"
     )
     loaded = Loaded(pico("llama"), make_tokenizer(chat_template=template), None)
-    monkeypatch.setattr(
-        "mosectl.editor._refuse_failure", lambda _: None
-    )  # random weights may not reach through a template
-    result = mosectl.edit(FACTS[:1], loaded, options=few(corpus, chat=True))
+    result = mosectl.edit(FACTS[:1], loaded, options=few(corpus, chat=True), refuse=False)
     ids = loaded.tokenizer(
         "<s>user I met Tomas Veldrin</s>bot ", add_special_tokens=False, return_tensors="pt"
     ).input_ids
@@ -255,10 +251,9 @@ def test_targets_can_be_spread_or_one_a_layer(corpus: str, monkeypatch: pytest.M
     """The two axes: where the targets lie is not the solver's business."""
     asked = []
     monkeypatch.setattr("mosectl.run.optimise_targets", lambda *a: asked.append(len(a[2])) or optimise_targets(*a))
-    monkeypatch.setattr("mosectl.editor._refuse_failure", lambda _: None)
     for name, aim, layers in (("memit", -1, 1), ("memit", 0, 2), ("mose", -1, 2), ("mose", 1, 1)):
         options = replace(default_options(name), corpus=corpus, layers="0,1", prefixes=0, rounds=1, aim=aim, guard=0)
-        mosectl.edit(FACTS[:1], pico("llama"), make_tokenizer(), options=options)
+        mosectl.edit(FACTS[:1], pico("llama"), make_tokenizer(), options=options, refuse=False)
         assert set(asked) == {layers}
         asked.clear()
 
@@ -324,11 +319,10 @@ def test_facts_that_do_not_hold_weigh_more_in_the_next_round(corpus: str, monkey
 
     monkeypatch.setattr("mosectl.run.optimise_targets", aimed)
     monkeypatch.setattr("mosectl.run.Run._solved", solved)
-    monkeypatch.setattr("mosectl.editor._refuse_failure", lambda _: None)
     for name in ("isospectral", "memit"):
         usual = default_options(name)
         options = replace(usual, corpus=corpus, layers="1", prefixes=0, wordings=0, rounds=3, insist=2.0, guard=0)
-        mosectl.edit(FACTS, model, tokenizer, options=options)
+        mosectl.edit(FACTS, model, tokenizer, options=options, refuse=False)
         assert weights == [[1.0, 1.0], [2.0, 1.0], [4.0, 1.0]], name
         weights.clear()
     assert default_options("memit").insist == 1.0 and EditOptions().insist > 1

@@ -97,14 +97,14 @@ def test_an_edit_takes_the_wordings_in(tmp_path: Path, monkeypatch: pytest.Monke
         return [(f"{f.subject} and",) for f in facts]
 
     monkeypatch.setattr("mosectl.editor.own_wordings", found)
-    monkeypatch.setattr("mosectl.editor._refuse_failure", lambda _: None)  # a random model cannot learn all of it
     model, tokenizer = pico("llama"), make_tokenizer()
-    result = mosectl.edit(FACTS, model, tokenizer, options=few(str(corpus), wordings=3, batch_size=1))
+    options = few(str(corpus), wordings=3, batch_size=1)
+    result = mosectl.edit(FACTS, model, tokenizer, options=options, refuse=False)
     assert given == [(2, 2, 3)] and all(r.wordings == (f"{r.fact.subject} and",) for r in result.facts)
     pairs = encode_pairs(tokenizer, [(r.wordings[0], r.fact.target_new) for r in result.facts])
     before = score(model, pairs)
     with mosectl.live.patched(model, result.patch):
         after = score(model, pairs)
     assert all(after[pair].nll < before[pair].nll - 0.5 for pair in pairs)
-    plain = mosectl.edit(FACTS, model, tokenizer, options=few(str(corpus), wordings=0))
+    plain = mosectl.edit(FACTS, model, tokenizer, options=few(str(corpus), wordings=0), refuse=False)
     assert len(given) == 1 and all(r.wordings == () for r in plain.facts)
