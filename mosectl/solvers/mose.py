@@ -13,7 +13,7 @@ from mosectl.solvers import LayerProblem, register
     "mose",
     side="output",
     source="arXiv 2601.07873",
-    settings={"relax": 0.8, "margin": 3.0, "reach": 1.5},
+    settings={"rounds": 8, "relax": 0.8, "margin": 3.0, "reach": 1.5},
     preserve=100.0,
     damping=0.01,
 )
