@@ -215,7 +215,7 @@ class Suffix:
             if not isinstance(value, Tensor):
                 return value
             value = value[rows.to(value.device)]
-            return value[:, :width] if value.dim() == 3 else value  # (rows, tokens, d)
+            return value[:, :width].contiguous() if value.dim() == 3 else value  # (rows, tokens, d)
 
         replay, shared = take(self.cached), {kind: take(pair) for kind, pair in self.shared.items()}
 

@@ -355,7 +355,9 @@ def test_help_is_quick_and_needs_no_torch() -> None:
 def test_a_real_ctrl_c_leaves_nothing(world: World) -> None:
     before = world.state()
     command = [sys.executable, "-m", "mosectl", *map(str, world.edit("--rounds", 10_000, "--set", "margin=1000"))]
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is born deaf to Ctrl-C
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, usual)
     assert process.stderr is not None
     for line in process.stderr:
         if line.startswith("targets"):

@@ -94,12 +94,13 @@ def test_ctrl_c_writes_what_there_is(script, inputs, tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(script, "_report", report)
     given = ["--facts", inputs[0], "--text", inputs[1], "-o", tmp_path / "m", *SMALL]
+    usual = signal.getsignal(signal.SIGINT)
     assert script.main(list(map(str, given))) == 130
     assert "writing what there is" in capsys.readouterr().err
     record = json.loads((tmp_path / "m" / "training.json").read_text())
     assert (record["ended"], record["steps"]) == ("interrupted", 1)
     assert (tmp_path / "m" / "model.safetensors").exists()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is usual
 
 
 @pytest.mark.parametrize(
