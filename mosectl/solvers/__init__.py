@@ -36,17 +36,6 @@ class LayerProblem:
     options: Mapping[str, float] = field(default_factory=dict)
     name: str = ""  # the layer's module path
 
-    def normal_equations(self) -> tuple[Tensor, Tensor]:
-        """A (p, p) and B (d, p) of λ‖(X − W₀)C½‖² + Σ‖X k_j − v_j‖² + ‖(X K − V)w½‖² = tr(X A Xᵀ) − 2 tr(X Bᵀ) + const.
-
-        The first sum is over earlier edits; C is raised by ``damping``, a share of its mean diagonal; λ is ``preserve``.
-        """
-        keep, damping = self.options.get("preserve", 1.0), self.options.get("damping", 1e-2)
-        C = self.C.clone()
-        C.diagonal().add_(damping * C.diagonal().mean())
-        weighted = self.K * self.weight
-        return keep * C + self.P + weighted @ self.K.T, keep * self.W0 @ C + self.Q + self.V @ weighted.T
-
 
 Solver = Callable[[LayerProblem], Tensor]  # → W' (d, p) float64
 Finish = Callable[[Tensor, Tensor, Mapping[str, float]], Tensor]  # (W0, W, options) → W', once at the end

@@ -31,7 +31,11 @@ def isospectral(problem: LayerProblem) -> Tensor:
     ``iterations`` at most; ``tolerance``, the relative gain below which it stops.
     """
     o = problem.options
-    A, B = problem.normal_equations()
+    C = problem.C.clone()
+    C.diagonal().add_(o["damping"] * C.diagonal().mean())
+    weighted = problem.K * problem.weight
+    A = o["preserve"] * C + problem.P + weighted @ problem.K.T
+    B = o["preserve"] * problem.W0 @ C + problem.Q + problem.V @ weighted.T
     root = torch.linalg.cholesky(A)
     T, A_inverse = torch.cholesky_solve(B.T, root).T, torch.cholesky_inverse(root)
     sigma = torch.linalg.svdvals(problem.W0)
