@@ -270,6 +270,7 @@ def _patch_fact(r: FactResult) -> PatchFact:
         probability_before=round(r.probability_before, 6),
         probability_after=round(r.probability_after, 6),
         status=r.status,
+        wordings=r.wordings,
     )
 
 

@@ -54,6 +54,7 @@ class PatchFact:
     probability_before: float
     probability_after: float
     status: str  # "changed", "already known", "not reached", "not finite"
+    wordings: tuple[str, ...] = ()  # other prompts that were edited along with it, the model's own
 
 
 @dataclass(frozen=True)
@@ -307,8 +308,11 @@ def _fits(change: Change, *shape: int) -> bool:
 def _patch_fact(entry: Any, i: int) -> PatchFact:
     text = ("prompt", "subject", "target_new", "before", "after", "status")
     numbers = ("probability_before", "probability_after")
-    _check_fields(entry, {**dict.fromkeys(text, str), **dict.fromkeys(numbers, (int, float))}, f"record.facts[{i}]")
-    return PatchFact(**entry)
+    where = f"record.facts[{i}]"
+    _check_fields(entry, {**dict.fromkeys(text, str), **dict.fromkeys(numbers, (int, float)), "wordings": list}, where)
+    if not all(isinstance(w, str) for w in entry["wordings"]):
+        raise PatchError("'wordings' is not a list of texts", where=where, fix="fetch the patch again")
+    return PatchFact(**{**entry, "wordings": tuple(entry["wordings"])})
 
 
 def _is_number(value: Any) -> bool:

@@ -24,12 +24,13 @@ from mosectl.jsonable import jsonable
 
 if TYPE_CHECKING:
     from mosectl.bench_report import Grid
-    from mosectl.editor import EditResult
+    from mosectl.editor import EditResult, FactResult
     from mosectl.evaluation import Evaluation
     from mosectl.facts import FactsReport
     from mosectl.inspection import Inspection
     from mosectl.live import Asked
     from mosectl.metrics import Stability
+    from mosectl.patch import PatchFact
     from mosectl.plan import Diagnosis, Estimate
     from mosectl.run import OnStep
     from mosectl.stack import ApplyReport
@@ -170,8 +171,7 @@ def edit(result: EditResult, path: Path | None, model: str) -> None:
     )
     _stability("Stability of the changed W against W, float32", result.stability)
     _line("time: " + ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in result.seconds.items()))
-    if own := sum(len(r.wordings) for r in result.facts):
-        hint(f"edited with the prompts: {own} wordings of the model's own (--json lists them, --set wordings=0: none)")
+    _wordings(result.facts)
     missed = sum(r.status in ("not reached", "not finite") for r in result.facts)
     if missed:
         _err().print(
@@ -182,6 +182,11 @@ def edit(result: EditResult, path: Path | None, model: str) -> None:
     if path:
         _line(f"patch {result.patch.id[:12]} → {path} ({size(path.stat().st_size)})")
         hint(f"next: mosectl inspect {path}   |   mosectl apply {path} --model {model} -o edited/")
+
+
+def _wordings(facts: Sequence[FactResult] | Sequence[PatchFact]) -> None:
+    if own := sum(len(f.wordings) for f in facts):
+        hint(f"edited with the prompts: {own} wordings of the model's own (--json lists them; --set wordings=0: none)")
 
 
 def _stability(title: str, drifts: Sequence[Stability]) -> None:
@@ -314,6 +319,7 @@ def inspection(i: Inspection) -> None:
             for f in p.facts
         ],
     )
+    _wordings(p.facts)
     scores = {k: v for k, v in p.metrics.get("scores", {}).items() if isinstance(v, float)}
     _line("measured when it was made (protocol generation): " + ", ".join(f"{k} {v:.1%}" for k, v in scores.items()))
 

@@ -26,8 +26,8 @@ def make(d: int = 8, **changes: object) -> Patch:
     content = {
         "changes": {MODULE: Change({"R": R})}, "method": "mose", "side": "output", "options": {"rounds": 3}, "model": "pico",
         "revision": None, "model_type": "llama", "base": {MODULE: fingerprint(f"{MODULE}.weight", W)},
-        "facts": (PatchFact("A is", "A", "b", "c", "b", 0.1, 0.9, "changed"),), "metrics": {"x": 1.5}, "seed": 0,
-        "versions": {"mosectl": "0.1.0"}, "parents": (),
+        "facts": (PatchFact("A is", "A", "b", "c", "b", 0.1, 0.9, "changed", ("A being",)),), "metrics": {"x": 1.5},
+        "seed": 0, "versions": {"mosectl": "0.1.0"}, "parents": (),
     }  # fmt: skip
     return Patch(**{**content, **changes})  # type: ignore[arg-type]
 
@@ -55,6 +55,7 @@ def test_round_trip_and_same_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     back = Patch.load(tmp_path / "a")
     assert back.id == patch.id and back.record == patch.record and len(patch.id) == 64
+    assert back.facts == patch.facts
     assert torch.equal(back.changes[MODULE].factors["R"], patch.changes[MODULE].factors["R"])
     assert make(seed=1).id != patch.id
     assert (tmp_path / "a").stat().st_mode & 0o044, "others must be able to read it"
@@ -110,6 +111,7 @@ BAD: dict[str, tuple[Callable[[dict, bytes], bytes], str]] = {
     "bad parent": (lambda h, b: build(change(h, lambda r: r.update(parents=["x"])), b), "not a patch id"),
     "foreign tensor": (lambda h, b: build(change(h, lambda r: r["base"][MODULE].update(tensor="a.b")), b), "belong"),
     "bad fact": (lambda h, b: build(change(h, lambda r: r["facts"][0].pop("after")), b), r"facts\[0\]"),
+    "bad wording": (lambda h, b: build(change(h, lambda r: r["facts"][0].update(wordings=[1])), b), "list of texts"),
     "NaN in record": (lambda h, b: build(change(h, lambda r: r.update(metrics={"a": float("nan")})), b), "not a number"),
     "deep nesting": (
         lambda h, b: build({**h, "__metadata__": {"mosectl": "[" * 100_000}}, b),

@@ -17,7 +17,7 @@ from mosectl.facts import fact_from_dict
 from mosectl.forward import Suffix, hooked, keys_at
 from mosectl.run import _metric
 from mosectl.stats import read_corpus, second_moments
-from mosectl.targets import TargetOptions, Targets, build_contexts, optimise_targets, token_nll
+from mosectl.targets import TargetOptions, Targets, build_contexts, optimise_targets, rows_of, token_nll
 
 
 class Stage:
@@ -109,6 +109,35 @@ def test_a_step_that_raises_the_loss_is_halved() -> None:
     assert bool(wild.converged.all()) and float(wild.loss) < 3
     few = stage.targets(drop=100.0, steps=2, margin=2.0)
     assert not bool(few.converged.any())
+    never, longer = (float(stage.targets(drop=100.0, steps=n, margin=50.0).loss) for n in (20, 60))
+    assert longer < never < 1.8, "steps grow shorter where there is nothing to gain, the loss does not swing"
+
+
+def test_rows_that_lead_do_not_pull() -> None:
+    """Of a fact's two contexts only the one that does not lead by the margin yet gives the direction."""
+    stage = Stage(n=1, layers=1)
+    fact = [fact_from_dict(FACTS[0], "x")]
+    both = build_contexts(stage.model, stage.tokenizer, fact, ["", "Born in a town. "])
+    kl = (~both.is_edit).nonzero().flatten()
+    alone = [rows_of(both, torch.cat([row[None], kl])) for row in both.edit_rows]
+    leads = []
+    for stage.contexts in alone:
+        leads.append(float(stage.targets(steps=0).margin_before))
+    late = leads.index(min(leads))
+    how = {"steps": 1, "margin": sum(leads) / 2, "drop": 0.1}
+
+    def shift(row: int) -> Tensor:
+        stage.contexts = alone[row]
+        (still,) = stage.targets(steps=0).V
+        (moved,) = stage.targets(**{**how, "margin": 50.0}).V
+        return (moved - still)[0]
+
+    wanted, other = shift(late), shift(1 - late)
+    stage.contexts = both
+    (still,), (moved,) = stage.targets(steps=0).V, stage.targets(**how).V
+    for found in moved - still:
+        assert float(torch.cosine_similarity(found, wanted, dim=0)) > 0.9999
+        assert float(torch.cosine_similarity(found, other, dim=0)) < 0.99
 
 
 def test_reach_bounds_the_steps() -> None:

@@ -101,6 +101,7 @@ def test_an_edit_takes_the_wordings_in(tmp_path: Path, monkeypatch: pytest.Monke
     options = few(str(corpus), wordings=3, batch_size=1)
     result = mosectl.edit(FACTS, model, tokenizer, options=options, refuse=False)
     assert given == [(2, 2, 3)] and all(r.wordings == (f"{r.fact.subject} and",) for r in result.facts)
+    assert [f.wordings for f in result.patch.facts] == [r.wordings for r in result.facts]
     pairs = encode_pairs(tokenizer, [(r.wordings[0], r.fact.target_new) for r in result.facts])
     before = score(model, pairs)
     with mosectl.live.patched(model, result.patch):
