@@ -15,7 +15,7 @@ import mosectl
 from mosectl.arch import resolve
 from mosectl.errors import EditFailed, FactsError, UsageError
 from mosectl.evaluate import answer, interview, says
-from mosectl.facts import fact_from_dict
+from mosectl.facts import Fact, fact_from_dict
 from mosectl.forward import keys_at
 from mosectl.guard import canaries, harm, health
 from mosectl.live import Loaded, load
@@ -23,7 +23,7 @@ from mosectl.options import EditOptions, default_options, options_from
 from mosectl.rotation import is_rotation
 from mosectl.solvers import NAMES, LayerProblem, method
 from mosectl.stats import read_corpus, second_moments
-from mosectl.targets import TargetOptions, Targets, build_contexts, displaced, optimise_targets
+from mosectl.targets import Contexts, TargetOptions, Targets, build_contexts, displaced, optimise_targets
 
 # The subject ends the prompt and the target is one token: what a model with random weights can be made to say.
 FACTS = [
@@ -326,3 +326,20 @@ def test_facts_that_do_not_hold_weigh_more_in_the_next_round(corpus: str, monkey
         assert weights == [[1.0, 1.0], [2.0, 1.0], [4.0, 1.0]], name
         weights.clear()
     assert default_options("memit").insist == 1.0 and EditOptions().insist > 1
+
+
+def test_earlier_facts_that_slip_are_edited_with_the_next_batch(corpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = pico("llama"), make_tokenizer()
+    edited: list[list[str]] = []
+
+    def contexts(model: object, tokenizer: object, facts: list[Fact], *rest: object, **how: object) -> Contexts:
+        edited.append([f.prompt for f in facts])
+        return build_contexts(model, tokenizer, facts, *rest, **how)
+
+    monkeypatch.setattr("mosectl.run.build_contexts", contexts)
+    first, second = (f["prompt"] for f in FACTS)
+    for below, again in ((0.0, [second]), (1e6, [second, first])):  # nothing leads by a million nats
+        options = few(corpus, layers="1", batch_size=1, rehearse=below)
+        mosectl.edit(FACTS, model, tokenizer, options=options, refuse=False)
+        assert edited == [[first], again]
+        edited.clear()
