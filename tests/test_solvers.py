@@ -118,7 +118,23 @@ def test_isospectral_does_not_drift_when_solved_again() -> None:
     assert torch.allclose(again, W, atol=1e-5)
 
 
+def test_isospectral_turns_an_output_round_in_one_step() -> None:
+    """The left rotation does what no small step on the right can: v = −W k."""
+    left = []
+    for seed in range(5):
+        p = problem("isospectral", m=1, seed=seed, preserve=0.01, iterations=1)
+        p = replace(p, V=-p.W @ p.K)
+        left.append(float((method("isospectral").solve(p) @ p.K - p.V).norm() / p.V.norm()))
+    assert sum(left) / 5 < 0.05
+
+
 # The additive baselines
+
+
+@pytest.mark.parametrize("name", ["rome", "memit", "rect", "emmet", "prune", "alphaedit"])
+def test_additive_updates_start_from_the_weight_as_it_is(name: str) -> None:
+    p = problem(name)
+    assert torch.equal(method(name).solve(replace(p, W0=random(D, P, seed=9))), method(name).solve(p))
 
 
 def test_memit_solves_its_normal_equations() -> None:
@@ -136,6 +152,14 @@ def test_rome_meets_its_target_along_the_whitened_key() -> None:
     assert torch.allclose(W - p.W, torch.outer(v - p.W @ k, u) / (k @ u), atol=1e-6)
 
 
+def test_rome_takes_one_fact_after_the_other() -> None:
+    p, W = solve("rome", m=3)
+    one = p.W
+    for i in range(3):
+        one = method("rome").solve(replace(p, W=one, K=p.K[:, i : i + 1], V=p.V[:, i : i + 1]))
+    assert torch.allclose(W, one, atol=1e-9)
+
+
 def test_memit_with_one_fact_tends_to_rome() -> None:
     p = problem("memit", m=1, preserve=1e-6)
     assert torch.allclose(method("memit").solve(p), method("rome").solve(p), atol=1e-4)
@@ -147,6 +171,12 @@ def test_emmet_meets_all_targets_and_with_one_fact_is_rome() -> None:
     # among all updates that meet the targets its cost tr(ΔW C ΔWᵀ) is least: it is orthogonal to what leaves K alone
     N = random(D, P) @ (torch.eye(P).double() - p.K @ torch.linalg.pinv(p.K))
     assert abs(float(((W - p.W) @ p.C * N).sum())) < 1e-6
+    eased = method("emmet").solve(problem("emmet", ridge=0.5))  # eq. 10 with α as a share of the mean of kᵀC⁻¹k
+    inverse = torch.linalg.inv(p.C)
+    G = p.K.T @ inverse @ p.K
+    alpha = 0.5 * sum(k @ inverse @ k for k in p.K.T) / p.K.shape[1]
+    expected = (p.V - p.W @ p.K) @ torch.linalg.inv(G + alpha * torch.eye(len(G))) @ p.K.T @ inverse
+    assert torch.allclose(eased - p.W, expected, atol=1e-7)
     one = problem("emmet", m=1, ridge=0.0)
     assert torch.allclose(method("emmet").solve(one), method("rome").solve(one), atol=1e-7)
 

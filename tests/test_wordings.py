@@ -108,4 +108,11 @@ def test_an_edit_takes_the_wordings_in(tmp_path: Path, monkeypatch: pytest.Monke
         after = score(model, pairs)
     assert all(after[pair].nll < before[pair].nll - 0.5 for pair in pairs)
     plain = mosectl.edit(FACTS, model, tokenizer, options=few(str(corpus), wordings=0), refuse=False)
-    assert len(given) == 1 and all(r.wordings == () for r in plain.facts)
+    talk = mosectl.edit(
+        FACTS,
+        model,
+        make_tokenizer(chat_template="{{ messages[0].content }}</s>A: "),
+        options=few(str(corpus), wordings=3, chat=True),
+        refuse=False,
+    )
+    assert len(given) == 1 and all(r.wordings == () for r in (*plain.facts, *talk.facts))
