@@ -6,11 +6,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import make_tokenizer, pico
 from torch import Tensor
 
+from mosectl.arch import resolve
 from mosectl.errors import UsageError
+from mosectl.facts import fact_from_dict
+from mosectl.live import weight_of
 from mosectl.rotation import is_rotation, left_factor
 from mosectl.solvers import NAMES, LayerProblem, method
+from mosectl.solvers.oft import cayley
+from mosectl.targets import build_contexts
 
 D, P = 10, 24
 
@@ -126,6 +132,31 @@ def test_isospectral_turns_an_output_round_in_one_step() -> None:
         p = replace(p, V=-p.W @ p.K)
         left.append(float((method("isospectral").solve(p) @ p.K - p.V).norm() / p.V.norm()))
     assert sum(left) / 5 < 0.05
+
+
+# OFT
+
+
+def test_cayley_transform() -> None:
+    raw = random(6, 6)
+    A = raw - raw.T
+    R = cayley(raw)
+    assert is_rotation(R) and torch.allclose(R @ (torch.eye(6) + A), torch.eye(6) - A, atol=1e-9)
+
+
+def test_oft_turns_each_block_of_the_input_by_itself() -> None:
+    model = pico("llama")
+    arch = resolve(model)
+    (p,) = arch.projections[:1]
+    fact = fact_from_dict({"prompt": "I met Tomas Veldrin", "subject": "Tomas Veldrin", "target_new": "and"}, "here")
+    contexts = build_contexts(model, make_tokenizer(), [fact], [""])
+    W = p.oriented(weight_of(model, p).detach()).double()
+    turned = method("oft").run(
+        model, arch, [p], contexts, {p.name: W}, {"blocks": 4.0, "steps_oft": 3.0, "rate": 1e-2}
+    )[p.name]
+    for a, b in zip(W.tensor_split(4, 1), turned.tensor_split(4, 1), strict=True):
+        assert float((a - b).norm() / a.norm()) > 1e-3
+        assert torch.allclose(a @ a.T, b @ b.T, atol=1e-9), "a rotation within the block keeps W_b W_bᵀ"
 
 
 # The additive baselines
