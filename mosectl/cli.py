@@ -1,7 +1,7 @@
 """The command line: parse, one library call, render. Nothing heavy is imported until a command runs.
 
 Exit codes: 0 done · 1 bug · 2 usage · 3 facts file · 4 model · 5 patch · 6 wrong base · 7 output · 8 nothing changed ·
-9 Hub · 10 below --fail-under · 130 Ctrl-C · 141 closed pipe.
+9 Hub · 10 below --fail-under · 11 stopped early · 130 Ctrl-C · 141 closed pipe.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from typing import Annotated, Any
 import typer
 
 from mosectl import __version__
-from mosectl.errors import FactsError, MosectlError, OutputError, PatchError, UsageError
+from mosectl.errors import FactsError, MosectlError, OutputError, PatchError, StoppedEarly, UsageError
 
 app = typer.Typer(
     name="mosectl",
     help="Edit facts in open language models with orthogonal, portable, revertible patches.",
     epilog="Exit codes: 0 done, 1 bug, 2 usage, 3 facts file, 4 model, 5 patch, 6 wrong base, 7 output, 8 nothing changed, "
-    "9 Hub, 10 below --fail-under, 130 Ctrl-C.",
+    "9 Hub, 10 below --fail-under, 11 stopped early, 130 Ctrl-C.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
@@ -181,6 +181,10 @@ def edit(
         report.data({"patch": str(out), "id": result.patch.id, **_numbers(result)})
     else:
         report.edit(result, out, model)
+    if result.stopped:
+        from mosectl.guard import REMEDY
+
+        raise StoppedEarly(f"stopped early: {result.stopped}", where=str(out), fix=REMEDY)
 
 
 @app.command()

@@ -12,6 +12,7 @@
 | 8    | EditFailed      | the edit changed nothing, diverged or reached no target       |
 | 9    | HubError        | the Hugging Face Hub cannot be reached or refuses             |
 | 10   | BelowThreshold  | a number is below its --fail-under                            |
+| 11   | StoppedEarly    | the guard ended an edit; its patch holds the facts before     |
 | 130  | (Ctrl-C)        | interrupted; nothing half-written is left behind              |
 | 141  | (closed pipe)   | whoever read the output stopped reading                       |
 """
@@ -63,3 +64,7 @@ class HubError(MosectlError):
 
 class BelowThreshold(MosectlError):
     exit_code = 10
+
+
+class StoppedEarly(MosectlError):
+    exit_code = 11

@@ -18,6 +18,7 @@ from mosectl.scoring import sequence_nll
 CANARIES = 24
 CANARY_TOKENS = 64
 NORM_LIMIT = 1.0  # ‖W‖ may grow or shrink by this share of the base's
+REMEDY = "try a larger --set preserve=…, fewer facts at once (--batch-size), or --set guard=0 to go on"
 CONDITION_LIMIT = 10.0  # κ(W) may become this many times the base's
 
 

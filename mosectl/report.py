@@ -177,8 +177,6 @@ def edit(result: EditResult, path: Path | None, model: str) -> None:
         _err().print(
             f"[yellow]{missed} of {len(result.facts)} facts were not reached[/]: more --rounds or other --layers may help"
         )
-    if result.stopped:
-        _err().print(f"[bold yellow]stopped early[/] {escape(result.stopped)}")
     if path:
         _line(f"patch {result.patch.id[:12]} → {path} ({size(path.stat().st_size)})")
         hint(f"next: mosectl inspect {path}   |   mosectl apply {path} --model {model} -o edited/")

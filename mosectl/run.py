@@ -16,7 +16,7 @@ from mosectl.earlier import Earlier
 from mosectl.errors import EditFailed
 from mosectl.facts import Fact
 from mosectl.forward import hidden_at, keys_at
-from mosectl.guard import Health, harm, health
+from mosectl.guard import REMEDY, Health, harm, health
 from mosectl.live import Loaded, set_weight, solve_device, weight_of
 from mosectl.metrics import Stability, stability
 from mosectl.options import EditOptions
@@ -143,8 +143,7 @@ class Run:
                 for p in self.projections:
                     self._set(p, before[p.name])
                 if not losses:
-                    fix = "try a larger --set preserve=…, fewer facts at once (--batch-size), or --set guard=0 to go on"
-                    raise EditFailed(f"the edit harms the model: {what}", fix=fix)
+                    raise EditFailed(f"the edit harms the model: {what}", fix=REMEDY)
                 last = len(losses)
                 self.stopped = (
                     f"facts {start + 1}-{start + len(batch)} were taken back: {what}; the first {last} are kept"

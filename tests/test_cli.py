@@ -93,6 +93,20 @@ def world(tmp_path: Path) -> World:
     return World(tmp_path)
 
 
+def test_a_run_that_the_guard_ends_keeps_its_patch_and_says_so(
+    world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verdicts = iter(["", "ordinary text became less likely"])
+    monkeypatch.setattr("mosectl.run.harm", lambda *_: next(verdicts))
+    other = {**FACT, "prompt": "We went to Avaland", "subject": "Avaland", "target_new": "in"}
+    facts = f"{json.dumps(FACT)}\n{json.dumps(other)}".encode()
+    assert run(*world.with_facts(facts, "--batch-size", 1, "--json")) == 11
+    out, err = capsys.readouterr()
+    assert json.loads(out)["facts"][1]["status"] == "not edited"
+    assert "stopped early: facts 2-2 were taken back: ordinary text" in " ".join(err.split()) and "preserve" in err
+    assert [f.prompt for f in Patch.load(world.folder / "new.safetensors").facts] == [FACT["prompt"]]
+
+
 def test_the_main_job(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     original, new, out = hashes(world.model), world.folder / "new.safetensors", world.folder / "out"
     assert run(*world.edit("--json")) == 0
