@@ -9,35 +9,58 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from mosectl.rotation import left_factor, right_factor, two_sided_factors
+from mosectl.rotation import Compact, left_factor, right_factor, two_sided_factors
 
 SIDES = {"output": ("R",), "input": ("R_in",), "both": ("R", "R_in"), "additive": ("A", "B")}
+COMPACT = {"R": ("U", "Q"), "R_in": ("U_in", "Q_in")}  # the other form of a rotation
 
 
 @dataclass(frozen=True)
 class Change:
     """W' = R W R_in, a missing factor being the identity, or W' = W + B A; the factors by their names in a patch file.
 
-    R (d, d) and R_in (p, p) are rotations, A (r, p) and B (d, r) are not; all float32 in a patch.
+    R (d, d) and R_in (p, p) are rotations, dense or compact: U (n, r) and Q (r, r) stand for I + U (Q − I) Uᵀ. A (r, p) and
+    B (d, r) are no rotations. All are float32 in a patch.
     """
 
     factors: Mapping[str, Tensor]
 
+    def side(self) -> str | None:
+        """The side (a key of SIDES) these factors are for; None if they make no change."""
+        names = set(self.factors)
+        for dense, pair in COMPACT.items():
+            if names >= set(pair) and dense not in names:
+                names = names - set(pair) | {dense}
+        return next((side for side, wanted in SIDES.items() if names == set(wanted)), None)
+
+    def rotation(self, name: str, dtype: torch.dtype = torch.float64) -> Tensor | Compact | None:
+        """The rotation "R" or "R_in" in the form it is held in; None where there is none."""
+        if name in self.factors:
+            return self.factors[name].to(dtype)
+        U, Q = COMPACT[name]
+        return Compact(self.factors[U].to(dtype), self.factors[Q].to(dtype)) if U in self.factors else None
+
     def apply(self, W: Tensor) -> Tensor:
         """The changed W (d, p), float64 on the factors' device."""
-        f = {name: factor.double() for name, factor in self.factors.items()}
-        W = W.to(next(iter(f.values())))
-        if "A" in f:
-            return W + f["B"] @ f["A"]
-        W = f["R"] @ W if "R" in f else W
-        return W @ f["R_in"] if "R_in" in f else W
+        W = W.to(next(iter(self.factors.values())).device, torch.float64)
+        if "A" in self.factors:
+            return W + self.factors["B"].double() @ self.factors["A"].double()
+        R, R_in = self.rotation("R"), self.rotation("R_in")
+        W = R.left(W) if isinstance(R, Compact) else W if R is None else R @ W
+        return R_in.right(W) if isinstance(R_in, Compact) else W if R_in is None else W @ R_in
 
     def undo(self, W: Tensor) -> Tensor:
         """The inverse of :meth:`apply` up to rounding: Rᵀ W R_inᵀ, or W − B A."""
         f = self.factors
         if "A" in f:
             return Change({"A": f["A"], "B": -f["B"]}).apply(W)
-        return Change({name: factor.T for name, factor in f.items()}).apply(W)
+        return Change({name: factor if name in ("U", "U_in") else factor.T for name, factor in f.items()}).apply(W)
+
+    def dense(self) -> Change:
+        """The same with dense rotations, float32."""
+        rotations = {name: self.rotation(name) for name in COMPACT}
+        full = {n: R.dense() if isinstance(R, Compact) else R for n, R in rotations.items() if R is not None}
+        return Change({n: R.float() for n, R in full.items()}) if full else self
 
     @property
     def nbytes(self) -> int:

@@ -135,6 +135,12 @@ def edit(
         list[str] | None, typer.Option("--set", help="A solver or target setting, e.g. --set preserve=2. Repeatable.")
     ] = None,
     corpus: Corpus = None,
+    form: Annotated[
+        str,
+        typer.Option(
+            help="Rotations in the patch: compact (low rank), dense, or auto: the smaller that loses no fact."
+        ),
+    ] = "auto",
     seed: Annotated[int, typer.Option(help="Chooses the prefix texts.")] = 0,
     limit: Limit = None,
     on_error: OnError = "fail",
@@ -165,6 +171,7 @@ def edit(
         seed=seed,
         chat=chat,
         corpus=corpus,
+        form=form,
     )
     if dry_run:
         from mosectl.plan import estimate

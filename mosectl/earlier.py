@@ -49,21 +49,34 @@ class Earlier:
         for name, written in self._written(rows_of(self.contexts, rows.to(self.contexts.fact.device)), W).items():
             self.values[name][:, rows.to(written.device)] = written
 
-    @torch.no_grad()
     def slipped(self, below: float) -> list[int]:
         """Indices of facts whose bare prompt leads by less than ``below`` nats, worst first, not more than REHEARSED."""
         c = self.contexts
         if c is None or below <= 0:
             return []
         bare = torch.cat([torch.tensor([True], device=c.fact.device), c.fact[1:] != c.fact[:-1]]).nonzero().flatten()
-        lead = []
-        for rows in bare.split(ROWS):
-            with logits_at(self.model, c.positions[rows]):
-                logits = self.model(**c.batch.rows(rows).kwargs()).logits.float()
-            lead.append(leads(logits.log_softmax(-1).to(c.fact.device), c.targets[rows]).cpu())
-        found = torch.cat(lead)
+        found = self._leads(bare)
         order = found.argsort().tolist()
         return [i for i in order if found[i] < below and self.failures[i] < GIVEN_UP][:REHEARSED]
+
+    def held(self) -> int:
+        """How many of all contexts the model answers with the new object now."""
+        return 0 if self.contexts is None else int((self._leads(torch.arange(len(self.contexts.fact))) > 0).sum())
+
+    def seen(self) -> dict[str, Tensor]:
+        """Σ w k kᵀ (p, p) float64 over all contexts by module path, as the model is now; a fact's w sum to 1."""
+        return {name: P for name, (P, _) in self.moments(1.0).items()}
+
+    @torch.no_grad()
+    def _leads(self, rows: Tensor) -> Tensor:
+        """Lead of the new object, (rows,) nats on the CPU, in these rows of the contexts."""
+        assert self.contexts is not None
+        c, found = self.contexts, []
+        for part in rows.to(c.fact.device).split(ROWS):
+            with logits_at(self.model, c.positions[part]):
+                logits = self.model(**c.batch.rows(part).kwargs()).logits.float()
+            found.append(leads(logits.log_softmax(-1).to(c.fact.device), c.targets[part]).cpu())
+        return torch.cat(found)
 
     def moments(self, weight: float) -> dict[str, tuple[Tensor, Tensor]]:
         """P = Σ w k kᵀ (p, p) and Q = Σ w v kᵀ (d, p) over all contexts by module path; a fact's w sum to ``weight``."""

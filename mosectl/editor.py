@@ -234,7 +234,11 @@ def _patch(
         model_type=arch.model_type,
         base=_bases(loaded, arch, run),
         facts=tuple(_patch_fact(r) for r in results if r.status != "not edited"),
-        metrics={"scores": _rounded(asdict(scores)), "stability": [_rounded(asdict(s)) for s in drifts]},
+        metrics={
+            "scores": _rounded(asdict(scores)),
+            "stability": [_rounded(asdict(s)) for s in drifts],
+            "compaction": _rounded(run.compaction),
+        },
         seed=options.seed,
         versions={
             "mosectl": __version__,

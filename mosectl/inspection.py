@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from mosectl.arch import disk_names, resolve, skeleton
-from mosectl.change import Change, changed
+from mosectl.change import COMPACT, changed
 from mosectl.checkpoint import Checkpoint, open_checkpoint
 from mosectl.errors import BaseMismatch
 from mosectl.fingerprint import match
 from mosectl.metrics import Stability, stability
 from mosectl.patch import Patch
-from mosectl.rotation import angles, orthogonality_error
+from mosectl.rotation import Compact, angles, orthogonality_error
 
 RANK_TOLERANCE = 1e-3  # share of the largest singular value of R − I that still counts as a direction
 
@@ -27,11 +27,13 @@ class FactorReport:
 
     module: str
     factor: str  # "R", "R_in" or "B A"
+    form: str  # "dense" or "compact"
     shape: tuple[int, int]
     orthogonality_error: float | None  # ‖RᵀR − I‖_F / √n; None for an additive change
     largest_angle: float | None  # degrees
     median_angle: float | None
     rank: int  # directions of R − I, or of B A, above RANK_TOLERANCE of the strongest
+    left_out: float | None  # share of the edit's effect that the compact form of the module's rotations leaves out
     distance: float  # ‖R − I‖_F / √n, or ‖B A‖_F
     base: str  # how the model's weight compares with the patch's base; "" without a model
     stability: Stability | None  # on the model's stored dtype
@@ -56,37 +58,64 @@ def inspect(path: str | Path, *, model: str | Path | None = None, revision: str 
     checkpoint = open_checkpoint(model, revision) if model is not None else None
     effects = dict(_effects(patch, checkpoint)) if checkpoint else {}
     factors = tuple(
-        report
-        for name, change in patch.changes.items()
-        for report in _factors(name, change, *effects.get(name, ("", None)))
+        report for name in patch.changes for report in _factors(patch, name, *effects.get(name, ("", None)))
     )
     return Inspection(patch, Path(path).stat().st_size, factors)
 
 
-def _factors(module: str, change: Change, base: str, drift: Stability | None) -> Iterator[FactorReport]:
+def _factors(patch: Patch, module: str, base: str, drift: Stability | None) -> Iterator[FactorReport]:
+    change = patch.changes[module]
     f = change.factors
     if "A" in f:
         strengths = torch.linalg.svdvals(f["B"].double() @ f["A"].double())
         shape = (len(f["B"]), f["A"].shape[1])
         yield FactorReport(
-            module, "B A", shape, None, None, None, _rank(strengths), float(strengths.norm()), base, drift
+            module,
+            "B A",
+            "compact",
+            shape,
+            None,
+            None,
+            None,
+            _rank(strengths),
+            None,
+            float(strengths.norm()),
+            base,
+            drift,
         )
         return
-    for name, R in f.items():
-        turned = angles(R)
-        chords = 2 * torch.sin(torch.deg2rad(turned) / 2)  # singular values of R − I
+    left_out = patch.metrics.get("compaction", {}).get(module)
+    for name in COMPACT:
+        R = change.rotation(name)
+        if R is None:
+            continue
+        core = R.Q if isinstance(R, Compact) else R
+        n = len(R.U) if isinstance(R, Compact) else len(R)
+        turned = angles(core)
+        chords = 2 * torch.sin(torch.deg2rad(turned) / 2)  # singular values of R − I; where U does not reach they are 0
         yield FactorReport(
             module=module,
             factor=name,
-            shape=(len(R), len(R)),
-            orthogonality_error=orthogonality_error(R),
+            form="compact" if isinstance(R, Compact) else "dense",
+            shape=(n, n),
+            orthogonality_error=_orthogonality_error(R),
             largest_angle=float(turned[0]),
             median_angle=float(turned.median()),
             rank=_rank(chords),
-            distance=float(chords.norm() / len(R) ** 0.5),
+            left_out=left_out if isinstance(left_out, float) else None,
+            distance=float(chords.norm() / n**0.5),
             base=base,
             stability=drift,
         )
+
+
+def _orthogonality_error(R: Tensor | Compact) -> float:
+    """‖RᵀR − I‖_F / √n; a compact rotation deviates by what U and Q deviate, without an (n, n) matrix."""
+    if isinstance(R, Tensor):
+        return orthogonality_error(R)
+    U = torch.linalg.qr(R.U)[1]  # (r, r): all that is not the identity happens in U's span
+    inside = Compact(U, R.Q).dense()
+    return orthogonality_error(inside) * (len(inside) / len(R.U)) ** 0.5
 
 
 def _rank(strengths: Tensor) -> int:

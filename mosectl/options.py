@@ -29,6 +29,10 @@ class EditOptions:
     aim: int = -1
     rehearse: float = 1.0  # nats; earlier facts that lead by less are edited again along with a batch; 0 = none
     guard: float = 1.0  # nats a token by which ordinary text may become less likely before a run is stopped; 0 = any
+    form: str = (
+        "auto"  # of rotations in the patch: "compact" (low rank), "dense", or the smaller where no fact is lost by it
+    )
+    compaction: float = 0.1  # what a compact form may leave out of the edit's effect, as a share of it
     seed: int = 0
     chat: bool = False
     corpus: str | None = None  # None = embedded
@@ -36,6 +40,7 @@ class EditOptions:
     targets: TargetOptions = field(default_factory=TargetOptions)
 
 
+FORMS = ("auto", "compact", "dense")
 _FLAGS = ("batch_size", "rounds", "seed")  # these have a command-line option of their own
 
 
@@ -68,6 +73,8 @@ def options_from(settings: Sequence[str], **given: Any) -> EditOptions:
                 f"--set {setting}: '{solver.name}' trains on the model, it takes no values", fix="leave it out"
             )
         found[place][name] = number
+    if given.get("form") not in (None, *FORMS):
+        raise UsageError(f"--form {given['form']}: no such form", fix=f"choose one of: {', '.join(FORMS)}")
     usual = default_options(solver.name)
     given = {k: v for k, v in given.items() if v is not None} | found["edit"]
     return replace(usual, **given, solver=found["solver"], targets=replace(usual.targets, **found["targets"]))

@@ -26,7 +26,7 @@ from mosectl.rotation import is_rotation, orthogonality_error, orthogonality_tol
 
 FORMAT = 1
 KEY = "mosectl"
-_NAME = re.compile(r"([A-Za-z_]\w*(?:\.\w+)*)\.(R|R_in|A|B)", re.ASCII)
+_NAME = re.compile(r"([A-Za-z_]\w*(?:\.\w+)*)\.(R|R_in|U|Q|U_in|Q_in|A|B)", re.ASCII)
 _MAX_HEADER = 100_000_000  # safetensors' own limit
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -212,14 +212,14 @@ def _check_layout(header: dict[str, Any], data_size: int) -> None:
     for name, entry in header.items():
         found = _NAME.fullmatch(name)
         if not found:
-            fix = "a patch holds only '<module>.R', '.R_in', '.A' and '.B'"
+            fix = "a patch holds only '<module>.R', '.U', '.Q', the same with '_in', '.A' and '.B'"
             raise PatchError(f"tensor name {name!r} is not allowed", where="header", fix=fix)
         if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
             raise PatchError("malformed tensor entry", where=name, fix="fetch the patch again")
         shape, offsets = entry["shape"], entry["data_offsets"]
         if entry["dtype"] != "F32" or not _integers(shape, 2) or min(shape) < 1:
             raise PatchError(f"must be an F32 matrix, found {entry['dtype']} {shape}", where=name)
-        if found[2].startswith("R") and shape[0] != shape[1]:
+        if found[2].startswith(("R", "Q")) and shape[0] != shape[1]:
             raise PatchError(f"a rotation must be a square F32 matrix, found {shape}", where=name)
         if not _integers(offsets, 2) or offsets[1] - offsets[0] != 4 * shape[0] * shape[1]:
             raise PatchError(f"data offsets {offsets} do not fit shape {shape}", where=name)
@@ -241,7 +241,14 @@ def _integers(value: Any, n: int) -> bool:
 def _check_factor(name: str, factor: Tensor) -> None:
     if not bool(torch.isfinite(factor).all()):
         raise PatchError("holds NaN or infinite numbers", where=name, fix="do not use this patch")
-    if name.endswith((".A", ".B")) or is_rotation(factor):
+    if name.endswith((".A", ".B")):
+        return
+    if name.endswith((".U", ".U_in")):
+        n, r = factor.shape
+        if r > n or orthogonality_error(factor) > orthogonality_tolerance(n):
+            raise PatchError("its columns are not orthonormal", where=name, fix="do not use this patch")
+        return
+    if is_rotation(factor):
         return
     error, limit = orthogonality_error(factor), orthogonality_tolerance(len(factor))
     why = f"‖RᵀR−I‖/√d = {error:.1e}, allowed {limit:.1e}" if error > limit else "a reflection, det R = −1"
@@ -260,7 +267,7 @@ def _from_record(record: dict[str, Any], changes: dict[str, Change]) -> Patch:
     if fields["side"] not in SIDES:
         raise PatchError(f"side '{fields['side']}' is not known", where="record.side", fix="update mosectl")
     for module, change in changes.items():
-        if set(change.factors) != set(SIDES[fields["side"]]):
+        if change.side() != fields["side"]:
             what = f"holds {', '.join(change.factors)}, which is not side '{fields['side']}'"
             raise PatchError(what, where=module, fix="do not use this patch")
     if set(fields["base"]) != set(changes):
@@ -298,11 +305,13 @@ def _base_tensor(entry: Any, name: str, change: Change) -> BaseTensor:
 def _fits(change: Change, *shape: int) -> bool:
     """Do the factors fit a weight of this shape, stored as (d, p) or as (p, d)?"""
     f = {kind: tuple(factor.shape) for kind, factor in change.factors.items()}
-    for d, p in (shape, shape[::-1]):
-        wanted = {"R": (d, d), "R_in": (p, p), "A": (f.get("A", (0, 0))[0], p), "B": (d, f.get("A", (0, 0))[0])}
-        if all(f[kind] == wanted[kind] for kind in f):
-            return True
-    return False
+    inner = all(f[a][1] == f[b][0] for a, b in (("U", "Q"), ("U_in", "Q_in"), ("B", "A")) if a in f)
+    return inner and any(
+        all(f[kind][0] == d for kind in ("R", "U", "B") if kind in f)
+        and all(f[kind][0] == p for kind in ("R_in", "U_in") if kind in f)
+        and all(f[kind][1] == p for kind in ("A",) if kind in f)
+        for d, p in (shape, shape[::-1])
+    )
 
 
 def _patch_fact(entry: Any, i: int) -> PatchFact:

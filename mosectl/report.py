@@ -293,12 +293,25 @@ def inspection(i: Inspection) -> None:
     _table("Patch", ("", ""), rows)
     _table(
         "Factors (W' = R W R_in, or W + B A)",
-        ("module", "factor", ">size", ">‖RᵀR−I‖/√n", ">largest angle", ">median angle", ">rank", ">distance"),
+        (
+            *(
+                "module",
+                "factor",
+                "form",
+                ">size",
+                ">rank",
+                ">left out",
+                ">‖RᵀR−I‖/√n",
+                ">largest angle",
+                ">median angle",
+            ),
+            ">distance",
+        ),
         [
             (
-                *(r.module, r.factor, "×".join(map(str, r.shape))),
+                *(r.module, r.factor, r.form, "×".join(map(str, r.shape)), str(r.rank), _or_dash(r.left_out, ".1%")),
                 *(_or_dash(r.orthogonality_error, ".1e"), _or_dash(r.largest_angle, ".1f", "°")),
-                *(_or_dash(r.median_angle, ".2f", "°"), str(r.rank), f"{r.distance:.3f}"),
+                *(_or_dash(r.median_angle, ".2f", "°"), f"{r.distance:.3f}"),
             )
             for r in i.factors
         ],

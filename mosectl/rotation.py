@@ -6,6 +6,8 @@ both sides, W' = L W R, leaves every singular value of W, hence ‖W‖ and κ(W
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -25,10 +27,10 @@ def nearest_rotation(M: Tensor) -> Tensor:
 
 
 def orthogonality_error(R: Tensor) -> float:
-    """‖RᵀR − I‖_F / √d of R (d, d), computed in float64."""
+    """‖RᵀR − I‖_F / √r of the columns of R (n, r), computed in float64."""
     R = R.double()
-    eye = torch.eye(len(R), dtype=R.dtype, device=R.device)
-    return float(torch.linalg.norm(R.T @ R - eye) / len(R) ** 0.5)
+    eye = torch.eye(R.shape[1], dtype=R.dtype, device=R.device)
+    return float(torch.linalg.norm(R.T @ R - eye) / len(eye) ** 0.5)
 
 
 def orthogonality_tolerance(d: int) -> float:
@@ -104,3 +106,101 @@ def angles(R: Tensor) -> Tensor:
     eye = torch.eye(len(R), dtype=torch.float64, device=R.device)
     half_chords = torch.linalg.svdvals(R.double() - eye) / 2
     return torch.rad2deg(2 * torch.asin(half_chords.clamp(max=1)))
+
+
+@dataclass(frozen=True)
+class Compact:
+    """R = I + U (Q − I) Uᵀ, a rotation that turns the span of U and nothing else: orthogonal at any rank r.
+
+    It takes n·r + r² numbers instead of n², and (R − I) W has rank r.
+    """
+
+    U: Tensor  # (n, r) orthonormal columns
+    Q: Tensor  # (r, r) a rotation
+
+    @property
+    def rank(self) -> int:
+        return len(self.Q)
+
+    @property
+    def turn(self) -> Tensor:
+        """Q − I, (r, r)."""
+        return self.Q - torch.eye(self.rank, dtype=self.Q.dtype, device=self.Q.device)
+
+    @property
+    def inverse(self) -> Compact:
+        return Compact(self.U, self.Q.T)
+
+    def left(self, W: Tensor) -> Tensor:
+        """R W (n, m) of W (n, m)."""
+        return W + self.U @ (self.turn @ (self.U.T @ W))
+
+    def right(self, W: Tensor) -> Tensor:
+        """W R (m, n) of W (m, n)."""
+        return W + ((W @ self.U) @ self.turn) @ self.U.T
+
+    def dense(self) -> Tensor:
+        """R (n, n)."""
+        return self.left(torch.eye(len(self.U), dtype=self.U.dtype, device=self.U.device))
+
+
+def as_compact(R: Tensor) -> Compact:
+    """A dense rotation R (n, n) as a compact one of full rank."""
+    return Compact(torch.eye(len(R), dtype=R.dtype, device=R.device), R)
+
+
+def product(A: Compact, B: Compact) -> Compact:
+    """A B, exactly (up to rounding): it turns the span of both, of rank at most the sum of theirs."""
+    U = widened(A.U, B.U)
+    return Compact(U, U.T @ A.left(B.left(U)))
+
+
+def conjugated(R: Compact, by: Compact) -> Compact:
+    """S R Sᵀ for S = ``by``: the same turn in the turned span."""
+    return Compact(by.left(R.U), R.Q)
+
+
+def widened(U: Tensor, *more: Tensor, tolerance: float = 1e-7) -> Tensor:
+    """Orthonormal columns that begin with U (n, r) and span those of ``more`` too; what lies in the span is dropped.
+
+    Args:
+        tolerance: a column of which less than this share sticks out of the span is taken to lie in it.
+    """
+    new = torch.cat([m / m.norm(dim=0).clamp_min(torch.finfo(m.dtype).tiny) for m in more], 1)
+    for _ in range(2):  # once is not enough in floating point
+        new = new - U @ (U.T @ new)
+    left, strength, _ = torch.linalg.svd(new, full_matrices=False)
+    new = left[:, strength > tolerance]
+    return torch.cat([U, torch.linalg.qr(new - U @ (U.T @ new))[0]], 1)[:, : len(U)]
+
+
+def compressed(R: Compact, M: Tensor, tolerance: float) -> tuple[Compact, float]:
+    """The compact rotation of least rank found whose effect is that of R to ``tolerance``, and what is left over.
+
+    The effect is measured where it matters: ‖(R_c − R) M½‖ / ‖(R − I) M½‖. Of R − I the strongest directions there,
+    what they write (left) and what they read (right), span U; Q is the rotation in that span nearest to R.
+
+    Args:
+        M: (n, n) second moment of what R multiplies, such as W C Wᵀ, positive semidefinite.
+    """
+    G = R.U.T @ M @ R.U  # (r, r): all happens in the span of U
+    D = R.turn
+    strength, P = torch.linalg.eigh(D @ G @ D.T)
+    P, whole = P.flip(1), float(strength.clamp_min(0).sum())
+    if whole <= 1e-24 * float(G.trace()):  # nothing but rounding
+        return Compact(R.U[:, :1], torch.ones_like(R.Q[:1, :1])), 0.0
+
+    def of_rank(k: int) -> tuple[Compact, float]:
+        U = widened(P[:, :0], P[:, :k], D.T @ P[:, :k])
+        Q = nearest_rotation(U.T @ (D @ G @ U + U @ (U.T @ G @ U)))
+        c = Compact(U, Q)
+        E = U @ c.turn @ U.T - D
+        return Compact(R.U @ U, Q), float(((E @ G) * E).sum().clamp_min(0) / whole) ** 0.5
+
+    low, high = 0, 1
+    while high < R.rank and of_rank(high)[1] > tolerance:
+        low, high = high, min(2 * high, R.rank)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if of_rank(middle)[1] > tolerance else (low, middle)
+    return of_rank(high)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mosectl.arch import Architecture, Projection
 from mosectl.change import Change, change_between, changed
+from mosectl.compact import compact_change
 from mosectl.earlier import Earlier
 from mosectl.errors import EditFailed
 from mosectl.facts import Fact
@@ -67,6 +68,8 @@ class _Standing:
 
 
 DAMPING = 0.1  # of G
+TIGHTENED = 4  # tolerances tried for the compact form
+LOST = 0.99  # the share of answers that it has to keep
 
 
 class Run:
@@ -95,6 +98,7 @@ class Run:
         )
         self.earlier = Earlier(loaded.model, projections)
         self.moments: dict[str, tuple[Tensor, Tensor]] = {}  # P and Q of earlier edits, as the present batch found them
+        self.compaction: dict[str, float] = {}  # what the patch's form leaves out of the effect, by module path
         self.stopped = ""
 
     @contextmanager
@@ -273,14 +277,42 @@ class Run:
 
     def finish(self) -> dict[str, Change]:
         """What the edit comes to, as a patch holds it; the live weights are set to just that."""
-        changes = {}
-        for p in self.projections:
-            base, W = self.W0[p.name], self.W[p.name]
-            if self.solver.finish:
-                W = self.solver.finish(base, W, self.solver_options)
-            changes[p.name] = change_between(base, W, self.solver.side)
-            set_weight(self.loaded.model, p, changed([changes[p.name]], base.cpu()))
+        if self.solver.finish:
+            for p in self.projections:
+                self._set(p, self.solver.finish(self.W0[p.name], self.W[p.name], self.solver_options))
+        wanted = self.options.form != "dense" and self.solver.side != "additive"
+        changes = self._compact() if wanted and self.earlier.contexts is not None else None
+        if changes is None:
+            self.compaction = {}
+            changes = {
+                p.name: change_between(self.W0[p.name], self.W[p.name], self.solver.side) for p in self.projections
+            }
+        self._use(changes)
         return changes
+
+    def _use(self, changes: Mapping[str, Change]) -> None:
+        for p in self.projections:
+            set_weight(self.loaded.model, p, changed([changes[p.name]], self.W0[p.name].cpu()))
+
+    def _compact(self) -> dict[str, Change] | None:
+        """The changes in compact form, the tolerance halved until no fact is lost by it; None where some still are.
+
+        A layer is dense where that is smaller.
+        """
+        held, seen, tolerance = self.earlier.held(), self.earlier.seen(), self.options.compaction
+        for _ in range(TIGHTENED):
+            changes = {}
+            for p in self.projections:
+                C = self.C[p.name]
+                A = C + seen[p.name] + 1e-3 * C.trace() / p.p * torch.eye(p.p).to(C)
+                base, W, side = self.W0[p.name], self.W[p.name], self.solver.side
+                found = compact_change(base, W, A, side, tolerance)
+                changes[p.name], self.compaction[p.name] = found or (change_between(base, W, side), 0.0)
+            self._use(changes)
+            if self.earlier.held() >= LOST * held:
+                return changes
+            tolerance /= 2
+        return changes if self.options.form == "compact" else None
 
     def stability(self, changes: Mapping[str, Change]) -> Iterator[Stability]:
         """Norm, condition number and spectrum of the changed weights against the base, as float32 matrices."""

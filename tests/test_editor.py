@@ -59,7 +59,7 @@ def test_edit_changes_the_answer_and_restores_the_model(model_type: str, corpus:
     (fact,) = result.facts
     assert fact.status == "changed" and fact.after.startswith("and") and fact.before != fact.after
     assert fact.probability_after > fact.probability_before
-    assert all(is_rotation(R) for c in result.patch.changes.values() for R in c.factors.values())
+    assert all(is_rotation(R) for c in result.patch.changes.values() for R in c.dense().factors.values())
     for s in result.stability:
         assert max(s.norm_drift, s.condition_drift, s.spectrum_drift) < 1e-5
     with mosectl.patched(model, result.patch):
@@ -268,7 +268,7 @@ def test_a_harmful_batch_is_taken_back(corpus: str, monkeypatch: pytest.MonkeyPa
     assert [r.status for r in result.facts] == ["changed", "not edited"]
     assert "facts 2-2 were taken back" in result.stopped and len(result.patch.facts) == 1
     for name, change in alone.changes.items():
-        assert torch.allclose(change.factors["R"], result.patch.changes[name].factors["R"], atol=1e-6)
+        assert torch.allclose(change.dense().factors["R"], result.patch.changes[name].dense().factors["R"], atol=1e-6)
     monkeypatch.setattr("mosectl.run.harm", lambda *_: "‖W‖ went from 1 to 9")
     with pytest.raises(EditFailed, match="harms the model: ‖W‖ went from 1 to 9"):
         mosectl.edit(FACTS, model, tokenizer, options=options)
