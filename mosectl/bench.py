@@ -23,7 +23,7 @@ from mosectl.bench_config import Bench, Cell, cells
 from mosectl.checkpoint import locate
 from mosectl.editor import EditResult, edit
 from mosectl.errors import EditFailed, OutputError
-from mosectl.evaluate import answer, generate, judge
+from mosectl.evaluate import answer, generate, judge, unseen
 from mosectl.facts import Fact
 from mosectl.files import output_errors, write_bytes
 from mosectl.fluency import text_loss
@@ -72,7 +72,8 @@ def run_bench(
     wanted = cells(bench, dtype)
     found = _mended(folder / RESULTS, notice)
     waiting = list({c.key: c for c in wanted if c.key not in found}.values())
-    done = len(wanted) - len(waiting)
+    if done := len(wanted) - len(waiting):
+        notice(f"{done} of {len(wanted)} cells are done already")
     for model in dict.fromkeys(c.model for c in waiting):  # find out before the work, not after it
         locate(bench.model_path(model), weights=False)
     start, model, asked = time.perf_counter(), "", None
@@ -161,12 +162,15 @@ def _measured(cell: Cell, asked: _Asked, result: EditResult) -> Record:
     text_before = asked.before("text", asked.text)
     with patched(asked.loaded.model, result.patch, force=True):  # made for this very model a moment ago
         others_after, text_after = asked.answers(others), asked.text()
-    scores = {name: measure(tallies) for name, tallies in judge(facts, *result.interviews).items()}
+    judged = judge(facts, *result.interviews)
+    scores = {name: measure(tallies) for name, tallies in judged.items()}
     values = [m.value for m in scores.values() if m]
     kept = measure([Tally(float(a == b), 1.0) for a, b in zip(others_before, others_after, strict=True)])
     texts = {"before": text_before, "after": text_after}
     return {
         "scores": {name: asdict(m) if m else None for name, m in scores.items()},
+        "unseen": _measure(unseen(facts, result.interviews[1].rephrased, [r.wordings for r in result.facts])),
+        "tallies": {name: [(t.total, t.weight) for t in ts] for name, ts in judged.items()},
         "harmonic": harmonic_mean(values),
         "kept": asdict(kept) if kept else None,
         "text_loss": {side: _measure(t) for side, t in texts.items()},

@@ -10,14 +10,16 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 from mosectl import plots
 from mosectl.bench import Record, records_of
 from mosectl.bench_config import OTHERS, Bench, Cell, RunKind
 from mosectl.files import write_bytes
+from mosectl.intervals import over_seeds, paired_lead
 
+PROTOCOL = "protocol generation: greedy answers, asked after all edits"
 SHARES = ("reliability", "generalization", "locality")
 COLOURS = ("#4c78a8", "#e45756", "#54a24b", "#f58518", "#b279a2", "#72b7b2", "#9d755d", "#d67195", "#79706e", "#bab0ac")
 DASHES = ("", "6 3", "2 3")  # for more methods than colours
@@ -55,14 +57,16 @@ def tables(wanted: Sequence[Cell], found: Mapping[str, Record]) -> list[Grid]:
     for run in dict.fromkeys(c.run for c in wanted):
         rows = _grouped([c for c in wanted if c.run == run])
         reached, cost = [], []
+        first: dict[tuple[str, str], list[Record]] = {}  # of each model and dataset: the runs others are compared with
         for names, cells in rows.items():
             records = [found[c.key] for c in cells if c.key in found]
             good = [r for r in records if r["status"] == "done"]
             note = _note(len(cells), records)
-            reached.append((*names, *_reached(good), note))
+            lead = _lead(first.setdefault(names[:2], good), good)
+            reached.append((*names, *_reached(good), lead, note))
             cost.append((*names, *_cost(good), note))
-        columns = (*(f">{n}" for n in SHARES), ">harmonic mean", "note")
-        out.append(Grid(f"{run}: what they reached", (*head, *columns), tuple(reached)))
+        columns = (*(f">{n}" for n in SHARES), ">on unseen wordings", ">harmonic mean", ">behind the first", "note")
+        out.append(Grid(f"{run}: what they reached ({PROTOCOL})", (*head, *columns), tuple(reached)))
         columns = (">text loss before", ">after", ">perplexity before", ">after", ">other facts kept")
         columns += (">‖W‖ drift", ">κ(W) drift", ">largest σ drift", ">seconds", "note")
         out.append(Grid(f"{run}: what they cost", (*head, *columns), tuple(cost)))
@@ -91,7 +95,25 @@ def _note(cells: int, records: Sequence[Record]) -> str:
 
 def _reached(records: Sequence[Record]) -> list[str]:
     out = [_summary([r["scores"][name] for r in records], _percent) for name in SHARES]
+    out.append(_summary([r.get("unseen") for r in records], _percent))
     return [*out, _summary([{"value": r["harmonic"]} for r in records], _percent)]
+
+
+def _lead(first: Sequence[Record], records: Sequence[Record]) -> str:
+    """How far the harmonic mean lies behind the first method's: points, with the 95 % interval of the paired difference."""
+    if records is first or not records:
+        return "–"
+    pairs = [(a, b) for a in first for b in records if a["seed"] == b["seed"]]
+    if not pairs:
+        return "–"
+    if len(pairs) > 1:
+        mean, half = over_seeds([a["harmonic"] - b["harmonic"] for a, b in pairs])
+        low, high = mean - half, mean + half
+    elif all("tallies" in r for r in pairs[0]):
+        mean, low, high = paired_lead(*([r["tallies"][name] for name in SHARES] for r in pairs[0]))
+    else:
+        return _percent(pairs[0][0]["harmonic"] - pairs[0][1]["harmonic"])
+    return f"{_percent(mean)} ({_percent(low)} to {_percent(high)})"
 
 
 def _cost(records: Sequence[Record]) -> list[str]:
@@ -109,7 +131,7 @@ def _percent(share: float) -> str:
 
 
 def _summary(measures: Sequence[Any], form: Callable[[float], str], interval: bool = True) -> str:
-    """One seed: the value and its interval; several: mean ± standard deviation. null in a record was not finite."""
+    """One seed: the value and its interval; several: their mean and its interval. null in a record was not finite."""
     asked = [m for m in measures if m is not None]
     if not asked:
         return "–"
@@ -117,7 +139,8 @@ def _summary(measures: Sequence[Any], form: Callable[[float], str], interval: bo
     if any(v is None for v in values):
         return "not finite"
     if len(values) > 1:
-        return f"{form(fmean(values))} ± {form(stdev(values))}"
+        mean, half = over_seeds(values)
+        return f"{form(mean)} ± {form(half)}" if half else form(mean)
     low, high = asked[0].get("low"), asked[0].get("high")
     bounds = f" ({form(low)}–{form(high)})" if interval and low is not None and high is not None and low < high else ""
     return form(values[0]) + bounds
@@ -131,14 +154,18 @@ def markdown(bench: Bench, grids: Sequence[Grid]) -> str:
         "",
         "Shares in percent under the protocol `generation`, asked after all edits, "
         + (
-            f"mean ± standard deviation over {len(bench.seeds)} seeds. "
+            f"mean over {len(bench.seeds)} seeds ± half of its 95 % interval (Student's t; none: the same in all). "
             if several
             else "with 95 % intervals over facts. "
         )
+        + "Unseen wordings: rephrasings that were not edited along as the model's own wordings of the fact. Behind the "
+        + "first: harmonic mean of the first method less this one's, in points, interval of the paired difference over "
+        + ("seeds. " if several else "facts. ")
         + "Text loss in nats a token. "
         + f"Other facts kept: of up to {OTHERS} facts that follow the edited ones, those answered as before. "
         + "Drifts are relative, the largest over the edited weights, in float32. The collapse guard is off unless set. "
-        + "Curves are taken after each batch: what a method does once at the end (prune) comes after their last point.",
+        + "Curves are taken after each batch, that of the text on the collapse guard's few pieces of the corpus: what a "
+        + "method does once at the end (prune) comes after their last point.",
         *(f"\nNote: {note}." for note in bench.notes),
     ]
     for grid in grids:
@@ -172,12 +199,12 @@ def svg_norms(records: Sequence[Record]) -> str:
 
 
 def svg_abilities(records: Sequence[Record]) -> str:
-    """The loss of ordinary text over edits, as the collapse guard measures it after each batch."""
+    """The loss of ordinary text over edits, as the collapse guard measures it after each batch: on pieces of the corpus."""
 
     def loss(curve: Sequence[Record]) -> Points:
         return [(p["edits"], p["loss"]) for p in curve if p["loss"] is not None]
 
-    return _svg(records, {"text loss, nats a token": loss}, "Text loss over edits")
+    return _svg(records, {"loss on the guard's pieces of text, nats a token": loss}, "Text loss over edits")
 
 
 def _ratio(name: str) -> Callable[[Sequence[Record]], Points]:

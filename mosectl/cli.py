@@ -23,7 +23,7 @@ app = typer.Typer(
     name="mosectl",
     help="Edit facts in open language models with orthogonal, portable, revertible patches.",
     epilog="Exit codes: 0 done, 1 bug, 2 usage, 3 facts file, 4 model, 5 patch, 6 wrong base, 7 output, 8 nothing changed, "
-    "9 Hub, 10 below --fail-under, 11 stopped early, 130 Ctrl-C.",
+    "9 Hub, 10 below --fail-under, 11 stopped early, 130 Ctrl-C, 141 closed pipe.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
@@ -185,7 +185,8 @@ def edit(
         )
     result.patch.save(out)
     if as_json:
-        report.data({"patch": str(out), "id": result.patch.id, **_numbers(result)})
+        edited = {"edited_layers": result.patch.options["layers"]}
+        report.data({"patch": str(out), "id": result.patch.id, **edited, **_numbers(result)})
     else:
         report.edit(result, out, model)
     if result.stopped:
@@ -212,8 +213,11 @@ def inspect(
         report.inspection(found)
     if model is not None and any(r.stability is None for r in found.factors):
         from mosectl.errors import BaseMismatch
+        from mosectl.journal import read_journal
 
-        what = "is not the model this patch was made for"
+        journal = read_journal(Path(model)) if Path(model).is_dir() else None
+        there = journal is not None and found.patch.id in [p.id for p in journal.patches]
+        what = "the patch is already applied here" if there else "is not the model this patch was made for"
         raise BaseMismatch(what, where=model, fix=f"give {found.patch.model}, unedited")
 
 

@@ -40,15 +40,19 @@ def bench(
     wanted = cells(plan, dtype)
     if not report_only:
         quiet = not sys.stderr.isatty()  # a log has a line a cell, that is enough
-        found = run_bench(
-            plan,
-            out,
-            device=device,
-            dtype=dtype,
-            notice=report.hint,
-            watch=lambda cell: report.progress(quiet),
-            on_cell=_tell,
-        )
+        try:
+            found = run_bench(
+                plan,
+                out,
+                device=device,
+                dtype=dtype,
+                notice=report.hint,
+                watch=lambda cell: report.progress(quiet),
+                on_cell=_tell,
+            )
+        except KeyboardInterrupt:
+            report.hint(f"finished cells are kept in {out / RESULTS}: the same command goes on from there")
+            raise
     elif (out / RESULTS).is_file():
         found, _ = read_results(out / RESULTS)
     else:

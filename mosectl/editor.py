@@ -127,7 +127,7 @@ def edit(
         _refuse_failure(results)
     with clock("check"):
         drifts = tuple(run.stability(changes))
-        scored = compare(checked, before, after)
+        scored = compare(checked, before, after, wordings)
         patch = _patch(loaded, arch, run, changes, results, scored, drifts, options, corpus)
     done = (run.stopped, moments.tokens, clock.seconds, (before, after), tuple(run.curve))
     return EditResult(patch, results, scored, drifts, tuple(scores), *done)
@@ -197,8 +197,11 @@ def _refuse_failure(results: Sequence[FactResult]) -> None:
         raise EditFailed("nothing changed: the model already says every new target", fix="no patch is needed")
     if any(r.status == "not finite" for r in results):
         raise EditFailed("nothing changed: the loss is not finite", fix="try --dtype float32")
+    best = max(results, key=lambda r: r.probability_after)
+    moved = f"{best.probability_before:.2g} → {best.probability_after:.2g}"
     raise EditFailed(
-        f"nothing changed: none of {len(results)} facts reached its target",
+        f"nothing changed: none of {len(results)} facts reached its target; the nearest, '{best.fact.prompt}': "
+        f"'{best.after}', P('{best.fact.target_new}') {moved}",
         fix="try other --layers, more --rounds, or see: mosectl check FACTS --model MODEL",
     )
 

@@ -44,6 +44,10 @@ class Scores:
     facts: int
     rephrasings: int
     locality_prompts: int
+    unseen: float | None = (
+        None  # generalization over the rephrasings that were not edited along as the model's own wordings
+    )
+    rephrasings_unseen: int = 0
 
 
 def generate(
@@ -139,15 +143,34 @@ def _objects(fact: Fact) -> list[str]:
     return [t for t in (fact.target_new, fact.ground_truth, *(p.answer for p in fact.locality)) if t]
 
 
-def compare(facts: Sequence[Fact], before: Interview, after: Interview) -> Scores:
-    """Reliability, generalization and locality under the protocol `generation`."""
+def compare(
+    facts: Sequence[Fact], before: Interview, after: Interview, wordings: Sequence[Sequence[str]] | None = None
+) -> Scores:
+    """Reliability, generalization and locality under the protocol `generation`.
+
+    Args:
+        wordings: per fact, other prompts that were edited along with it.
+    """
 
     def share(tallies: Sequence[Tally]) -> tuple[float | None, int]:
         asked = sum(t.weight for t in tallies)
         return sum(t.total for t in tallies) / asked if asked else None, int(asked)
 
     (reliability, n), (generalization, m), (locality, k) = map(share, judge(facts, before, after).values())
-    return Scores("generation", reliability, generalization, locality, n, m, k)
+    other, o = share(unseen(facts, after.rephrased, wordings or [()] * len(facts)))
+    return Scores("generation", reliability, generalization, locality, n, m, k, other, o)
+
+
+def unseen(facts: Sequence[Fact], rephrased: Sequence[Sequence[str]], wordings: Sequence[Sequence[str]]) -> list[Tally]:
+    """Generalization of each fact over its rephrasings that are not among ``wordings``, edited along with the prompt.
+
+    Args:
+        rephrased: the continuations of each fact's rephrasings.
+    """
+    return [
+        Tally.of([says(t, f.target_new) for p, t in zip(f.rephrase_prompts, texts, strict=True) if p not in own])
+        for f, texts, own in zip(facts, rephrased, wordings, strict=True)
+    ]
 
 
 def judge(facts: Sequence[Fact], before: Interview, after: Interview) -> dict[str, list[Tally]]:

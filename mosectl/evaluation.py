@@ -20,7 +20,7 @@ import numpy as np
 from mosectl import __version__
 from mosectl.abilities import Ability, AbilityTasks, Side, ability_notes, ask_tasks, compare_abilities
 from mosectl.errors import UsageError
-from mosectl.evaluate import MAX_NEW_TOKENS, answer, generate, interview, says
+from mosectl.evaluate import MAX_NEW_TOKENS, answer, generate, interview, says, unseen
 from mosectl.facts import Fact, as_facts
 from mosectl.fluency import TextLoss, ngram_entropy, text_loss
 from mosectl.intervals import RESAMPLES, SEED, Measure, Tally, measure
@@ -164,8 +164,8 @@ def evaluate_edit(
     records = _records(checked, subject.records)
     judged = _judge(checked, chosen, before, after)
     settings = {
-        "protocols": list(chosen), "chat": chat, "dtype": after.dtype, "text": corpus.name,
-        "window": after.text.window, "resamples": RESAMPLES, "seed": SEED, "mosectl": __version__,
+        "protocols": {name: PROTOCOLS[name].about for name in chosen}, "chat": chat, "dtype": after.dtype,
+        "text": corpus.name, "window": after.text.window, "resamples": RESAMPLES, "seed": SEED, "mosectl": __version__,
     }  # fmt: skip
     notes = _notes(checked, chosen, subject, after, corpus, chat, records)
     if abilities is not None and after.abilities is not None:
@@ -386,6 +386,13 @@ def _notes(
         out.append(f"perplexity is on the first {after.text.tokens:,} tokens of the text")
     if subject.patches and subject.chat != chat:
         out.append(f"the patch was made {'with' if subject.chat else 'without'} --chat, and is asked otherwise here")
+    own = [r.wordings if r else () for r in records]
+    if along := sum(p in w for f, w in zip(facts, own, strict=True) for p in f.rephrase_prompts):
+        others = measure(unseen(facts, [a.rephrased for a in after.facts], own))
+        share = f"on the others generalization is {others.value:.1%}" if others else "there are no others"
+        out.append(
+            f"{along} rephrasings were edited along, as the model's own wordings of the facts: {share} (generation)"
+        )
     known = sum(r is not None for r in records)
     if known < len(facts) and subject.patches:
         out.append(f"{known} of {len(facts)} facts stand in the patches; only these have a 'right after'")

@@ -57,7 +57,7 @@ def harm(base: Health, now: Health, limit: float) -> str:
     if limit <= 0:
         return ""
     if not now.loss < base.loss + limit:  # NaN too
-        return f"ordinary text became less likely: {base.loss:.2f} → {now.loss:.2f} nats a token"
+        return f"ordinary text became less likely: {base.loss:.4g} → {now.loss:.4g} nats a token, {limit:g} more are allowed"
     for name, before in base.norm.items():
         if abs(now.norm[name] / before - 1) > NORM_LIMIT:
             return f"‖W‖ of {name} went from {before:.3g} to {now.norm[name]:.3g}"

@@ -59,7 +59,9 @@ def options_from(settings: Sequence[str], **given: Any) -> EditOptions:
         try:
             number = int(text) if "int" in (known.get(name), own.get(name)) else float(text)
         except ValueError:
-            raise UsageError(f"--set {setting}: not a number", fix="write --set name=number") from None
+            whole = "int" in (known.get(name), own.get(name))
+            what = "not a whole number" if whole else "not a number"
+            raise UsageError(f"--set {setting}: {what}", fix=f"write --set name={'3' if whole else '0.5'}") from None
         place = "solver" if name in solver.defaults else "targets" if name in known else "edit" if name in own else None
         if place is None:
             names = ", ".join((*solver.defaults, *known, *own))

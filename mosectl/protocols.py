@@ -170,28 +170,31 @@ PROTOCOLS = {
     for p in (
         Protocol(
             "generation",
-            "greedy decoding from the bare prompt; the answer starts with the object; locality: answered as before",
+            "the one that counts: greedy decoding from the bare prompt, nothing of the answer is shown; it starts with the "
+            "object; locality: answered as before",
             "arXiv 2502.11177",
             lambda fact: [],
             generation,
         ),
         Protocol(
             "easyedit",
-            "teacher-forced: share of target tokens that are the argmax; locality: argmax tokens unchanged",
+            "teacher-forced, so higher than what users see: share of target tokens that are the argmax, each after the "
+            "right ones before it; locality: argmax tokens unchanged",
             "arXiv 2308.07269",
             _forced,
             easyedit,
         ),
         Protocol(
             "memit",
-            "NLL(new) < NLL(true), mean per token; locality: NLL(known answer) < NLL(new)",
+            "no answer is generated: the new object is likelier than the true one (NLL a token); locality: the known answer "
+            "than the new",
             "arXiv 2202.05262, 2210.07229",
             _rivals,
             memit,
         ),
         Protocol(
             "zsre",
-            "teacher-forced: accuracy over target tokens; locality: over the known answer's tokens",
+            "teacher-forced as easyedit, over all target tokens of a fact; locality: over the known answer's tokens",
             "arXiv 2110.11309, 2210.07229",
             _forced,
             zsre,

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -164,6 +164,9 @@ def edit(result: EditResult, path: Path | None, model: str) -> None:
         ("generalization", s.generalization, s.rephrasings, "rephrased prompts answered with the new object"),
         ("locality", s.locality, s.locality_prompts, "unrelated prompts answered as before"),
     ]
+    if s.rephrasings_unseen < s.rephrasings:
+        what = "those of them that were not edited along (see below)"
+        lines.insert(2, ("  unseen wordings", s.unseen, s.rephrasings_unseen, what))
     _table(
         f"Scores (protocol {s.protocol}: greedy decoding from the bare prompt)",
         ("", ">share", ">of", "meaning"),
@@ -287,7 +290,7 @@ def inspection(i: Inspection) -> None:
         ("base model", f"{p.model} ({p.model_type})" + (f" @ {p.revision}" if p.revision else "")),
         ("made with", ", ".join(f"{k} {v}" for k, v in p.versions.items())),
         ("file", size(i.file_bytes)),
-        ("options", ", ".join(f"{k}={v}" for k, v in p.options.items() if not isinstance(v, dict))),
+        ("options", ", ".join(_settings(p.options))),
         ("on top of", ", ".join(x[:12] for x in p.parents) or "the base model"),
     ]
     _table("Patch", ("", ""), rows)
@@ -335,6 +338,15 @@ def inspection(i: Inspection) -> None:
     _line("measured when it was made (protocol generation): " + ", ".join(f"{k} {v:.1%}" for k, v in scores.items()))
 
 
+def _settings(options: Mapping[str, Any]) -> Iterator[str]:
+    """Every setting as "name=value", those of the solver, the targets and the corpus with them."""
+    for name, value in options.items():
+        if isinstance(value, dict):
+            yield from _settings(value) if name in ("solver", "targets") else [f"{name}={value.get('name')}"]
+        else:
+            yield f"{name}={value}"
+
+
 def _or_dash(number: float | None, form: str, unit: str = "") -> str:
     return "–" if number is None else f"{number:{form}}{unit}"
 
@@ -378,6 +390,8 @@ def evaluation(e: Evaluation) -> None:
     ]  # fmt: skip
     columns = ("protocol", "metric", ">before", ">right after", ">after", ">95 % interval", ">prompts")
     _table(f"Evaluation of {e.subject.name}, {len(e.facts)} facts; before: {e.subject.base or 'none'}", columns, rows)
+    for name, about in e.settings["protocols"].items():
+        _line(f"{name}: {about}")
     _table(
         "Text",
         ("metric", ">before", ">after", ">95 % interval", "of what"),

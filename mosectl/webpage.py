@@ -108,7 +108,7 @@ def _definitions(e: Evaluation) -> str:
     items = "".join(f"<dt>{escape(p.name)}</dt><dd>{escape(p.about)} ({escape(p.source)})</dd>" for p in used)
     how = (
         f"Intervals: percentile bootstrap over facts, {e.settings['resamples']} resamples, seed {e.settings['seed']}; "
-        "“all alike”: nothing varied, so resampling gives no interval. Right after: what the patches recorded when made."
+        "Right after: what the patches recorded when made."
     )
     return f"<h2>Definitions</h2><dl>{items}</dl><p>{escape(how)}</p>"
 

@@ -207,7 +207,7 @@ def test_a_second_start_does_what_is_missing(world: World, monkeypatch: pytest.M
     assert "new isospectral" in (world.out / "tables.md").read_text()
     assert "1 results are of other settings" in capsys.readouterr().err
     assert world.run(seeds=[0, 1]) == 0 and edited == ["isospectral", "mose"] and len(world.lines()) == 4
-    assert " ± " in (world.out / "tables.md").read_text()
+    assert "Student's t" in (world.out / "tables.md").read_text()
 
 
 def test_ctrl_c_loses_only_the_running_cell(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,7 +285,7 @@ def test_numbers_that_are_not_finite(world: World) -> None:
     )
     json.dumps(record, allow_nan=False)
     reached, cost = tables(wanted, {wanted[0].key: record})
-    assert reached.rows[0][3:7] == ("50.0 (25.0–75.0)", "–", "50.0 (25.0–75.0)", "50.0")
+    assert reached.rows[0][3:9] == ("50.0 (25.0–75.0)", "–", "50.0 (25.0–75.0)", "–", "50.0", "–")
     assert cost.rows[0][3:9] == ("0.500", "not finite", "0.500", "not finite", "–", "not finite")
     for draw in (svg_norms, svg_abilities):
         assert "(log)" in draw([record]) and "nan" not in draw([record]) and "inf" not in draw([record])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -343,3 +343,10 @@ def test_earlier_facts_that_slip_are_edited_with_the_next_batch(corpus: str, mon
         mosectl.edit(FACTS, model, tokenizer, options=options, refuse=False)
         assert edited == [[first], again]
         edited.clear()
+
+
+def test_every_setting_is_documented() -> None:
+    text = (ROOT / "docs" / "methods.md").read_text()
+    known = {f.name for f in fields(TargetOptions)} | {n for name in NAMES for n in method(name).defaults}
+    known |= {f.name for f in fields(EditOptions) if f.type in ("int", "float") and f.name not in ("batch_size", "seed")}
+    assert [n for n in sorted(known) if f"`{n}`" not in text and f"`--{n}`" not in text] == []

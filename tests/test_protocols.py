@@ -13,7 +13,7 @@ from conftest import make_tokenizer, pico
 from mosectl.evaluate import generate
 from mosectl.facts import Fact, Probe
 from mosectl.fluency import ngram_entropy, text_loss
-from mosectl.intervals import Tally, measure
+from mosectl.intervals import Tally, measure, over_seeds, paired_lead
 from mosectl.protocols import METRICS, PROTOCOLS, Answers, portable_probes
 from mosectl.scoring import Scored, encode_pairs, score
 
@@ -224,9 +224,32 @@ def test_interval_properties() -> None:
     few = measure(tallies[:20])
     assert few is not None and few.high - few.low > found.high - found.low, "fewer facts, wider interval"
     sure = measure([Tally(1, 1)] * 9)
-    assert sure is not None and (sure.low, sure.value, sure.high) == (1, 1, 1)
+    assert sure is not None and (sure.value, sure.high) == (1, 1), "Wilson (1927): 9/(9 + 1.96²)"
+    assert sure.low == pytest.approx(0.7009, abs=1e-4)
+    none = measure([Tally(0, 4)] * 9)
+    assert none is not None and (none.low, none.value) == (0, 0) and none.high == pytest.approx(1 - sure.low)
     pooled = measure([Tally(1, 1), Tally(0, 3), Tally(0, 0)])
     assert pooled is not None and pooled.value == 0.25 and pooled.units == 2, "every prompt counts alike; unasked leave"
+
+
+def test_lead_over_the_same_facts_and_over_seeds() -> None:
+    chance = np.random.default_rng(0)
+    hits = chance.random((3, 200)) < 0.8
+    ours = [[(float(h), 1.0) for h in row] for row in hits]
+    theirs = [[(float(h and i % 4 > 0), 1.0) for i, h in enumerate(row)] for row in hits]
+    lead, low, high = paired_lead(ours, theirs)
+    expected = 3 / sum(1 / row.mean() for row in hits) - 3 / sum(
+        1 / (row * (np.arange(200) % 4 > 0)).mean() for row in hits
+    )
+    assert lead == pytest.approx(expected) and 0 < low < lead < high
+    assert paired_lead(ours, ours) == (0, 0, 0)
+    nothing = [[(0.0, 1.0)] * 200] * 3
+    assert paired_lead(ours, nothing)[0] == pytest.approx(3 / sum(1 / row.mean() for row in hits)), (
+        "0, not a division by 0"
+    )
+    assert over_seeds([0.5]) == (0.5, 0.0)
+    mean, half = over_seeds([1.0, 2.0, 3.0])
+    assert mean == 2.0 and half == pytest.approx(2.484, abs=1e-2), "Student's t with two degrees of freedom"
 
 
 def test_intervals_resample_facts_not_prompts() -> None:

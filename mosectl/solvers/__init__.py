@@ -21,6 +21,10 @@ KINDS = (
 )
 
 
+# What the additive methods have in common as published: targets of any length, one solve, no care for earlier edits.
+PUBLISHED = {"sphere": 0, "rounds": 1, "protect": 0.0}
+
+
 @dataclass(frozen=True)
 class LayerProblem:
     """One layer's part of an edit, in the y = W k orientation, float64, all on one device."""

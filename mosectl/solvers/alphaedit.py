@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mosectl.solvers import LayerProblem, register
+from mosectl.solvers import PUBLISHED, LayerProblem, register
 from mosectl.solvers.memit import right_divide
 
 
@@ -14,7 +14,7 @@ from mosectl.solvers.memit import right_divide
     side="additive",
     source="arXiv 2410.02355",
     kind="spread",
-    settings={"sphere": 0, "protect": 1.0},
+    settings={**PUBLISHED, "protect": 1.0},
     threshold=1.0,
     ridge=0.01,
 )

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mosectl.solvers import LayerProblem, register
+from mosectl.solvers import PUBLISHED, LayerProblem, register
 from mosectl.solvers.memit import right_divide
 
 
-@register("emmet", side="additive", source="arXiv 2403.14236", kind="spread", settings={"sphere": 0}, ridge=0.1)
+@register("emmet", side="additive", source="arXiv 2403.14236", kind="spread", settings=PUBLISHED, ridge=0.1)
 def emmet(problem: LayerProblem) -> Tensor:
     """W' = W + (V − W K)(Kᵀ C⁻¹ K + αI)⁻¹ Kᵀ C⁻¹; α = 0 meets every target exactly.
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mosectl.solvers import LayerProblem, register
+from mosectl.solvers import PUBLISHED, LayerProblem, register
 
 
-@register("memit", side="additive", source="arXiv 2210.07229", kind="spread", settings={"sphere": 0}, preserve=1.0)
+@register("memit", side="additive", source="arXiv 2210.07229", kind="spread", settings=PUBLISHED, preserve=1.0)
 def memit(problem: LayerProblem) -> Tensor:
     """W' = W + (V − W K) Kᵀ (λC + K Kᵀ)⁻¹.
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from mosectl.solvers import LayerProblem, register
+from mosectl.solvers import PUBLISHED, LayerProblem, register
 from mosectl.solvers.memit import memit
 
 
@@ -24,7 +24,7 @@ def restrain(W0: Tensor, W: Tensor, options: Mapping[str, float]) -> Tensor:
     side="additive",
     source="arXiv 2405.16821",
     kind="spread",
-    settings={"sphere": 0},
+    settings=PUBLISHED,
     finish=restrain,
     preserve=1.0,
     base=1.2,

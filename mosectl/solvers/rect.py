@@ -5,13 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mosectl.solvers import LayerProblem, register
+from mosectl.solvers import PUBLISHED, LayerProblem, register
 from mosectl.solvers.memit import memit
 
 
-@register(
-    "rect", side="additive", source="arXiv 2401.04700", kind="spread", settings={"sphere": 0}, preserve=1.0, keep=0.4
-)
+@register("rect", side="additive", source="arXiv 2401.04700", kind="spread", settings=PUBLISHED, preserve=1.0, keep=0.4)
 def rect(problem: LayerProblem) -> Tensor:
     """W' = W + ΔW where |ΔW / W| is among the largest ``keep`` share of all entries, ΔW = MEMIT's; W elsewhere.
 

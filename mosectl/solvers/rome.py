@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mosectl.solvers import LayerProblem, register
+from mosectl.solvers import PUBLISHED, LayerProblem, register
 from mosectl.solvers.memit import right_divide
 
 
-@register("rome", side="additive", source="arXiv 2202.05262", kind="spread", settings={"sphere": 0})
+@register("rome", side="additive", source="arXiv 2202.05262", kind="spread", settings=PUBLISHED)
 def rome(problem: LayerProblem) -> Tensor:
     """W' = W + (v − W k)(C⁻¹k)ᵀ / kᵀC⁻¹k, one fact after the other: a later one of a batch may undo an earlier one."""
     W = problem.W
