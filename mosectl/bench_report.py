@@ -17,6 +17,7 @@ from mosectl import plots
 from mosectl.bench import Record, records_of
 from mosectl.bench_config import OTHERS, Bench, Cell, RunKind
 from mosectl.files import write_bytes
+from mosectl.grid import Grid
 from mosectl.intervals import over_seeds, paired_lead
 
 PROTOCOL = "protocol generation: greedy answers, asked after all edits"
@@ -26,15 +27,6 @@ DASHES = ("", "6 3", "2 3")  # for more methods than colours
 _NAME_SPACE = 'xmlns="http://www.w3.org/2000/svg" '
 _STYLE = """svg { background: #fff; } text { fill: #1c1f24; font: 13px system-ui, sans-serif; }
 text.small { fill: #667; font-size: 11px; } .grid { stroke: #d8dbe0; } .curve { fill: none; stroke-width: 1.8; }"""
-
-
-@dataclass(frozen=True)
-class Grid:
-    """One table; columns named ">x" are numbers, aligned right."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
 
 
 def write_report(bench: Bench, wanted: Sequence[Cell], found: Mapping[str, Record], folder: Path) -> list[Path]:

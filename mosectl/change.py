@@ -9,7 +9,8 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from mosectl.rotation import Compact, left_factor, right_factor, two_sided_factors
+from mosectl.errors import PatchError
+from mosectl.rotation import Compact, left_factor, right_factor, times, two_sided_factors
 
 SIDES = {"output": ("R",), "input": ("R_in",), "both": ("R", "R_in"), "additive": ("A", "B")}
 COMPACT = {"R": ("U", "Q"), "R_in": ("U_in", "Q_in")}  # the other form of a rotation
@@ -70,6 +71,35 @@ class Change:
 def changed(changes: Sequence[Change], W: Tensor) -> Tensor:
     """W (d, p) under ``changes`` in their order: computed in float64 and rounded once, in W's dtype on W's device."""
     return reduce(lambda x, change: change.apply(x), changes, W).to(W.device, W.dtype)
+
+
+def combined(changes: Sequence[Change]) -> Change:
+    """One change that does what ``changes`` do in their order; compact where all are and where that is smaller.
+
+    Raises:
+        PatchError: rotations and additions mixed; R (W + B A) is neither.
+    """
+    kinds = {"A" in c.factors for c in changes}
+    if len(kinds) > 1:
+        fix = "apply them one after the other instead"
+        raise PatchError("rotations and additive changes cannot become one change", fix=fix)
+    if kinds == {True}:
+        B = torch.cat([c.factors["B"].double() for c in changes], 1)
+        A = torch.cat([c.factors["A"].double() for c in changes])
+        (Q, S), (P, T) = torch.linalg.qr(B), torch.linalg.qr(A.T)
+        U, V = _low_rank(S @ T.T)
+        return Change({"A": (V @ P.T).float().contiguous(), "B": (Q @ U).float().contiguous()})
+    left = [R for c in changes if (R := c.rotation("R")) is not None]
+    right = [R for c in changes if (R := c.rotation("R_in")) is not None]
+    factors: dict[str, Tensor] = {}
+    for name, rotations in (("R", left[::-1]), ("R_in", right)):  # … R₂ R₁ W R₁' R₂' …
+        if not rotations:
+            continue
+        whole = reduce(times, rotations)
+        parts = (whole.U, whole.Q) if isinstance(whole, Compact) else (whole,)
+        names = COMPACT[name] if isinstance(whole, Compact) else (name,)
+        factors |= {n: f.float().contiguous() for n, f in zip(names, parts, strict=True)}
+    return Change(factors)
 
 
 def restored(changes: Sequence[Change], W: Tensor) -> Tensor:

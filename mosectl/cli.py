@@ -354,7 +354,7 @@ def _numbers(result: Any) -> dict[str, Any]:
     return {k: v for k, v in vars(result).items() if k not in ("patch", "interviews")}
 
 
-from mosectl import cli_bench, cli_eval, cli_stats  # noqa: E402, F401  (register their commands; need the options above)
+from mosectl import cli_bench, cli_eval, cli_stack, cli_stats  # noqa: E402, F401  (register their commands; need the options above)
 
 
 def main() -> None:

@@ -63,7 +63,9 @@ def bench(
         report.hint(f"{other} results are of other settings or another version, and not shown")
     written = write_report(plan, wanted, found, out)
     records = records_of(wanted, found)
-    report.data({"cells": records, "notes": plan.notes}) if as_json else report.bench(tables(wanted, found), plan.notes)
+    report.data({"cells": records, "notes": plan.notes}) if as_json else report.tables(
+        tables(wanted, found), plan.notes
+    )
     report.hint("written: " + ", ".join(map(str, [out / RESULTS, *written])))
 
 

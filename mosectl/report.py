@@ -23,10 +23,10 @@ from mosectl.errors import MosectlError
 from mosectl.jsonable import jsonable
 
 if TYPE_CHECKING:
-    from mosectl.bench_report import Grid
     from mosectl.editor import EditResult, FactResult
     from mosectl.evaluation import Evaluation
     from mosectl.facts import FactsReport
+    from mosectl.grid import Grid
     from mosectl.inspection import Inspection
     from mosectl.live import Asked
     from mosectl.metrics import Stability
@@ -417,8 +417,8 @@ def evaluation(e: Evaluation) -> None:
         _line(f"note: {note}")
 
 
-def bench(grids: Sequence[Grid], notes: Sequence[str]) -> None:
-    """The tables of a bench."""
+def tables(grids: Sequence[Grid], notes: Sequence[str] = ()) -> None:
+    """Tables, and what to know about them."""
     for grid in grids:
         _table(grid.title, grid.columns, grid.rows)
     for note in notes:

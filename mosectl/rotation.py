@@ -155,6 +155,27 @@ def product(A: Compact, B: Compact) -> Compact:
     return Compact(U, U.T @ A.left(B.left(U)))
 
 
+def times(A: Tensor | Compact, B: Tensor | Compact) -> Tensor | Compact:
+    """A B in the smaller form: compact where both are and their product is of low rank, else dense."""
+    if isinstance(A, Compact) and isinstance(B, Compact):
+        whole = product(A, B)
+        return whole if whole.rank * (len(whole.U) + whole.rank) < len(whole.U) ** 2 else whole.dense()
+    if isinstance(A, Compact):
+        assert isinstance(B, Tensor)
+        return A.left(B)
+    return B.right(A) if isinstance(B, Compact) else A @ B
+
+
+def commutator(A: Tensor | Compact, B: Tensor | Compact) -> float:
+    """‖A B − B A‖_F / √n of two rotations of size n: 0 where their order does not matter."""
+    if isinstance(A, Compact) and isinstance(B, Compact):
+        U = widened(A.U, B.U)  # nothing happens outside the span of both
+        a, b = (U.T @ R.left(U) for R in (A, B))
+        return float(torch.linalg.norm(a @ b - b @ a)) / len(U) ** 0.5
+    ab, ba = (X.dense() if isinstance(X, Compact) else X for X in (times(A, B), times(B, A)))
+    return float(torch.linalg.norm(ab - ba)) / len(ab) ** 0.5
+
+
 def conjugated(R: Compact, by: Compact) -> Compact:
     """S R Sᵀ for S = ``by``: the same turn in the turned span."""
     return Compact(by.left(R.U), R.Q)

@@ -94,14 +94,14 @@ def _with_patch(patch: Patch, name: str, model: Any, how: How, ask: Ask[T]) -> t
     with patched(loaded.model, patch, force=how.force or checkpoint is not None):
         after = ask(loaded, "after")
     journal = read_journal(checkpoint.folder) if checkpoint else None
-    earlier = _stored(checkpoint, journal) if checkpoint and journal else []
+    earlier = stored_patches(checkpoint, journal) if checkpoint and journal else []
     return _subject("patch", name, f"{_name(model)} without the patch", [*earlier, patch]), before, after
 
 
 def _of_model(what: Any, base: Any, how: How, ask: Ask[T]) -> tuple[Subject, T | None, T]:
     checkpoint = what.checkpoint if isinstance(what, Loaded) else open_checkpoint(what, how.revision)
     journal = read_journal(checkpoint.folder) if checkpoint else None
-    patches = _stored(checkpoint, journal) if checkpoint and journal else []
+    patches = stored_patches(checkpoint, journal) if checkpoint and journal else []
     kind, name = "edited model" if journal or base is not None else "model", _name(what)
     if base is not None:
         if checkpoint and journal and not how.force and not isinstance(base, Loaded):
@@ -109,14 +109,14 @@ def _of_model(what: Any, base: Any, how: How, ask: Ask[T]) -> tuple[Subject, T |
         before = ask(how.load(base, None), "before")  # one model in memory at a time
         after = ask(how.load(what, how.revision), "after")
         return _subject(kind, name, _name(base), patches), before, after
-    originals = _originals(checkpoint, journal) if checkpoint and journal else None
+    unedited = originals(checkpoint, journal) if checkpoint and journal else None
     loaded = how.load(what, how.revision)
-    if originals is None:
+    if unedited is None:
         return _subject(kind, name, None, patches), None, ask(loaded, "after")
     after = ask(loaded, "after")
-    with _unedited(loaded, originals[0]):
+    with _unedited(loaded, unedited[0]):
         before = ask(loaded, "before")
-    return _subject(kind, name, originals[1], patches), before, after
+    return _subject(kind, name, unedited[1], patches), before, after
 
 
 def _subject(kind: str, name: str, base: str | None, patches: list[Patch]) -> Subject:
@@ -132,11 +132,12 @@ def _subject(kind: str, name: str, base: str | None, patches: list[Patch]) -> Su
     )
 
 
-def _stored(checkpoint: Checkpoint, journal: Journal) -> list[Patch]:
+def stored_patches(checkpoint: Checkpoint, journal: Journal) -> list[Patch]:
+    """The patches an edited folder keeps, in the order they were applied."""
     return [Patch.load(checkpoint.folder / applied.file) for applied in journal.patches]
 
 
-def _originals(checkpoint: Checkpoint, journal: Journal) -> tuple[dict[str, Tensor], str] | None:
+def originals(checkpoint: Checkpoint, journal: Journal) -> tuple[dict[str, Tensor], str] | None:
     """The edited tensors (by name on disk) as they were, checked by hash, and where they were found."""
     hashes = {name: t.base_sha256 for name, t in journal.tensors.items()}
     kept = checkpoint.folder / KEPT_BASE

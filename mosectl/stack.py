@@ -121,6 +121,16 @@ def revert(
     return replace(done, warnings=tuple(orphans))
 
 
+def replayed(checkpoint: Checkpoint, base: str | Path | None = None) -> dict[str, Tensor | None]:
+    """What an edited folder's patches make of its base, by tensor name; None where the base is out of reach."""
+    source = _Source(checkpoint, base)
+    out: dict[str, Tensor | None] = {}
+    for module in dict.fromkeys(m for p in source.stack for m in p.changes):
+        W0 = source.base_tensor(module)
+        out[source.disk_name(module)] = _weight(source, module, W0, source.stack) if W0 is not None else None
+    return out
+
+
 def check_stack(checkpoint: Checkpoint, patches: Sequence[Patch]) -> None:
     """Would :func:`apply` take these patches, in this order, on this checkpoint?
 

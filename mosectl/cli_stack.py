@@ -1,0 +1,107 @@
+"""The commands about several patches: log, verify, blame, merge, diff. Imported by cli.py, whose options it shares."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mosectl.cli import Device, Dtype, Json, app, named, writable
+
+Folder = Annotated[str, typer.Argument(help="An edited folder.")]
+
+
+@app.command()
+def log(folder: Folder, as_json: Json = False) -> None:
+    """Which patches an edited folder holds, with which facts, and where their order matters."""
+    from mosectl import report
+    from mosectl.history import history, history_tables
+
+    found = history(folder)
+    report.data(found) if as_json else report.tables(history_tables(found))
+
+
+@app.command()
+def verify(
+    folder: Folder,
+    base: Annotated[str | None, typer.Option(help="The unedited model, if it is not where the journal says.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Check an edited folder: patches, every tensor's hash, and that the patches make just these weights of the base."""
+    from mosectl import report
+    from mosectl.errors import ModelError
+    from mosectl.grid import Grid
+    from mosectl.history import verify as run
+
+    with report.progress() as on_step:
+        checks = run(folder, base=base, on_step=named("verify", on_step))
+    rows = tuple((c.what, "ok" if c.ok else "WRONG", c.note) for c in checks)
+    report.data(checks) if as_json else report.tables([Grid(f"Checks of {folder}", ("what", "", "note"), rows)])
+    if wrong := [c for c in checks if not c.ok]:
+        fix = "start again from the base model, or revert to it"
+        raise ModelError(
+            f"{len(wrong)} of {len(checks)} checks failed: {wrong[0].what}: {wrong[0].note}", where=folder, fix=fix
+        )
+
+
+@app.command()
+def blame(
+    prompt: Annotated[str, typer.Argument(help="The prompt.")],
+    folder: Folder,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Which patch of an edited folder moved the answer to a prompt."""
+    from mosectl import report
+    from mosectl.grid import Grid
+    from mosectl.history import blame as run
+
+    with report.progress() as on_step:
+        ids, (found,) = run([prompt], folder, device=device, dtype=dtype, on_step=named("blame", on_step))
+    steps = zip(["the base", *(f"+ {i[:12]}" for i in ids)], found.answers, strict=True)
+    moved = ["", *("moved it" if i in found.moved_by else "" for i in ids)]
+    rows = tuple((step, said, mark) for (step, said), mark in zip(steps, moved, strict=True))
+    grid = Grid(f"Answers to '{prompt}'", ("with", "answer", ""), rows)
+    report.data({"patches": ids, **vars(found)}) if as_json else report.tables([grid])
+
+
+@app.command()
+def merge(
+    patches: Annotated[list[str], typer.Argument(help="Patch files, in the order they would be applied.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Patch file to write.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing patch file.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Make one patch of several; it does what they do in this order and keeps their records."""
+    from mosectl import report
+    from mosectl.compose import conflict_table, conflicts
+    from mosectl.compose import merge as run
+    from mosectl.live import load_patches
+
+    writable(out, overwrite)
+    loaded = load_patches(patches)
+    merged, found = run(loaded), conflicts(loaded)
+    merged.save(out)
+    if as_json:
+        report.data({"patch": str(out), "id": merged.id, "facts": len(merged.facts), "conflicts": found})
+    else:
+        report.tables([conflict_table(found)])
+        report.hint(f"patch {merged.id[:12]} → {out} ({report.size(out.stat().st_size)}), {len(merged.facts)} facts")
+
+
+@app.command()
+def diff(
+    first: Annotated[str, typer.Argument(help="Patch file.")],
+    second: Annotated[str, typer.Argument(help="Patch file.")],
+    as_json: Json = False,
+) -> None:
+    """Compare two patches: facts, conflicts, and how far their changes of each weight lie apart."""
+    from mosectl import report
+    from mosectl.compose import diff as run
+    from mosectl.compose import difference_tables
+    from mosectl.live import load_patches
+
+    found = run(*load_patches([first, second]))
+    report.data(found) if as_json else report.tables(difference_tables(found))

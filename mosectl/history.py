@@ -1,0 +1,268 @@
+"""What an edited folder is made of: its patches, whether all is still as it was written, which one moved an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from mosectl.arch import disk_names, resolve
+from mosectl.change import changed
+from mosectl.checkpoint import Checkpoint, open_checkpoint
+from mosectl.compose import Conflict, conflict_table, conflicts
+from mosectl.errors import BaseMismatch, HubError, ModelError, MosectlError
+from mosectl.evaluate import answer, generate
+from mosectl.fingerprint import sha256
+from mosectl.grid import Grid
+from mosectl.journal import Journal, read_journal
+from mosectl.live import load, set_weight, weight_of
+from mosectl.patch import Patch
+from mosectl.sides import originals, stored_patches
+from mosectl.stack import KEPT_BASE, replayed
+
+OnStep = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One patch of an edited folder."""
+
+    id: str
+    file: str
+    method: str
+    made_on: tuple[str, ...]  # ids it was computed on top of
+    facts: tuple[str, ...]  # "prompt → object"
+    tensors: int
+
+
+@dataclass(frozen=True)
+class History:
+    """An edited folder's patches in the order of application, and where that order matters."""
+
+    folder: str
+    model: str
+    revision: str | None
+    kept_base: bool
+    patches: tuple[Entry, ...]
+    conflicts: tuple[Conflict, ...]
+
+
+def history(folder: str | Path) -> History:
+    """Read a folder's journal and patches.
+
+    Raises:
+        ModelError: nothing was applied here, or the journal is damaged. PatchError: a patch is missing or damaged.
+    """
+    checkpoint, journal = _edited(folder)
+    patches = stored_patches(checkpoint, journal)
+    entries = [
+        Entry(p.id, a.file, p.method, p.parents, tuple(f"{f.prompt} → {f.target_new}" for f in p.facts), len(p.changes))
+        for p, a in zip(patches, journal.patches, strict=True)
+    ]
+    return History(str(folder), journal.model, journal.revision, journal.kept_base, tuple(entries), conflicts(patches))
+
+
+def _edited(folder: str | Path) -> tuple[Checkpoint, Journal]:
+    checkpoint = open_checkpoint(folder)
+    journal = read_journal(checkpoint.folder)
+    if journal is None:
+        raise ModelError("no mosectl.json: nothing was applied here", where=str(folder), fix="give an edited folder")
+    return checkpoint, journal
+
+
+def history_tables(h: History) -> list[Grid]:
+    """The patches in order, their facts, and what does not simply add up."""
+    rows = [
+        (
+            str(i),
+            p.id[:12],
+            p.method,
+            str(len(p.facts)),
+            str(p.tensors),
+            ", ".join(x[:12] for x in p.made_on) or "–",
+            p.file,
+        )
+        for i, p in enumerate(h.patches, 1)
+    ]
+    facts = [(p.id[:12], f) for p in h.patches for f in p.facts]
+    base = h.model + (f" @ {h.revision}" if h.revision else "") + (", its edited tensors kept" if h.kept_base else "")
+    return [
+        Grid(
+            f"{h.folder}: {base}", (">", "patch", "method", ">facts", ">tensors", "made on top of", "file"), tuple(rows)
+        ),
+        Grid("Facts", ("patch", "fact"), tuple(facts)),
+        conflict_table(h.conflicts),
+    ]
+
+
+# verify
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at."""
+
+    what: str
+    ok: bool
+    note: str
+
+
+def verify(folder: str | Path, *, base: str | Path | None = None, on_step: OnStep | None = None) -> tuple[Check, ...]:
+    """Check every patch, every edited tensor and, where the base is in reach, every other tensor of an edited folder.
+
+    Edited tensors must have the journal's sha256, and be what the patches make of the base, bit for bit. Tensors that no
+    patch touches must be the base's: the same file on disk, or the same bytes.
+
+    Args:
+        base: where the unedited model is; default: where the journal says.
+    Raises:
+        ModelError: nothing was applied here. What is wrong with the folder's content is returned, not raised.
+    """
+    checkpoint, journal = _edited(folder)
+    checks = [_patch_check(checkpoint, a.id, a.file) for a in journal.patches]
+    known = sorted(journal.tensors)
+    for i, name in enumerate(known):
+        checks.append(_tensor_check(checkpoint, journal, name))
+        if on_step:
+            on_step(i + 1, len(known) + 1)
+    if journal.kept_base:
+        checks += _kept_checks(checkpoint, journal)
+    if all(c.ok for c in checks):
+        checks += _replay_checks(checkpoint, journal, base)
+    checks += _untouched_checks(checkpoint, journal, base)
+    if on_step:
+        on_step(len(known) + 1, len(known) + 1)
+    return tuple(checks)
+
+
+def _patch_check(checkpoint: Checkpoint, wanted: str, file: str) -> Check:
+    try:
+        found = Patch.load(checkpoint.folder / file).id
+    except MosectlError as e:
+        return Check(file, False, e.what)
+    return Check(
+        file, found == wanted, f"patch {found[:12]}" + ("" if found == wanted else f", expected {wanted[:12]}")
+    )
+
+
+def _tensor_check(checkpoint: Checkpoint, journal: Journal, name: str) -> Check:
+    try:
+        found = sha256(checkpoint.read(name))
+    except ModelError as e:
+        return Check(name, False, e.what)
+    same = found == journal.tensors[name].sha256
+    return Check(name, same, f"sha256 {found[:12]}, " + ("as the journal says" if same else "not the journal's"))
+
+
+def _kept_checks(checkpoint: Checkpoint, journal: Journal) -> Iterator[Check]:
+    kept = checkpoint.folder / KEPT_BASE
+    try:
+        with safe_open(kept, framework="pt") as file:
+            found = {name: sha256(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118  (not a dict)
+    except Exception as e:  # safetensors raises its own and OSError kinds alike
+        yield Check(KEPT_BASE, False, f"cannot be read: {e}")
+        return
+    wrong = sorted(n for n, t in journal.tensors.items() if found.get(n) != t.base_sha256)
+    yield Check(
+        KEPT_BASE, not wrong, f"wrong: {', '.join(wrong)}" if wrong else f"{len(found)} base tensors as they were"
+    )
+
+
+def _replay_checks(checkpoint: Checkpoint, journal: Journal, base: str | Path | None) -> Iterator[Check]:
+    made = replayed(checkpoint, base)
+    for name, weight in made.items():
+        if weight is None:
+            yield Check(f"{name} from the base", True, "not checked: the base is out of reach")
+        else:
+            same = sha256(weight) == journal.tensors[name].sha256
+            yield Check(
+                f"{name} from the base", same, "the patches give just this" if same else "the patches give another"
+            )
+
+
+def _untouched_checks(checkpoint: Checkpoint, journal: Journal, base: str | Path | None) -> Iterator[Check]:
+    rest = [n for n in checkpoint.tensors if n not in journal.tensors]
+    what = f"{len(rest)} other tensors"
+    original = _base_of(journal, base)
+    if original is None:
+        yield Check(what, True, "not checked: the base is out of reach")
+        return
+    wrong = [n for n in rest if not _same_bytes(checkpoint, original, n)]
+    wrong += [n for n in original.tensors if n not in checkpoint.tensors]
+    note = f"differ from {original.folder}: {', '.join(wrong[:5])}" if wrong else f"as in {original.folder}"
+    yield Check(what, not wrong, note)
+
+
+def _base_of(journal: Journal, base: str | Path | None) -> Checkpoint | None:
+    for place, revision in [(str(base), None)] if base else journal.places:
+        with suppress(ModelError, HubError):
+            return open_checkpoint(place, revision)
+    return None
+
+
+def _same_bytes(a: Checkpoint, b: Checkpoint, name: str) -> bool:
+    if name not in b.tensors:
+        return False
+    x, y = a.tensors[name], b.tensors[name]
+    if x.file.samefile(y.file) and (x.start, x.stop) == (y.start, y.stop):
+        return True
+    return (x.dtype, x.shape) == (y.dtype, y.shape) and sha256(a.read(name)) == sha256(b.read(name))
+
+
+# blame
+
+
+@dataclass(frozen=True)
+class Blame:
+    """One prompt's answers as the stack grew."""
+
+    prompt: str
+    answers: tuple[str, ...]  # without any patch, with the first, with the first two, …
+    moved_by: tuple[str, ...]  # ids of the patches after which the answer was another
+
+
+def blame(
+    prompts: Sequence[str],
+    folder: str | Path,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    max_new_tokens: int = 12,
+    on_step: OnStep | None = None,
+) -> tuple[tuple[str, ...], tuple[Blame, ...]]:
+    """Ids of the folder's patches in order, and each prompt's greedy answer under the first 0, 1, 2, … of them.
+
+    Raises:
+        ModelError: nothing was applied here. BaseMismatch: the base tensors are out of reach.
+    """
+    checkpoint, journal = _edited(folder)
+    patches = stored_patches(checkpoint, journal)
+    found = originals(checkpoint, journal)
+    if found is None:
+        raise BaseMismatch("the base tensors are out of reach", where=str(folder), fix="apply with --keep-base")
+    bases = found[0]
+    loaded = load(folder, device=device, dtype=dtype)
+    arch = resolve(loaded.model)
+    names = disk_names(arch, checkpoint.tensors)
+    edited = [p for p in arch.projections if names[p.name] in bases]
+    said: list[list[str]] = []
+    for n in range(len(patches) + 1):
+        for p in edited:
+            base = p.oriented(bases[names[p.name]])
+            W = changed([q.changes[p.name] for q in patches[:n] if p.name in q.changes], base)
+            set_weight(loaded.model, p, W.to(weight_of(loaded.model, p).device, torch.float64))
+        said.append(
+            [answer(t) for t in generate(loaded.model, loaded.tokenizer, prompts, max_new_tokens=max_new_tokens)]
+        )
+        if on_step:
+            on_step(n + 1, len(patches) + 1)
+    ids = tuple(p.id for p in patches)
+    out = []
+    for prompt, answers in zip(prompts, zip(*said, strict=True), strict=True):
+        moved = tuple(ids[i] for i in range(len(ids)) if answers[i + 1] != answers[i])
+        out.append(Blame(prompt, tuple(answers), moved))
+    return ids, tuple(out)
