@@ -348,5 +348,7 @@ def test_earlier_facts_that_slip_are_edited_with_the_next_batch(corpus: str, mon
 def test_every_setting_is_documented() -> None:
     text = (ROOT / "docs" / "methods.md").read_text()
     known = {f.name for f in fields(TargetOptions)} | {n for name in NAMES for n in method(name).defaults}
-    known |= {f.name for f in fields(EditOptions) if f.type in ("int", "float") and f.name not in ("batch_size", "seed")}
+    known |= {
+        f.name for f in fields(EditOptions) if f.type in ("int", "float") and f.name not in ("batch_size", "seed")
+    }
     assert [n for n in sorted(known) if f"`{n}`" not in text and f"`--{n}`" not in text] == []

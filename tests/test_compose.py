@@ -1,0 +1,270 @@
+"""Several patches at once: merged, compared, in conflict; an edited folder's log, verification and blame."""
+
+from __future__ import annotations
+
+import json
+import random as chance
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import DEMO, save
+from test_cli import run
+from test_stack import hashes, patch_for
+
+from mosectl.change import Change, change_between, changed, combined
+from mosectl.checkpoint import open_checkpoint
+from mosectl.compose import conflicts, diff, merge
+from mosectl.errors import BaseMismatch, ModelError, PatchError, UsageError
+from mosectl.history import blame, history, verify
+from mosectl.patch import Patch, PatchFact
+from mosectl.rotation import Compact, commutator, nearest_rotation
+from mosectl.stack import apply, revert
+
+GRAPE = PatchFact("The capital of Avaland is", "Avaland", "Grape", "Brin", "Grape", 0.1, 0.9, "changed")
+
+
+def compact(n: int, r: int, seed: int) -> Compact:
+    g = torch.Generator().manual_seed(seed)
+    U = torch.linalg.qr(torch.randn(n, r, generator=g, dtype=torch.float64))[0]
+    return Compact(U, nearest_rotation(torch.randn(r, r, generator=g, dtype=torch.float64)))
+
+
+def small(patch: Patch, r: int, seed: int) -> Patch:
+    """The same patch with compact rotations on both sides."""
+    changes = {}
+    for i, (name, made_for) in enumerate(patch.base.items()):
+        d, p = made_for.shape
+        L, R = compact(d, r, seed + i), compact(p, r, seed + 50 + i)
+        factors = {"U": L.U, "Q": L.Q, "U_in": R.U, "Q_in": R.Q}
+        changes[name] = Change({n: f.float() for n, f in factors.items()})
+    return replace(patch, changes=changes, side="both", seed=seed)
+
+
+def added(patch: Patch, folder: Path, seed: int) -> Patch:
+    g = torch.Generator().manual_seed(seed)
+    changes = {}
+    for name, made_for in patch.base.items():
+        W = open_checkpoint(folder).read(made_for.tensor).double()
+        d, p = W.shape
+        D = torch.randn(d, 2, generator=g).double() @ torch.randn(2, p, generator=g).double()
+        changes[name] = change_between(W, W + 0.1 * D, "additive")
+    return replace(patch, changes=changes, side="additive", seed=seed)
+
+
+def patches_of(kind: str, folder: Path) -> list[Patch]:
+    dense = [patch_for(folder, (0, 1), seed=1), patch_for(folder, (1,), seed=2), patch_for(folder, (0, 1), seed=3)]
+    if kind == "compact":
+        return [small(p, 4, 10 * i) for i, p in enumerate(dense)]
+    if kind == "mixed":
+        return [dense[0], small(dense[1], 4, 5), small(dense[2], 3, 9)]
+    return dense if kind == "dense" else [added(p, folder, i) for i, p in enumerate(dense)]
+
+
+@pytest.mark.parametrize("kind", ["dense", "compact", "mixed", "additive"])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_a_merged_patch_does_what_the_stack_does(model_type: str, kind: str, tmp_path: Path) -> None:
+    base = save(tmp_path / "base", model_type)
+    if model_type == "gpt2" and kind != "dense":
+        pytest.skip("patches of this kind are made here for (d, p) weights only")
+    patches = patches_of(kind, base)
+    apply(patches, base, tmp_path / "stack")
+    merged = merge(patches)
+    merged.save(tmp_path / "m.safetensors")
+    back = Patch.load(tmp_path / "m.safetensors")
+    assert back.id == merged.id and [r["id"] for r in back.options["merged"]] == [p.id for p in patches]
+    apply([back], base, tmp_path / "one")
+    one, stack = open_checkpoint(tmp_path / "one"), open_checkpoint(tmp_path / "stack")
+    for name in one.tensors:
+        assert torch.allclose(one.read(name), stack.read(name), atol=2e-6), name
+    assert revert(back, tmp_path / "one").restored and hashes(tmp_path / "one") == hashes(base)
+    if kind == "compact":
+        assert all("U" in c.factors for c in merged.changes.values())
+
+
+def test_additions_stay_of_low_rank() -> None:
+    g = torch.Generator().manual_seed(0)
+    parts = [Change({"B": torch.randn(20, 3, generator=g), "A": torch.randn(3, 50, generator=g)}) for _ in range(4)]
+    parts.append(parts[0])
+    whole = combined(parts)
+    assert whole.factors["A"].shape == (12, 50)
+    W = torch.zeros(20, 50)
+    assert torch.allclose(whole.apply(W).float(), changed(parts, W), atol=1e-4)
+
+
+def test_what_cannot_be_merged(tmp_path: Path) -> None:
+    base = save(tmp_path / "base")
+    a, b = patch_for(base, seed=1), patch_for(base, seed=2)
+    with pytest.raises(UsageError, match="nothing to merge"):
+        merge([a])
+    with pytest.raises(PatchError, match="given twice"):
+        merge([a, a])
+    with pytest.raises(PatchError, match="cannot become one change"):
+        merge([a, added(b, base, 0)])
+    with pytest.raises(PatchError, match="different weights"):
+        merge([a, patch_for(save(tmp_path / "other", initializer_range=0.5), seed=2)])
+    later = replace(b, parents=(a.id,))
+    with pytest.raises(PatchError, match=f"on top of {a.id[:12]}"):
+        merge([later, a])
+    assert (
+        merge([a, later]).parents == ()
+        and merge([replace(a, parents=("0" * 64,)), replace(b, parents=("0" * 64,))]).parents
+    )
+
+
+def test_conflicts_of_facts_and_of_order(tmp_path: Path) -> None:
+    base = save(tmp_path / "base")
+    a = replace(patch_for(base, (0,), seed=1), facts=(GRAPE,))
+    same_words = replace(GRAPE, prompt="the capital of  Avaland is", target_new="Plum")
+    b = replace(patch_for(base, (0, 1), seed=2), facts=(same_words,))
+    fact, order = conflicts([a, b])
+    assert (
+        (fact.kind, fact.first, fact.second) == ("fact", a.id, b.id)
+        and "'Grape'" in fact.what
+        and "'Plum'" in fact.what
+    )
+    (module,) = a.changes
+    R, S = (p.changes[module].factors["R"].double() for p in (a, b))
+    assert order.where == module and order.size == pytest.approx(float((R @ S - S @ R).norm()) / len(R) ** 0.5)
+    assert (
+        conflicts(
+            [a, replace(patch_for(base, (1,), seed=2), facts=(replace(GRAPE, subject="Brin", prompt="Brin is"),))]
+        )
+        == ()
+    )
+    found = diff(a, b)
+    assert found.only_first == found.only_second == found.common == () and len(found.conflicts) == 2
+    assert dict(found.modules)[module] == pytest.approx(float((R - S).norm()) / len(R) ** 0.5)
+    assert diff(a, a).common == (GRAPE,) and diff(a, a).modules == ((module, 0.0),)
+
+
+def test_commutators_agree_in_both_forms() -> None:
+    A, B = compact(30, 4, 1), compact(30, 5, 2)
+    a, b = A.dense(), B.dense()
+    expected = float((a @ b - b @ a).norm()) / 30**0.5
+    for x, y in ((A, B), (a, B), (A, b), (a, b)):
+        assert commutator(x, y) == pytest.approx(expected)
+    assert commutator(A, A.inverse) < 1e-12
+
+
+def test_twenty_patches_come_off_in_any_order(tmp_path: Path) -> None:
+    base = save(tmp_path / "base", dtype=torch.bfloat16)
+    original = hashes(base)
+    patches = [
+        small(patch_for(base, (i % 2, 2), seed=i), 3, i) if i % 3 else patch_for(base, (i % 2, 2), seed=i)
+        for i in range(20)
+    ]
+    folder = tmp_path / "out"
+    apply(patches, base, folder)
+    order = list(patches)
+    chance.Random(0).shuffle(order)
+    for i, patch in enumerate(order):
+        assert all(c.ok for c in verify(folder)) and len(history(folder).patches) == 20 - i
+        done = revert(patch, folder)
+    assert done.restored and hashes(folder) == original and not (folder / "mosectl.json").exists()
+
+
+# The folder
+
+
+class Edited:
+    def __init__(self, folder: Path) -> None:
+        self.base, self.out = save(folder / "base"), folder / "out"
+        self.a = replace(patch_for(self.base, (0,), seed=1), facts=(GRAPE,))
+        self.b = patch_for(self.base, (0, 1), seed=2)
+        apply([self.a, self.b], self.base, self.out)
+
+
+@pytest.fixture
+def edited(tmp_path: Path) -> Edited:
+    return Edited(tmp_path)
+
+
+def test_the_log_names_patches_facts_and_conflicts(edited: Edited, capsys: pytest.CaptureFixture[str]) -> None:
+    found = history(edited.out)
+    assert [p.id for p in found.patches] == [edited.a.id, edited.b.id] and found.kept_base
+    assert found.patches[0].facts == ("The capital of Avaland is → Grape",) and found.patches[1].tensors == 2
+    assert [c.kind for c in found.conflicts] == ["order"]
+    assert run("log", edited.out) == 0 and edited.a.id[:12] in capsys.readouterr().out
+    assert run("log", edited.out, "--json") == 0 and len(json.loads(capsys.readouterr().out)["patches"]) == 2
+    assert run("log", edited.base) == 4 and "nothing was applied here" in capsys.readouterr().err
+    with pytest.raises(ModelError, match="nothing was applied"):
+        verify(edited.base)
+
+
+def damage(file: Path, at: int = -5) -> None:
+    data = bytearray(file.read_bytes())
+    data[at] ^= 0x40
+    file.unlink()  # a hard link's other name must not change
+    file.write_bytes(data)
+
+
+def tensor_end(folder: Path, name: str) -> int:
+    return open_checkpoint(folder).tensors[name].stop - 3
+
+
+def test_verify_finds_every_kind_of_damage(edited: Edited, capsys: pytest.CaptureFixture[str]) -> None:
+    assert all(c.ok for c in verify(edited.out))
+    assert run("verify", edited.out) == 0
+    whole = {p: p.read_bytes() for p in edited.out.rglob("*") if p.is_file()}
+    edited_tensor = open_checkpoint(edited.out).tensors
+    touched = next(n for n in edited_tensor if "layers.0" in n and "down_proj" in n)
+    other = next(n for n in edited_tensor if "layers.2" in n and "down_proj" in n)
+    weights = edited.out / "model.safetensors"
+    cases = [
+        (edited.out / "mosectl" / f"{edited.a.id[:16]}.safetensors", -5, f"{edited.a.id[:16]}.safetensors"),
+        (weights, tensor_end(edited.out, touched), touched),
+        (weights, tensor_end(edited.out, other), "other tensors"),
+        (edited.out / "mosectl" / "base.safetensors", -5, "mosectl/base.safetensors"),
+    ]
+    for file, at, what in cases:
+        damage(file, at)
+        wrong = [c.what for c in verify(edited.out) if not c.ok]
+        assert len(wrong) == 1 and wrong[0].endswith(what), what
+        assert run("verify", edited.out) == 4 and "checks failed" in capsys.readouterr().err
+        file.unlink()
+        file.write_bytes(whole[file])
+    journal = json.loads((edited.out / "mosectl.json").read_text())
+    journal["patches"].reverse()  # each file is whole, and the product is another
+    (edited.out / "mosectl.json").write_text(json.dumps(journal))
+    assert [c.note for c in verify(edited.out) if not c.ok] == ["the patches give another"]
+
+
+def test_verify_says_what_it_could_not_check(edited: Edited) -> None:
+    folder = edited.out
+    apply([edited.a], edited.base, folder.with_name("bare"), keep_base=False)
+    shutil.rmtree(edited.base)
+    notes = [c.note for c in verify(folder.with_name("bare"))]
+    assert notes.count("not checked: the base is out of reach") == 2
+    with pytest.raises(BaseMismatch, match="out of reach"):
+        blame(["x"], folder.with_name("bare"))
+
+
+def test_blame_names_the_patch_that_moved_an_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The demo's patch between two that turn nothing: the middle one moved the answer."""
+    demo = Patch.load(Path(DEMO).parent.parent / "patches" / "demo.safetensors")
+    fact = demo.facts[0]
+
+    def idle(seed: int) -> Patch:
+        changes = {m: Change({"R": torch.eye(len(c.factors["R"]))}) for m, c in demo.changes.items()}
+        return replace(demo, changes=changes, seed=seed, facts=())
+
+    first, last = idle(1), idle(2)
+    apply([first, demo, last], DEMO, tmp_path / "out")
+    ids, (found,) = blame([fact.prompt], tmp_path / "out")
+    assert ids == (first.id, demo.id, last.id)
+    assert found.answers == (fact.before, fact.before, fact.after, fact.after) and found.moved_by == (demo.id,)
+    assert run("blame", fact.prompt, tmp_path / "out", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["moved_by"] == [demo.id]
+
+
+def test_merge_and_diff_on_the_command_line(edited: Edited, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    files = [str(edited.out / "mosectl" / f"{p.id[:16]}.safetensors") for p in (edited.a, edited.b)]
+    target = tmp_path / "m.safetensors"
+    assert run("merge", *files, "-o", target, "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["id"] == Patch.load(target).id and told["facts"] == 1 and told["conflicts"][0]["kind"] == "order"
+    assert run("merge", *files, "-o", target) == 7 and run("merge", files[0], "-o", tmp_path / "n") == 2
+    assert run("diff", *files) == 0 and "Grape" in capsys.readouterr().out
