@@ -1,7 +1,7 @@
 """The command line: parse, one library call, render. Nothing heavy is imported until a command runs.
 
 Exit codes: 0 done · 1 bug · 2 usage · 3 facts file · 4 model · 5 patch · 6 wrong base · 7 output · 8 nothing changed ·
-9 Hub · 10 below --fail-under · 11 stopped early · 130 Ctrl-C · 141 closed pipe.
+9 Hub · 10 below --fail-under · 11 stopped early · 12 patches conflict · 130 Ctrl-C · 141 closed pipe.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from typing import Annotated, Any
 import typer
 
 from mosectl import __version__
-from mosectl.errors import FactsError, MosectlError, OutputError, PatchError, StoppedEarly, UsageError
+from mosectl.errors import ConflictError, FactsError, MosectlError, OutputError, PatchError, StoppedEarly, UsageError
 
 app = typer.Typer(
     name="mosectl",
     help="Edit facts in open language models with orthogonal, portable, revertible patches.",
     epilog="Exit codes: 0 done, 1 bug, 2 usage, 3 facts file, 4 model, 5 patch, 6 wrong base, 7 output, 8 nothing changed, "
-    "9 Hub, 10 below --fail-under, 11 stopped early, 130 Ctrl-C, 141 closed pipe.",
+    "9 Hub, 10 below --fail-under, 11 stopped early, 12 patches conflict, 130 Ctrl-C, 141 closed pipe.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
@@ -236,15 +236,36 @@ def apply(
             "--keep-base/--no-keep-base", help="Keep the original tensors beside the edited ones for an exact revert."
         ),
     ] = True,
+    check_facts: Annotated[
+        bool,
+        typer.Option(
+            "--check-facts", help="First ask whether facts of earlier patches would stop holding; loads the model."
+        ),
+    ] = False,
+    allow_conflicts: Annotated[
+        bool, typer.Option("--allow-conflicts", help="Apply all the same where patches contradict each other.")
+    ] = False,
+    device: Device = "auto",
     force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Write a model with patches applied to a new folder; no GPU, and only changed files are rewritten."""
     from mosectl import report
+    from mosectl.conflicts import before_applying
     from mosectl.live import load_patches
     from mosectl.stack import apply as run
 
     loaded = load_patches(patches)
+    with report.progress() as on_step:
+        found = before_applying(
+            loaded, model, revision=revision, ask=check_facts, device=device, force=force, on_step=named("ask", on_step)
+        )
+    report.conflicts(found)
+    if (bad := [c for c in found if c.kind != "order"]) and not allow_conflicts:
+        what = f"{len(bad)} conflicts, nothing was written: {bad[0].what}"
+        raise ConflictError(
+            what, where=bad[0].where, fix="leave a patch out, or give --allow-conflicts: the later one wins"
+        )
     with report.progress() as on_step:
         done = run(
             loaded,

@@ -22,7 +22,9 @@ COMMUTES = 1e-6  # a commutator below this is rounding
 class Conflict:
     """Two patches that do not simply add up."""
 
-    kind: str  # "fact": they give one question different answers; "order": their rotations do not commute
+    # "fact": they give one question different answers; "order": their rotations do not commute; "lost": with the second, a
+    # fact of the first no longer holds
+    kind: str
     first: str  # ids
     second: str
     where: str  # prompt, or module

@@ -13,6 +13,7 @@
 | 9    | HubError        | the Hugging Face Hub cannot be reached or refuses             |
 | 10   | BelowThreshold  | a number is below its --fail-under                            |
 | 11   | StoppedEarly    | the guard ended an edit; its patch holds the facts before     |
+| 12   | ConflictError   | patches contradict each other; nothing was written            |
 | 130  | (Ctrl-C)        | interrupted; nothing half-written is left behind              |
 | 141  | (closed pipe)   | whoever read the output stopped reading                       |
 """
@@ -68,3 +69,7 @@ class BelowThreshold(MosectlError):
 
 class StoppedEarly(MosectlError):
     exit_code = 11
+
+
+class ConflictError(MosectlError):
+    exit_code = 12

@@ -23,6 +23,7 @@ from mosectl.errors import MosectlError
 from mosectl.jsonable import jsonable
 
 if TYPE_CHECKING:
+    from mosectl.compose import Conflict
     from mosectl.editor import EditResult, FactResult
     from mosectl.evaluation import Evaluation
     from mosectl.facts import FactsReport
@@ -349,6 +350,13 @@ def _settings(options: Mapping[str, Any]) -> Iterator[str]:
 
 def _or_dash(number: float | None, form: str, unit: str = "") -> str:
     return "–" if number is None else f"{number:{form}}{unit}"
+
+
+def conflicts(found: Sequence[Conflict]) -> None:
+    """What does not simply add up, on stderr: it stands beside a result."""
+    for c in found:
+        size = "" if c.size is None else f", ‖R₁R₂−R₂R₁‖/√n = {c.size:.2g}"
+        hint(f"{'note' if c.kind == 'order' else 'conflict'}: {c.where}: {c.what}{size}")
 
 
 def applied(r: ApplyReport, verb: str) -> None:

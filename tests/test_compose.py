@@ -268,3 +268,39 @@ def test_merge_and_diff_on_the_command_line(edited: Edited, capsys: pytest.Captu
     assert told["id"] == Patch.load(target).id and told["facts"] == 1 and told["conflicts"][0]["kind"] == "order"
     assert run("merge", *files, "-o", target) == 7 and run("merge", files[0], "-o", tmp_path / "n") == 2
     assert run("diff", *files) == 0 and "Grape" in capsys.readouterr().out
+
+
+# Before applying
+
+
+def test_contradicting_patches_are_not_applied_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = save(tmp_path / "base")
+    a = replace(patch_for(base, (0,), seed=1), facts=(GRAPE,))
+    b = replace(patch_for(base, (0,), seed=2), facts=(replace(GRAPE, target_new="Plum"),))
+    for name, p in (("a", a), ("b", b)):
+        p.save(tmp_path / name)
+    both = ("apply", tmp_path / "a", tmp_path / "b", "--model", base, "-o", tmp_path / "out")
+    assert run(*both) == 12 and not (tmp_path / "out").exists()
+    told = capsys.readouterr().err
+    assert "'Plum'" in told and "--allow-conflicts" in told and "the order of" in told
+    assert run("apply", tmp_path / "a", "--model", base, "-o", tmp_path / "one") == 0
+    assert run("apply", tmp_path / "b", "--model", tmp_path / "one", "-o", tmp_path / "out") == 12, (
+        "with what is there too"
+    )
+    assert run(*both, "--allow-conflicts") == 0 and len(history(tmp_path / "out").patches) == 2
+
+
+def test_facts_that_stop_holding_are_told_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A patch that takes the demo's patch back again, made for the same base: all its facts are lost with it."""
+    demo = Patch.load(Path(DEMO).parent.parent / "patches" / "demo.safetensors")
+    back = replace(
+        demo, changes={m: Change({"R": c.factors["R"].T.contiguous()}) for m, c in demo.changes.items()}, facts=()
+    )
+    for name, p in (("a", demo), ("b", back)):
+        p.save(tmp_path / name)
+    both = ("apply", tmp_path / "a", tmp_path / "b", "--model", DEMO, "-o", tmp_path / "out")
+    assert run(*both, "--check-facts") == 12 and not (tmp_path / "out").exists()
+    assert f"{len(demo.facts)} conflicts, nothing was written" in " ".join(capsys.readouterr().err.split())
+    assert run(*both) == 0, "asked for nothing, it is told nothing"

@@ -1,0 +1,73 @@
+"""Before patches are applied: what in them, and in those that are there already, does not simply add up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from mosectl.checkpoint import open_checkpoint
+from mosectl.compose import Conflict, conflicts
+from mosectl.evaluate import answer, generate, says
+from mosectl.journal import read_journal
+from mosectl.live import load, patched
+from mosectl.patch import Patch
+from mosectl.sides import stored_patches
+from mosectl.stack import check_stack
+
+OnStep = Callable[[int, int], None]
+
+
+def before_applying(
+    patches: Sequence[Patch],
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    ask: bool = False,
+    device: str = "auto",
+    force: bool = False,
+    on_step: OnStep | None = None,
+) -> tuple[Conflict, ...]:
+    """Conflicts among ``patches`` and those that ``model`` holds; with ``ask`` also facts that would stop holding.
+
+    Raises:
+        PatchError, BaseMismatch, ModelError, HubError: as :func:`mosectl.stack.apply`.
+    """
+    checkpoint = open_checkpoint(model, revision)
+    journal = read_journal(checkpoint.folder)
+    there = stored_patches(checkpoint, journal) if journal else []
+    stack = [*there, *patches]
+    new = {p.id for p in patches}
+    found = tuple(c for c in conflicts(stack) if c.second in new)  # those among the old ones were told before
+    if not ask or len(stack) < 2:
+        return found
+    if not force:
+        check_stack(checkpoint, patches)
+    return found + _lost(patches, there, model, revision, device, on_step)
+
+
+def _lost(
+    patches: Sequence[Patch],
+    there: Sequence[Patch],
+    model: str | Path,
+    revision: str | None,
+    device: str,
+    on_step: OnStep | None,
+) -> tuple[Conflict, ...]:
+    """Facts of earlier patches that hold with one patch less and do not with it."""
+    loaded = load(model, revision=revision, device=device)
+    out = []
+    earlier = [(p.id, f) for p in there for f in p.facts]
+    for n, patch in enumerate(patches):
+        prompts = [f.prompt for _, f in earlier]
+        with patched(loaded.model, *patches[:n], force=True):
+            before = generate(loaded.model, loaded.tokenizer, prompts) if prompts else []
+        with patched(loaded.model, *patches[: n + 1], force=True):
+            after = generate(loaded.model, loaded.tokenizer, prompts) if prompts else []
+        for (owner, fact), old, new in zip(earlier, before, after, strict=True):
+            if says(old, fact.target_new) and not says(new, fact.target_new):
+                what = f"'{fact.target_new}' of {owner[:12]} becomes '{answer(new)}' with {patch.id[:12]}"
+                out.append(Conflict("lost", owner, patch.id, fact.prompt, what, None))
+        earlier += [(patch.id, f) for f in patch.facts]
+        if on_step:
+            on_step(n + 1, len(patches))
+    return tuple(out)
