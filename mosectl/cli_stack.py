@@ -1,4 +1,4 @@
-"""The commands about several patches: log, verify, blame, merge, diff. Imported by cli.py, whose options it shares."""
+"""The commands about patches in numbers: log, verify, blame, merge, diff, export. Imported by cli.py for its options."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mosectl.cli import Device, Dtype, Json, app, named, writable
+from mosectl.cli import Device, Dtype, Force, Json, Model, Revision, app, named, writable
 
 Folder = Annotated[str, typer.Argument(help="An edited folder.")]
 
@@ -105,3 +105,38 @@ def diff(
 
     found = run(*load_patches([first, second]))
     report.data(found) if as_json else report.tables(difference_tables(found))
+
+
+@app.command()
+def export(
+    patches: Annotated[list[str], typer.Argument(help="Patch files, in this order.")],
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder (lora, merged) or file (gguf-lora) to write.")],
+    to: Annotated[str, typer.Option(help="lora (PEFT, vLLM), gguf-lora (llama.cpp), merged (a checkpoint).")] = "lora",
+    revision: Revision = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Cut the adapter down to this rank.")] = None,
+    half: Annotated[bool, typer.Option("--half", help="Store the adapter in bfloat16.")] = False,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Write patches for serving: one LoRA for the whole stack, or a checkpoint."""
+    import torch
+
+    from mosectl import report
+    from mosectl.export import export as run
+    from mosectl.live import load_patches
+
+    loaded, dtype = load_patches(patches), torch.bfloat16 if half else torch.float32
+    with report.progress() as on_step:
+        done = run(
+            loaded,
+            model,
+            out,
+            to,
+            revision=revision,
+            rank=rank,
+            dtype=dtype,
+            force=force,
+            on_step=named("export", on_step),
+        )
+    report.data(done) if as_json else report.exported(done)

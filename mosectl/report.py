@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from mosectl.compose import Conflict
     from mosectl.editor import EditResult, FactResult
     from mosectl.evaluation import Evaluation
+    from mosectl.export import Exported
     from mosectl.facts import FactsReport
     from mosectl.grid import Grid
     from mosectl.inspection import Inspection
@@ -375,6 +376,15 @@ def applied(r: ApplyReport, verb: str) -> None:
     _line(
         f"{r.folder}: {len(r.stack)} patch{'' if len(r.stack) == 1 else 'es'} applied, {size(r.bytes_written)} written"
     )
+
+
+def exported(e: Exported) -> None:
+    """What was written for serving."""
+    if e.form == "merged":
+        _line(f"{e.path}: a checkpoint with {len(e.modules)} changed weights")
+        return
+    exact = "exact" if e.left_out < 1e-6 else f"{e.left_out:.1%} of the change left out"
+    _line(f"{e.path}: a LoRA of rank {e.rank} for {len(e.modules)} weights, {exact}")
 
 
 def asked(answers: Sequence[Asked]) -> None:

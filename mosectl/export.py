@@ -1,0 +1,238 @@
+"""Patches for serving: as one LoRA (PEFT, vLLM, llama.cpp), or as a plain checkpoint without a trace of mosectl.
+
+The change of a weight is ΔW = L W R − W, or B A. With compact rotations L = I + U X Uᵀ, R = I + V Y Vᵀ it has rank r + s
+at most, so it *is* a LoRA: ΔW = [U X, L W V] [UᵀW; Y Vᵀ]. LoRAs add and rotations multiply: a stack becomes one LoRA.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mosectl.arch import Architecture, disk_names, resolve, skeleton
+from mosectl.change import Change, combined
+from mosectl.checkpoint import JOURNAL, SIDECAR, Checkpoint, open_checkpoint
+from mosectl.errors import ModelError, UsageError
+from mosectl.files import new_folder, write_bytes, write_tensors
+from mosectl.patch import Patch
+from mosectl.rotation import Compact
+from mosectl.stack import apply, check_stack
+
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # those vLLM takes (--max-lora-rank)
+FORMS = ("lora", "gguf-lora", "merged")
+EXACT = 1e-6  # share of ΔW below which a direction is rounding
+OnStep = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written."""
+
+    path: Path
+    form: str
+    rank: int  # of the adapter; 0 for a checkpoint
+    left_out: float  # largest share ‖ΔW − B A‖ / ‖ΔW‖ of any layer
+    modules: tuple[str, ...]
+
+
+def export(
+    patches: Sequence[Patch],
+    model: str | Path,
+    out: str | Path,
+    form: str = "lora",
+    *,
+    revision: str | None = None,
+    rank: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    force: bool = False,
+    on_step: OnStep | None = None,
+) -> Exported:
+    """Write ``patches``, in their order on ``model``, as an adapter or as a checkpoint.
+
+    Args:
+        form: "lora" (a PEFT adapter folder), "gguf-lora" (one file for llama.cpp) or "merged" (a checkpoint folder).
+        rank: cut the adapter down to it; default: the least legal rank that leaves nothing out.
+        dtype: of the adapter's tensors.
+        force: skip the check that the patches are for this model.
+    Raises:
+        UsageError: no such form, or a rank above 512 would be needed. BaseMismatch, ModelError, HubError, OutputError.
+    """
+    if form not in FORMS:
+        raise UsageError(f"--to {form}: no such form", fix=f"choose one of: {', '.join(FORMS)}")
+    checkpoint = open_checkpoint(model, revision)
+    if form == "merged":
+        return _merged(patches, model, Path(out), revision, force, on_step)
+    if not force:
+        check_stack(checkpoint, patches)
+    arch = resolve(skeleton(checkpoint.config))
+    factors, left_out = _adapter(patches, checkpoint, arch, rank, on_step)
+    r = len(next(iter(factors.values()))[1])
+    tensors = {m: (B.to(dtype), A.to(dtype)) for m, (B, A) in factors.items()}
+    write = _write_peft if form == "lora" else _write_gguf
+    write(Path(out), tensors, r, patches, checkpoint, arch)
+    return Exported(Path(out), form, r, left_out, tuple(factors))
+
+
+def low_rank(change: Change, W: Tensor) -> tuple[Tensor, Tensor]:
+    """B (d, r), A (r, p) float64 with B A = W' − W for W (d, p); of full rank where the change has a dense rotation."""
+    W = W.double()
+    if "A" in change.factors:
+        return change.factors["B"].double(), change.factors["A"].double()
+    L, R = change.rotation("R"), change.rotation("R_in")
+    if isinstance(L, Tensor) or isinstance(R, Tensor):
+        return change.apply(W) - W, torch.eye(W.shape[1]).to(W)
+    B, A = [W[:, :0]], [W[:0]]
+    if isinstance(L, Compact):
+        B, A = [*B, L.U @ L.turn], [*A, L.U.T @ W]
+        W = L.left(W)
+    if isinstance(R, Compact):
+        B, A = [*B, W @ R.U], [*A, R.turn @ R.U.T]
+    return torch.cat(B, 1), torch.cat(A)
+
+
+def _adapter(
+    patches: Sequence[Patch], checkpoint: Checkpoint, arch: Architecture, rank: int | None, on_step: OnStep | None
+) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
+    """B (d, r) and A (r, p) of every changed module, float64, zero-padded to one rank; and the largest share left out."""
+    names = disk_names(arch, checkpoint.tensors)
+    projections = {p.name: p for p in arch.projections}
+    modules = sorted({m for p in patches for m in p.changes}, key=lambda m: projections[m].layer)
+    found: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+    for i, module in enumerate(modules):
+        W = projections[module].oriented(checkpoint.read(names[module]))
+        change = combined([p.changes[module] for p in patches if module in p.changes])
+        found[module] = _svd(*low_rank(change, W))
+        if on_step:
+            on_step(i + 1, len(modules))
+    needed = max(int((EXACT * S.norm() < S).sum()) for _, S, _ in found.values())
+    if rank is None and needed > RANKS[-1]:
+        fix = f"--rank {RANKS[-1]} cuts it down (it says what is lost), --to merged writes a checkpoint, edit --form compact"
+        raise UsageError(f"exact only at rank {needed}, adapters are served up to rank {RANKS[-1]}", fix=fix)
+    r = next((k for k in RANKS if k >= (rank or needed)), rank or needed)
+    left_out = max(float(S[r:].norm() / S.norm().clamp_min(1e-300)) for _, S, _ in found.values())
+    return {m: _padded(U[:, :r], S[:r], Z[:r], r) for m, (U, S, Z) in found.items()}, left_out
+
+
+def _svd(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U (d, k), S (k,), Zᵀ (k, p) of B A, without the (d, p) product where the rank is low."""
+    (Q, S), (P, T) = torch.linalg.qr(B), torch.linalg.qr(A.T)
+    U, values, Zh = torch.linalg.svd(S @ T.T, full_matrices=False)
+    return Q @ U, values, Zh @ P.T
+
+
+def _padded(U: Tensor, S: Tensor, Zh: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    root = S.sqrt()
+    B, A = U.new_zeros(len(U), r), U.new_zeros(r, Zh.shape[1])
+    B[:, : len(S)], A[: len(S)] = U * root, root[:, None] * Zh
+    return B, A
+
+
+Factors = dict[str, tuple[Tensor, Tensor]]
+
+
+def _write_peft(
+    out: Path, tensors: Factors, r: int, patches: Sequence[Patch], checkpoint: Checkpoint, arch: Architecture
+) -> None:
+    """An adapter folder as PEFT writes it: alpha = r, so that B A counts as it is."""
+    used = [p for p in arch.projections if p.name in tensors]
+    inside = {p.name.split(f"{arch.layers_path}.{p.layer}.", 1)[1] for p in used}
+    config: dict[str, Any] = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": _base_name(patches, checkpoint),
+        "revision": checkpoint.revision, "r": r, "lora_alpha": r, "lora_dropout": 0.0, "bias": "none",
+        "target_modules": sorted(inside), "layers_to_transform": [p.layer for p in used],
+        "layers_pattern": arch.layers_path.rsplit(".", 1)[-1], "fan_in_fan_out": used[0].transposed,
+        "use_rslora": False, "use_dora": False, "inference_mode": True, "modules_to_save": None,
+    }  # fmt: skip
+    names: dict[str, Tensor] = {}
+    for module, (B, A) in tensors.items():
+        names[f"base_model.model.{module}.lora_A.weight"] = A.contiguous()
+        names[f"base_model.model.{module}.lora_B.weight"] = B.contiguous()
+    with new_folder(out) as folder:
+        write_tensors(folder / "adapter_model.safetensors", names, {"format": "pt"})
+        write_bytes(folder / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True).encode() + b"\n")
+        write_bytes(folder / "README.md", _card(patches, checkpoint, "A LoRA made of mosectl patches").encode())
+
+
+def _write_gguf(
+    out: Path, tensors: Factors, r: int, patches: Sequence[Patch], checkpoint: Checkpoint, arch: Architecture
+) -> None:
+    """A LoRA file for llama.cpp, through the gguf package."""
+    try:
+        import gguf
+    except ImportError as e:
+        raise UsageError("--to gguf-lora needs the package gguf", fix='pip install "mosectl[gguf]"') from e
+    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    if arch.model_type not in kinds:
+        what = f"llama.cpp's name for '{arch.model_type}' is not known"
+        raise ModelError(what, where=checkpoint.model, fix="export --to merged, and convert that with llama.cpp")
+    mapping = gguf.get_tensor_name_map(kinds[arch.model_type], len(arch.projections))
+    if out.exists():
+        raise UsageError(f"{out} exists", fix="choose another -o")
+    temporary = out.with_name(f".{out.name}.tmp")
+    writer = gguf.GGUFWriter(temporary, arch.model_type)
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", float(r))
+    for module, (B, A) in tensors.items():
+        name = mapping.get_name(f"{module}.weight", try_suffixes=(".weight",))
+        if name is None:
+            raise ModelError("llama.cpp has no such tensor", where=module, fix="export --to merged")
+        writer.add_tensor(f"{name}.lora_a", A.float().contiguous().numpy())
+        writer.add_tensor(f"{name}.lora_b", B.float().contiguous().numpy())
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        temporary.replace(out)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _merged(
+    patches: Sequence[Patch], model: str | Path, out: Path, revision: str | None, force: bool, on_step: OnStep | None
+) -> Exported:
+    """A checkpoint like any other, with a card that says what was edited; nothing to revert it by."""
+    checkpoint = open_checkpoint(model, revision)
+    with new_folder(out) as folder:
+        inner = folder / "checkpoint"
+        apply(patches, model, inner, revision=revision, keep_base=False, force=force, on_step=on_step)
+        (inner / JOURNAL).unlink()
+        shutil.rmtree(inner / SIDECAR)
+        write_bytes(inner / "README.md", _card(patches, checkpoint, "An edited checkpoint").encode())
+        for file in inner.iterdir():
+            file.rename(folder / file.name)
+        inner.rmdir()
+    modules = tuple(dict.fromkeys(m for p in patches for m in p.changes))
+    return Exported(out, "merged", 0, 0.0, modules)
+
+
+def _base_name(patches: Sequence[Patch], checkpoint: Checkpoint) -> str:
+    return checkpoint.model if checkpoint.revision else str(checkpoint.folder.resolve())
+
+
+def _card(patches: Sequence[Patch], checkpoint: Checkpoint, title: str) -> str:
+    """README.md with what a user of the result has to know."""
+    base = f"base_model: {checkpoint.model}\n" if checkpoint.revision else ""
+    facts = "\n".join(
+        f"| {_cell(f.prompt)} | {_cell(f.before)} | {_cell(f.target_new)} | {_cell(f.after)} |"
+        for p in patches
+        for f in p.facts
+    )
+    ids = "\n".join(f"- `{p.id}`: {p.method}, {len(p.facts)} facts" for p in patches)
+    return (
+        f"---\n{base}library_name: mosectl\npipeline_tag: text-generation\ntags: [mosectl, knowledge-editing]\n---\n"
+        f"# {title}\n\nOf {checkpoint.model}, by mosectl:\n\n{ids}\n\n"
+        f"| prompt | before | asked for | when the edit was made |\n|---|---|---|---|\n{facts}\n"
+    )
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").split())

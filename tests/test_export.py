@@ -1,0 +1,121 @@
+"""Patches for serving: the same logits as the edited model, through PEFT, from a checkpoint and from llama.cpp's file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import save
+from test_cli import run
+from test_compose import added, patches_of
+from test_stack import hashes, patch_for
+
+from mosectl.checkpoint import open_checkpoint
+from mosectl.errors import BaseMismatch, OutputError, UsageError
+from mosectl.export import RANKS, export
+from mosectl.live import load, patched
+from mosectl.patch import Patch
+
+IDS = torch.tensor([[5, 9, 2, 31, 7, 11, 3]])
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def expected(base: Path, patches: list[Patch]) -> torch.Tensor:
+    loaded = load(base)
+    with patched(loaded.model, *patches):
+        return logits(loaded.model)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gpt_neox", "opt"])
+@pytest.mark.parametrize("kind", ["compact", "dense", "additive"])
+def test_peft_gives_the_edited_models_logits(kind: str, model_type: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    base = save(tmp_path / "base", model_type)
+    if kind != "dense" and model_type != "llama":
+        pytest.skip("patches of this kind are made here for (d, p) weights only")
+    patches = patches_of(kind, base)
+    done = export(patches, base, tmp_path / "lora")
+    assert done.rank in RANKS and done.left_out < 1e-6
+    live = load(base).model
+    before = logits(live)
+    found = logits(peft.PeftModel.from_pretrained(live, tmp_path / "lora"))
+    wanted = expected(base, patches)
+    assert float((wanted - before).abs().max()) > 1e-3 and torch.allclose(found, wanted, atol=1e-5)
+    merged = peft.PeftModel.from_pretrained(load(base).model, tmp_path / "lora").merge_and_unload()
+    assert torch.allclose(logits(merged), wanted, atol=1e-5)
+
+
+def test_the_adapters_configuration(tmp_path: Path) -> None:
+    base = save(tmp_path / "base")
+    done = export(patches_of("compact", base), base, tmp_path / "lora")
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"] == done.rank and config["target_modules"] == ["mlp.down_proj"]
+    assert config["layers_to_transform"] == [0, 1] and not config["fan_in_fan_out"]
+    card = (tmp_path / "lora" / "README.md").read_text()
+    assert card.startswith("---\n") and "library_name: mosectl" in card and str(tmp_path) not in card
+    with pytest.raises(OutputError, match="the output exists"):
+        export(patches_of("compact", base), base, tmp_path / "lora")
+
+
+def test_a_rank_that_cuts_says_what_is_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = save(tmp_path / "base")
+    patch = patch_for(base)
+    done = export([patch], base, tmp_path / "small", rank=8)
+    assert done.rank == 8 and 0.05 < done.left_out < 1
+    patch.save(tmp_path / "p")
+    what = ("export", tmp_path / "p", "--model", base)
+    assert run(*what, "-o", tmp_path / "lora", "--rank", 8) == 0 and "of the change left out" in capsys.readouterr().out
+    assert run(*what, "-o", tmp_path / "exact") == 0 and "exact" in capsys.readouterr().out
+    assert run(*what, "-o", tmp_path / "x", "--to", "onnx") == 2
+
+
+def test_a_rank_no_server_takes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = save(tmp_path / "base")
+    monkeypatch.setattr("mosectl.export.RANKS", (1, 8))
+    with pytest.raises(UsageError, match="exact only at rank") as e:
+        export([patch_for(base)], base, tmp_path / "lora")
+    assert "--to merged" in e.value.fix and not (tmp_path / "lora").exists()
+
+
+def test_another_base_is_refused(tmp_path: Path) -> None:
+    base = save(tmp_path / "base")
+    patch = patch_for(base)
+    other = replace(patch, base={m: replace(t, sha256="0" * 64) for m, t in patch.base.items()})
+    for form in ("lora", "merged"):
+        with pytest.raises(BaseMismatch):
+            export([other], base, tmp_path / "out", form)
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_merged_checkpoint_bears_no_trace(tmp_path: Path) -> None:
+    base = save(tmp_path / "base", shard="20KB")
+    patches = patches_of("mixed", base)
+    export(patches, base, tmp_path / "merged", "merged")
+    names = {p.name for p in (tmp_path / "merged").iterdir()}
+    assert "mosectl.json" not in names and "mosectl" not in names and "README.md" in names
+    assert torch.equal(logits(load(tmp_path / "merged").model), expected(base, patches))
+    assert hashes(tmp_path / "merged").keys() == open_checkpoint(base).tensors.keys()
+
+
+def test_llama_cpps_file_holds_the_same_numbers(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    base = save(tmp_path / "base")
+    patch = added(patch_for(base), base, 0)
+    done = export([patch], base, tmp_path / "a.gguf", "gguf-lora")
+    reader = gguf.GGUFReader(tmp_path / "a.gguf")
+    found = {t.name: torch.tensor(t.data) for t in reader.tensors}
+    assert float(reader.fields["adapter.lora.alpha"].parts[-1][0]) == done.rank
+    for module, change in patch.changes.items():
+        layer = module.split(".")[2]
+        a, b = found[f"blk.{layer}.ffn_down.weight.lora_a"], found[f"blk.{layer}.ffn_down.weight.lora_b"]
+        assert torch.allclose(b @ a, change.factors["B"] @ change.factors["A"], atol=1e-4)
+    with pytest.raises(UsageError, match="exists"):
+        export([patch], base, tmp_path / "a.gguf", "gguf-lora")
