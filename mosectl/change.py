@@ -13,6 +13,9 @@ from mosectl.errors import PatchError
 from mosectl.rotation import Compact, left_factor, right_factor, times, two_sided_factors
 
 SIDES = {"output": ("R",), "input": ("R_in",), "both": ("R", "R_in"), "additive": ("A", "B")}
+BLOCK = (
+    1024  # rows or columns of W worked on at once: a weight of 8 B models takes 0.5 GB as float64, one copy is enough
+)
 COMPACT = {"R": ("U", "Q"), "R_in": ("U_in", "Q_in")}  # the other form of a rotation
 
 
@@ -43,12 +46,18 @@ class Change:
 
     def apply(self, W: Tensor) -> Tensor:
         """The changed W (d, p), float64 on the factors' device."""
-        W = W.to(next(iter(self.factors.values())).device, torch.float64)
+        W = W.detach().to(next(iter(self.factors.values())).device, torch.float64, copy=True)
         if "A" in self.factors:
-            return W + self.factors["B"].double() @ self.factors["A"].double()
+            A, B = self.factors["A"].double(), self.factors["B"].double()
+            for part, a in zip(W.split(BLOCK, 1), A.split(BLOCK, 1), strict=True):
+                part += B @ a
+            return W
         R, R_in = self.rotation("R"), self.rotation("R_in")
-        W = R.left(W) if isinstance(R, Compact) else W if R is None else R @ W
-        return R_in.right(W) if isinstance(R_in, Compact) else W if R_in is None else W @ R_in
+        for part in W.split(BLOCK, 1) if R is not None else ():
+            part.copy_(R.left(part) if isinstance(R, Compact) else R @ part)
+        for part in W.split(BLOCK) if R_in is not None else ():
+            part.copy_(R_in.right(part) if isinstance(R_in, Compact) else part @ R_in)
+        return W
 
     def undo(self, W: Tensor) -> Tensor:
         """The inverse of :meth:`apply` up to rounding: Rᵀ W R_inᵀ, or W − B A."""

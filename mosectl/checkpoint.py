@@ -7,7 +7,6 @@ shard is a copy of the old file with some byte ranges overwritten. Peak memory i
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,16 +173,8 @@ def _header(file: Path) -> dict[str, Entry]:
     }
 
 
-def write_shard(source: Path, target: Path, changes: Mapping[str, tuple[Entry, Tensor]]) -> None:
-    """Copy ``source`` to ``target`` and overwrite the changed tensors' bytes in the copy, then fsync it."""
-    import os
-
-    shutil.copyfile(source, target)
-    with target.open("r+b") as file:
-        for entry, tensor in changes.values():
-            raw = tensor.to(_DTYPES[entry.dtype]).contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-            assert len(raw) == entry.stop - entry.start
-            file.seek(entry.start)
-            file.write(raw)
-        file.flush()
-        os.fsync(file.fileno())
+def tensor_bytes(tensor: Tensor, entry: Entry) -> bytes:
+    """The bytes of ``tensor`` as ``entry`` stores it."""
+    raw = tensor.to(_DTYPES[entry.dtype]).contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    assert len(raw) == entry.stop - entry.start
+    return raw

@@ -22,7 +22,8 @@ from mosectl.journal import Journal, read_journal
 from mosectl.live import load, set_weight, weight_of
 from mosectl.patch import Patch
 from mosectl.sides import originals, stored_patches
-from mosectl.stack import KEPT_BASE, replayed
+from mosectl.source import KEPT_BASE
+from mosectl.stack import replayed
 
 OnStep = Callable[[int, int], None]
 

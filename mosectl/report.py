@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from mosectl.metrics import Stability
     from mosectl.patch import PatchFact
     from mosectl.plan import Diagnosis, Estimate
+    from mosectl.rebuild import ApplyReport
     from mosectl.run import OnStep
-    from mosectl.stack import ApplyReport
     from mosectl.stats import Moments
     from mosectl.tokens import TokenView
 

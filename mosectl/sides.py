@@ -19,7 +19,8 @@ from mosectl.fingerprint import sha256
 from mosectl.journal import Journal, read_journal
 from mosectl.live import Loaded, load, patched, weight_of
 from mosectl.patch import Patch, PatchFact
-from mosectl.stack import KEPT_BASE, check_stack
+from mosectl.source import KEPT_BASE
+from mosectl.stack import check_stack
 
 T = TypeVar("T")
 Ask = Callable[[Loaded, str], T]  # the model, and "before" or "after"

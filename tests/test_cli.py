@@ -20,7 +20,7 @@ from conftest import pico, save
 from test_stack import hashes, patch_for
 
 import mosectl
-from mosectl import cli, files, report, stack
+from mosectl import cli, files, rebuild, report
 from mosectl.change import Change
 from mosectl.patch import Patch
 
@@ -170,7 +170,7 @@ def duplicated(data: bytes) -> bytes:
 
 
 def no_space(world: World, patch: pytest.MonkeyPatch) -> tuple[object, ...]:
-    patch.setattr(stack, "write_shard", crash(OSError(errno.ENOSPC, "No space left on device")))
+    patch.setattr(rebuild, "clone", crash(OSError(errno.ENOSPC, "No space left on device")))
     return world.apply()
 
 
@@ -216,7 +216,7 @@ def ctrl_c_in_edit(world: World, patch: pytest.MonkeyPatch) -> tuple[object, ...
 
 
 def ctrl_c_in_apply(world: World, patch: pytest.MonkeyPatch) -> tuple[object, ...]:
-    patch.setattr(stack, "write_shard", crash(KeyboardInterrupt()))
+    patch.setattr(rebuild, "clone", crash(KeyboardInterrupt()))
     return world.apply()
 
 

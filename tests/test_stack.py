@@ -197,7 +197,7 @@ def test_untouched_files_are_linked_and_nothing_leaks(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "config.json").stat().st_nlink == 1, "people edit config.json in place"
 
 
-@pytest.mark.parametrize("moment", ["write_shard", "Journal.write", "write_tensors"])
+@pytest.mark.parametrize("moment", ["clone", "Journal.write", "stream_tensors"])
 def test_a_crash_leaves_old_or_nothing(moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, out = save(tmp_path / "base"), tmp_path / "out"
     patch, second = patch_for(base), patch_for(base, seed=5)
@@ -207,7 +207,7 @@ def test_a_crash_leaves_old_or_nothing(moment: str, tmp_path: Path, monkeypatch:
     def crash(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(f"mosectl.stack.{moment}", crash)
+    monkeypatch.setattr(f"mosectl.rebuild.{moment}", crash)
     with pytest.raises(KeyboardInterrupt):
         apply([patch], base, tmp_path / "new")
     with pytest.raises(KeyboardInterrupt):

@@ -1,0 +1,91 @@
+"""A checkpoint to start from: its layers, the patches it holds and, where they can be reached, its base tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import Tensor
+
+from mosectl.arch import Architecture, Projection, disk_names, resolve, skeleton
+from mosectl.checkpoint import SIDECAR, Checkpoint, open_checkpoint
+from mosectl.errors import BaseMismatch, HubError, ModelError, PatchError
+from mosectl.fingerprint import match, sha256
+from mosectl.journal import Applied, read_journal
+from mosectl.patch import Patch
+
+KEPT_BASE = f"{SIDECAR}/base.safetensors"
+
+
+class Source:
+    """A checkpoint to start from: its layers, the patches it holds and, where they can be reached, its base tensors."""
+
+    def __init__(self, checkpoint: Checkpoint, base: str | Path | None, unrecorded: Patch | None = None) -> None:
+        self.checkpoint = checkpoint
+        self.journal = read_journal(checkpoint.folder)
+        self.arch: Architecture = resolve(skeleton(checkpoint.config))
+        self.names = disk_names(self.arch, checkpoint.tensors)
+        self.projections = {p.name: p for p in self.arch.projections}
+        self.stack = [unrecorded] if unrecorded else [self._stored_patch(a) for a in self._applied]
+        self.unrecorded = unrecorded is not None
+        self.base_path = base
+        self._other: Checkpoint | bool | None = False  # not looked for yet
+
+    @property
+    def _applied(self) -> Sequence[Applied]:
+        return self.journal.patches if self.journal else ()
+
+    @property
+    def ids(self) -> list[str]:
+        return [p.id for p in self.stack]
+
+    def _stored_patch(self, applied: Applied) -> Patch:
+        patch = Patch.load(self.checkpoint.folder / applied.file)
+        if patch.id != applied.id:
+            raise PatchError("not the patch the journal names", where=applied.file, fix="start again from the base")
+        return patch
+
+    def projection(self, module: str) -> Projection:
+        if module not in self.projections:
+            raise BaseMismatch(
+                f"no module '{module}' in this {self.arch.model_type} model ({len(self.projections)} layers)",
+                where=self.checkpoint.model,
+                fix="give the model the patch was made for",
+            )
+        return self.projections[module]
+
+    def disk_name(self, module: str) -> str:
+        return self.names[self.projection(module).name]
+
+    def base_tensor(self, module: str) -> Tensor | None:
+        """The weight as it was before any patch, checked by hash; None when it is out of reach."""
+        name = self.disk_name(module)
+        if self.unrecorded:
+            given = open_checkpoint(self.base_path).read(name) if self.base_path else None
+            return given if given is not None and match(self.stack[0].base[module], given).same else None
+        edited = self.journal.tensors.get(name) if self.journal else None
+        if edited is None:  # no patch has touched it
+            return self.checkpoint.read(name)
+        return next((t for t in self._candidates(name) if sha256(t) == edited.base_sha256), None)
+
+    def _candidates(self, name: str) -> Iterator[Tensor]:
+        kept = self.checkpoint.folder / KEPT_BASE
+        if kept.is_file():
+            with safe_open(kept, framework="pt") as file:
+                if name in file.keys():  # noqa: SIM118  (not a dict)
+                    yield file.get_tensor(name)
+        if self._other is False:
+            self._other = self._find_base()
+        if isinstance(self._other, Checkpoint) and name in self._other.tensors:
+            yield self._other.read(name)
+
+    def _find_base(self) -> Checkpoint | None:
+        assert self.journal is not None
+        if self.base_path:
+            return open_checkpoint(self.base_path)
+        for place, revision in self.journal.places:
+            with suppress(ModelError, HubError):
+                return open_checkpoint(place, revision)
+        return None
