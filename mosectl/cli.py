@@ -236,6 +236,15 @@ def apply(
             "--keep-base/--no-keep-base", help="Keep the original tensors beside the edited ones for an exact revert."
         ),
     ] = True,
+    copy: Annotated[
+        bool, typer.Option("--copy", help="Copy unchanged weight files too, instead of hard-linking them.")
+    ] = False,
+    proof: Annotated[
+        bool | None,
+        typer.Option(
+            "--proof/--no-proof", help="Compare spectra before and after; default: up to a hidden size of 2048."
+        ),
+    ] = None,
     check_facts: Annotated[
         bool,
         typer.Option(
@@ -274,6 +283,8 @@ def apply(
             revision=revision,
             base=base,
             keep_base=keep_base,
+            copy=copy,
+            proof=proof,
             force=force,
             on_step=named("apply", on_step),
         )
@@ -282,8 +293,13 @@ def apply(
 
 @app.command()
 def revert(
-    patch: Annotated[str, typer.Argument(help="Patch file, or the beginning of an applied patch's id.")],
-    model: Annotated[str, typer.Option("--model", "-m", help="The edited folder.")],
+    what: Annotated[
+        str, typer.Argument(metavar="PATCH|DIR", help="Patch file or the beginning of its id; or the edited folder.")
+    ],
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="The edited folder, where a patch was given.")
+    ] = None,
+    patch: Annotated[str | None, typer.Option("--patch", help="The patch, where the folder was given.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write here instead of in place.")] = None,
     base: Annotated[
         str | None, typer.Option(help="The unedited model, if the folder has not kept its base tensors.")
@@ -295,6 +311,11 @@ def revert(
     from mosectl import report
     from mosectl.stack import revert as run
 
+    if (model is None) == (patch is None):
+        raise UsageError(
+            "which patch, and of which folder?", fix="mosectl revert PATCH --model DIR, or revert DIR --patch PATCH"
+        )
+    folder, patch = (what, str(patch)) if model is None else (model, what)
     wanted: Any = patch
     if Path(patch).exists() or not _looks_like_id(patch):
         from mosectl.patch import Patch
@@ -304,7 +325,7 @@ def revert(
             raise PatchError("no such patch file", where=repr(patch), fix=fix)
         wanted = Patch.load(patch)
     with report.progress() as on_step:
-        done = run(wanted, model, out, base=base, force=force, on_step=named("revert", on_step))
+        done = run(wanted, folder, out, base=base, force=force, on_step=named("revert", on_step))
     report.data(done) if as_json else report.applied(done, "Reverted")
 
 

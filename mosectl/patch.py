@@ -199,8 +199,11 @@ def _json(raw: bytes, where: str) -> Any:
     def refuse(constant: str) -> None:
         raise PatchError(f"{constant} is not a number", where=where, fix="do not use this patch")
 
+    def finite(text: str) -> float:
+        return float(text) if math.isfinite(float(text)) else refuse(text)  # type: ignore[return-value]  # "1e999"
+
     try:
-        return json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse, parse_float=finite)
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, ValueError) as e:
         raise PatchError(f"damaged JSON: {e}", where=where, fix="fetch the patch again") from e
 

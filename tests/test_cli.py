@@ -107,6 +107,14 @@ def test_a_run_that_the_guard_ends_keeps_its_patch_and_says_so(
     assert [f.prompt for f in Patch.load(world.folder / "new.safetensors").facts] == [FACT["prompt"]]
 
 
+def test_revert_takes_the_folder_first_too(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    out = world.folder / "out"
+    assert run(*world.apply()) == 0
+    assert run("revert", out) == 2 and "which patch" in capsys.readouterr().err
+    assert run("revert", out, "--patch", world.good.id[:10], "--model", out) == 2
+    assert run("revert", out, "--patch", world.good.id[:10]) == 0 and hashes(out) == hashes(world.model)
+
+
 def test_the_main_job(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     original, new, out = hashes(world.model), world.folder / "new.safetensors", world.folder / "out"
     assert run(*world.edit("--json")) == 0

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import random
+import re
+import resource
 import struct
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -120,6 +125,42 @@ BAD: dict[str, tuple[Callable[[dict, bytes], bytes], str]] = {
 }  # fmt: skip
 
 
+def compact(**spoilt: object) -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(1)
+    U = torch.linalg.qr(torch.randn(8, 3, generator=g))[0]
+    V = torch.linalg.qr(torch.randn(12, 2, generator=g))[0]
+    Q, P = (nearest_rotation(torch.randn(n, n, generator=g)).float() for n in (3, 2))
+    factors = {"U": U, "Q": Q, "U_in": V, "Q_in": P}
+    return {name: f for name, f in {**factors, **spoilt}.items() if f is not None}  # type: ignore[misc]
+
+
+def test_compact_rotations_are_read_and_checked(tmp_path: Path) -> None:
+    good = make(changes={MODULE: Change(compact())}, side="both")
+    good.save(tmp_path / "p")
+    assert Patch.load(tmp_path / "p").id == good.id
+    mixed = make(changes={MODULE: Change({**compact(U=None, Q=None), "R": torch.eye(8)})}, side="both")
+    mixed.save(tmp_path / "p")
+    assert Patch.load(tmp_path / "p").id == mixed.id
+    c = compact()
+    flipped = c["Q"].clone()
+    flipped[0] *= -1
+    for spoilt, message in (
+        ({"U": 1.01 * c["U"]}, "columns are not orthonormal"),
+        ({"U": torch.randn(3, 8), "Q": torch.eye(8)}, "columns are not orthonormal"),
+        ({"Q": flipped}, "reflection"),
+        ({"Q": 2 * c["Q"]}, "not a rotation"),
+        ({"Q": torch.eye(2)}, "does not fit"),
+        ({"Q": torch.ones(3, 2)}, "must be a square"),
+        ({"Q": None}, "not side 'both'"),
+        ({"R": torch.eye(8)}, "not side 'both'"),
+        ({"U_in": c["U"], "Q_in": c["Q"]}, "does not fit"),
+        ({"U": torch.full((8, 3), torch.nan)}, "NaN"),
+    ):
+        make(changes={MODULE: Change(compact(**spoilt))}, side="both").save(tmp_path / "bad")
+        with pytest.raises(PatchError, match=message):
+            Patch.load(tmp_path / "bad")
+
+
 @pytest.mark.parametrize("kind", BAD)
 def test_malformed_is_refused(kind: str, data: bytes, tmp_path: Path) -> None:
     spoil, message = BAD[kind]
@@ -138,17 +179,61 @@ def test_reflection_is_refused(tmp_path: Path) -> None:
         Patch.load(tmp_path / "r")
 
 
-def test_random_damage_never_crashes(data: bytes) -> None:
-    g = torch.Generator().manual_seed(0)
-    for _ in range(300):
-        at = int(torch.randint(len(data), (1,), generator=g))
-        value = int(torch.randint(256, (1,), generator=g))
-        spoilt = data[:at] + bytes([value]) + data[at + 1 :]
+MUTANTS = int(os.environ.get("MOSECTL_MUTANTS", "600"))
+
+
+def mutant(data: bytes, chance: random.Random) -> bytes:
+    """One of many ways to spoil a file: bytes, slices, numbers and words of the header, lengths."""
+    at, to = sorted(chance.randrange(len(data)) for _ in range(2))
+    n = struct.unpack("<Q", data[:8])[0]
+    way = chance.randrange(7)
+    if way == 0:
+        return data[:at] + bytes([chance.randrange(256)]) + data[at + 1 :]
+    if way == 1:
+        return data[:at] + data[to:]
+    if way == 2:
+        return data[:to] + data[at:to] + data[to:]
+    if way == 3:
+        return struct.pack("<Q", chance.choice([0, 1, n - 1, n + 1, 2**31, 2**63, 2**64 - 1])) + data[8:]
+    header = data[8 : 8 + n]
+    if way == 4:  # a number becomes another: shapes, offsets, versions, probabilities
+        numbers = list(re.finditer(rb"\d+", header))
+        found = chance.choice(numbers)
+        value = chance.choice(
+            [b"0", b"-1", b"1", b"7", b"4294967296", b"9" * 40, b"1e999", b"NaN", b"1.5", b"null", b"[]"]
+        )
+    elif way == 5:  # a word
+        found = chance.choice(list(re.finditer(rb"[A-Za-z_]{2,}", header)))
+        value = chance.choice(
+            [b"", b"R", b"U", b"Q_in", b"..", b"\\u0000", b"F64", b"BF16", b"x" * 500, b"\xff", b"__metadata__"]
+        )
+    else:  # a sign of the syntax
+        found = chance.choice(list(re.finditer(rb"[\[\]{},:\"]", header)))
+        value = chance.choice([b"", b"[", b"]", b"{", b"}", b",", b":", b'"', b"[" * 2000])
+    header = header[: found.start()] + value + header[found.end() :]
+    return struct.pack("<Q", len(header)) + header + data[8 + n :]
+
+
+@pytest.mark.parametrize("form", ["dense", "compact"])
+def test_spoilt_files_are_refused_or_the_same(form: str, tmp_path: Path) -> None:
+    """None crashes, hangs, takes much memory, or is accepted with another content."""
+    whole = make() if form == "dense" else make(changes={MODULE: Change(compact())}, side="both")
+    whole.save(tmp_path / "p")
+    data, chance, accepted = (tmp_path / "p").read_bytes(), random.Random(form), 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(MUTANTS):
+        start = time.perf_counter()
+        spoilt = mutant(data, chance)
         try:
             patch = parse(spoilt)
-        except PatchError:
-            continue
-        assert patch.id == make().id, "only what does not change the content (white space of the header) may pass"
+        except PatchError as e:
+            assert e.what
+        else:
+            accepted += 1
+            assert patch.id == whole.id, "only what does not change the content (white space of the header) may pass"
+        assert time.perf_counter() - start < 5
+    assert accepted < MUTANTS / 20
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 200_000, "kilobytes"
 
 
 def test_a_flipped_bit_is_found(data: bytes) -> None:
