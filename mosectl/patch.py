@@ -200,7 +200,9 @@ def _json(raw: bytes, where: str) -> Any:
         raise PatchError(f"{constant} is not a number", where=where, fix="do not use this patch")
 
     def finite(text: str) -> float:
-        return float(text) if math.isfinite(float(text)) else refuse(text)  # type: ignore[return-value]  # "1e999"
+        if not math.isfinite(float(text)):  # "1e999"
+            refuse(text)
+        return float(text)
 
     try:
         return json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse, parse_float=finite)
