@@ -2,8 +2,8 @@
 
     python benchmarks/apply_20gb.py WORK_FOLDER [--layers 19,20,21] [--rank 64] [--shards 4]
 
-40 layers instead of 32 make 20 GB. The shards that the patch touches hold random bf16 numbers, all others are sparse files of
-zeros that take no room. Needs about three times the size of the touched shards. Prints one JSON document.
+40 layers instead of 32 make 20 GB. The shards that the patch touches hold random bf16 numbers, all others are sparse files
+of zeros that take no room. Needs about three times the size of the touched shards. Prints one JSON document.
 """
 
 from __future__ import annotations

@@ -94,16 +94,24 @@ def estimate(
         auto=options.layers == "auto",
         model_bytes=model_bytes,
         peak_bytes=model_bytes + work.extra_bytes(kind.itemsize),
-        patch_bytes=sum(_patch_bytes(p, options.method, len(facts)) for p in arch.projections if p.layer in layers),
+        patch_bytes=sum(_patch_bytes(p, options, len(facts)) for p in arch.projections if p.layer in layers),
         seconds=work.seconds(device, kind, model_bytes),
     )
 
 
-def _patch_bytes(p: Projection, name: str, facts: int) -> int:
-    """Bytes of one layer's factors in a patch (an additive one's rank is at most the number of facts, and d)."""
-    rank = min(facts, p.d)
-    sizes = {"R": p.d**2, "R_in": p.p**2, "A": rank * p.p, "B": p.d * rank}
-    return 4 * sum(sizes[factor] for factor in SIDES[method(name).side])
+DIRECTIONS = 4  # of a compact rotation's rank, a fact: seen on the demo model (docs/LOG.md)
+
+
+def _patch_bytes(p: Projection, options: EditOptions, facts: int) -> int:
+    """Bytes of one layer's factors in a patch: an estimate of the compact form's rank, where that is smaller than dense."""
+    if method(options.method).side == "additive":
+        return 4 * min(facts, p.d) * (p.d + p.p)  # the rank is at most the number of facts, and d
+    total = 0
+    for name in SIDES[method(options.method).side]:
+        n = {"R": p.d, "R_in": p.p}[name]
+        rank = min(DIRECTIONS * facts, n)
+        total += 4 * (n * n if options.form == "dense" else min(rank * (n + rank), n * n))
+    return total
 
 
 class _Work:
