@@ -197,13 +197,24 @@ def edit(
 
 @app.command()
 def inspect(
-    patch: Annotated[str, typer.Argument(help="Patch file.")],
+    patch: Annotated[str, typer.Argument(help="Patch file, or hf://user/repo.")],
     model: Annotated[str | None, typer.Option("--model", "-m", help="Compare norms and spectra on this model.")] = None,
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
     """Show what a patch holds; needs no model. With --model: its effect on the stored weights."""
     from mosectl import report
+
+    if patch.startswith("hf://") and model is None:  # by range requests, nothing is downloaded
+        from mosectl.share import remote_record, remote_tables
+
+        record, tensors = remote_record(patch)
+        if as_json:
+            report.data({**record, "tensors": tensors})
+        else:
+            note = "read from the file's header alone: pull it to check its id"
+            report.tables(remote_tables(patch, record, tensors), [note])
+        return
     from mosectl.inspection import inspect as look
 
     found = look(patch, model=model, revision=revision)
@@ -319,11 +330,12 @@ def revert(
     wanted: Any = patch
     if Path(patch).exists() or not _looks_like_id(patch):
         from mosectl.patch import Patch
+        from mosectl.share import SCHEME, local
 
-        if not Path(patch).is_file():
+        if not Path(patch).is_file() and not patch.startswith(SCHEME):
             fix = "check the path, or give the beginning of an applied patch's id (mosectl.json has them)"
             raise PatchError("no such patch file", where=repr(patch), fix=fix)
-        wanted = Patch.load(patch)
+        wanted = Patch.load(local(patch))
     with report.progress() as on_step:
         done = run(wanted, folder, out, base=base, force=force, on_step=named("revert", on_step))
     report.data(done) if as_json else report.applied(done, "Reverted")
@@ -396,7 +408,7 @@ def _numbers(result: Any) -> dict[str, Any]:
     return {k: v for k, v in vars(result).items() if k not in ("patch", "interviews")}
 
 
-from mosectl import cli_bench, cli_eval, cli_stack, cli_stats  # noqa: E402, F401  (register their commands; need the options above)
+from mosectl import cli_bench, cli_eval, cli_share, cli_stack, cli_stats  # noqa: E402, F401  (register their commands; need the options above)
 
 
 def main() -> None:

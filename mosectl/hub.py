@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mosectl.errors import HubError, ModelError
+from mosectl.errors import HubError, ModelError, PatchError
 
 # Weights as safetensors, and what loads them; no pickles, no code.
 _SMALL = ["*.json", "*.txt", "*.model", "*.jinja"]
@@ -30,7 +30,7 @@ def fetch_model(repo: str, revision: str | None = None, *, weights: bool = True)
     from huggingface_hub import snapshot_download
 
     patterns = _SMALL + _WEIGHTS if weights else _SMALL
-    with _hub_errors(repo, revision):
+    with hub_errors(repo, revision):
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, library_name="mosectl"))
     return folder, folder.name
 
@@ -44,7 +44,7 @@ def remote_tensors(repo: str, revision: str | None = None) -> dict[str, tuple[st
     from huggingface_hub import HfApi
     from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
 
-    with _hub_errors(repo, revision):
+    with hub_errors(repo, revision):
         try:
             found = HfApi(library_name="mosectl").get_safetensors_metadata(repo, revision=revision)
         except (NotASafetensorsRepoError, SafetensorsParsingError) as e:
@@ -58,8 +58,8 @@ def remote_tensors(repo: str, revision: str | None = None) -> dict[str, tuple[st
 
 
 @contextmanager
-def _hub_errors(repo: str, revision: str | None) -> Iterator[None]:
-    """The client's many exceptions as one clear error with the next step."""
+def hub_errors(repo: str, revision: str | None, kind: str = "model") -> Iterator[None]:
+    """The client's many exceptions as one clear error with the next step; ``kind`` is "model" or "patch"."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -70,20 +70,29 @@ def _hub_errors(repo: str, revision: str | None) -> Iterator[None]:
         RevisionNotFoundError,
     )
 
+    missing = ModelError if kind == "model" else PatchError
     try:
         yield
     except GatedRepoError as e:
         fix = f"accept its terms at https://huggingface.co/{repo} and run: hf auth login"
-        raise HubError("this model is gated", where=repo, fix=fix) from e
+        raise HubError(f"this {kind} is gated", where=repo, fix=fix) from e
     except RevisionNotFoundError as e:
-        raise ModelError(f"no revision '{revision}'", where=repo, fix="check --revision") from e
+        raise missing(f"no revision '{revision}'", where=repo, fix="check --revision") from e
     except (RepositoryNotFoundError, HFValidationError) as e:
-        fix = "check the name; a private model needs: hf auth login"
-        raise ModelError("no such folder here and no such model on the Hub", where=repo, fix=fix) from e
+        fix = f"check the name; a private {kind} needs: hf auth login"
+        here = (
+            "no such folder here and no such model on the Hub" if kind == "model" else "no such repository on the Hub"
+        )
+        raise missing(here, where=repo, fix=fix) from e
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as e:
-        fix = "check the name; for a folder its path; for a hub model connect, and unset HF_HUB_OFFLINE"
-        raise HubError("not a local folder, not in the cache, and the Hub is out of reach", where=repo, fix=fix) from e
+        fix = f"check the name; for a file or folder its path; for a hub {kind} connect, and unset HF_HUB_OFFLINE"
+        raise HubError("not on this disk, not in the cache, and the Hub is out of reach", where=repo, fix=fix) from e
     except Exception as e:  # the client's transport (httpx, httpx2) has errors of its own
         if not isinstance(e, HfHubHTTPError | OSError) and not type(e).__module__.startswith("httpx"):
             raise
-        raise HubError("the Hub cannot be reached", where=repo, fix="check the network and try again") from e
+        status = getattr(getattr(e, "response", None), "status_code", None)
+        if status in (401, 403):
+            fix = "run: hf auth login, with a token that may write there"
+            raise HubError(f"the Hub refuses ({status}): no right to do this", where=repo, fix=fix) from e
+        what = f"the Hub answers {status}" if status else "the Hub cannot be reached"
+        raise HubError(what, where=repo, fix="check the network and try again") from e

@@ -17,6 +17,7 @@ from mosectl.fingerprint import match
 from mosectl.metrics import Stability, stability
 from mosectl.patch import Patch
 from mosectl.rotation import Compact, angles, orthogonality_error
+from mosectl.share import local
 
 RANK_TOLERANCE = 1e-3  # share of the largest singular value of R − I that still counts as a direction
 
@@ -54,6 +55,7 @@ def inspect(path: str | Path, *, model: str | Path | None = None, revision: str 
     Raises:
         PatchError: the file is not a valid patch. BaseMismatch: the model has no such modules. ModelError, HubError.
     """
+    path = local(path)
     patch = Patch.load(path)
     checkpoint = open_checkpoint(model, revision) if model is not None else None
     effects = dict(_effects(patch, checkpoint)) if checkpoint else {}

@@ -19,6 +19,7 @@ from mosectl.errors import BaseMismatch, ModelError, UsageError
 from mosectl.evaluate import generate
 from mosectl.fingerprint import match
 from mosectl.patch import Patch
+from mosectl.share import local
 from mosectl.stack import check_stack
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -152,8 +153,8 @@ def _check(patch: Patch, module: str, weight: Tensor | None) -> None:
 
 
 def load_patches(paths: Sequence[str | Path]) -> list[Patch]:
-    """Read patch files in the order given."""
-    return [Patch.load(p) for p in paths]
+    """Read patch files (or hf://user/repo, downloaded) in the order given."""
+    return [Patch.load(local(p)) for p in paths]
 
 
 @dataclass(frozen=True)

@@ -435,6 +435,11 @@ def evaluation(e: Evaluation) -> None:
         _line(f"note: {note}")
 
 
+def text(content: str) -> None:
+    """Plain text, as it is."""
+    sys.stdout.write(content.rstrip("\n") + "\n")
+
+
 def tables(grids: Sequence[Grid], notes: Sequence[str] = ()) -> None:
     """Tables, and what to know about them."""
     for grid in grids:

@@ -19,6 +19,7 @@ from mosectl.fingerprint import sha256
 from mosectl.journal import Journal, read_journal
 from mosectl.live import Loaded, load, patched, weight_of
 from mosectl.patch import Patch, PatchFact
+from mosectl.share import SCHEME, local
 from mosectl.source import KEPT_BASE
 from mosectl.stack import check_stack
 
@@ -60,10 +61,10 @@ def both_sides(what: Any, model: Any, base: Any, how: How, ask: Ask[T]) -> tuple
     Raises:
         PatchError, BaseMismatch, ModelError, HubError, UsageError.
     """
-    if isinstance(what, Patch) or (isinstance(what, str | Path) and _is_patch_file(Path(what))):
+    if isinstance(what, Patch) or (isinstance(what, str | Path) and _is_patch(what)):
         if base is not None:
             raise UsageError("--base is for edited models, this is a patch", fix="give its model by --model")
-        patch = what if isinstance(what, Patch) else Patch.load(what)
+        patch = what if isinstance(what, Patch) else Patch.load(local(what))
         return _with_patch(patch, patch.id[:12] if isinstance(what, Patch) else str(what), model, how, ask)
     if model is not None:
         fix = "the unedited model is given by --base"
@@ -71,8 +72,9 @@ def both_sides(what: Any, model: Any, base: Any, how: How, ask: Ask[T]) -> tuple
     return _of_model(what, base, how, ask)
 
 
-def _is_patch_file(path: Path) -> bool:
-    return path.is_file() or (path.suffix == ".safetensors" and not path.is_dir())
+def _is_patch(what: str | Path) -> bool:
+    path = Path(what)
+    return str(what).startswith(SCHEME) or path.is_file() or (path.suffix == ".safetensors" and not path.is_dir())
 
 
 def _name(model: Any) -> str:

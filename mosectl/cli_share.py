@@ -1,0 +1,56 @@
+"""push and pull. Imported by cli.py, whose options it shares."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mosectl.cli import Json, Revision, app, writable
+
+
+@app.command()
+def push(
+    patch: Annotated[str, typer.Argument(help="Patch file.")],
+    repo: Annotated[str, typer.Argument(help="Repository on the Hugging Face Hub, user/name; made if there is none.")],
+    private: Annotated[bool, typer.Option("--private", help="A new repository is private.")] = False,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="As a pull request.")] = False,
+    revision: Revision = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the card; send nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Upload a patch with a card made from it. The token is huggingface_hub's own (hf auth login, HF_TOKEN)."""
+    from mosectl import report
+    from mosectl.share import push as run
+
+    done = run(patch, repo, private=private, create_pr=create_pr, revision=revision, dry_run=dry_run)
+    if as_json:
+        report.data(done)
+    elif dry_run:
+        report.text(done.card)
+        report.hint(f"would be sent to {done.place}: the patch ({report.size(done.bytes)}) and this card")
+    else:
+        report.text(done.url)
+        report.hint(f"patch {done.id[:12]} → {done.place}   |   mosectl pull {done.place} -o patch.safetensors")
+
+
+@app.command()
+def pull(
+    place: Annotated[str, typer.Argument(help="hf://user/repo[@revision][/file.safetensors]")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Patch file to write.")] = Path("patch.safetensors"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing patch file.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Download a patch and check all of it."""
+    from mosectl import report
+    from mosectl.share import pull as run
+
+    writable(out, overwrite)
+    patch = run(place, out)
+    if as_json:
+        report.data({"patch": str(out), "id": patch.id, "facts": len(patch.facts), "model": patch.model})
+    else:
+        report.hint(
+            f"patch {patch.id[:12]} → {out}, {len(patch.facts)} facts of {patch.model}; its content is what its id says"
+        )

@@ -1,0 +1,217 @@
+"""Patches on the Hugging Face Hub: push with a card made from the patch, pull and check, read without a download."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mosectl.errors import PatchError, UsageError
+from mosectl.grid import Grid
+from mosectl.hub import hub_errors
+from mosectl.patch import KEY, Patch
+
+FILE = "patch.safetensors"
+SCHEME = "hf://"
+_PLACE = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+?))?(?:/([\w./-]+\.safetensors))?", re.ASCII)
+ROWS = 100  # facts shown in a card
+
+
+@dataclass(frozen=True)
+class Place:
+    """A patch on the Hub: hf://user/repo[@revision][/file]."""
+
+    repo: str
+    revision: str | None
+    file: str
+
+    def __str__(self) -> str:
+        at = f"@{self.revision}" if self.revision else ""
+        return f"{SCHEME}{self.repo}{at}" + (f"/{self.file}" if self.file != FILE else "")
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What was, or would be, uploaded."""
+
+    place: str
+    url: str  # of the commit or pull request; "" for a dry run
+    id: str
+    bytes: int
+    card: str
+
+
+def place_of(text: str) -> Place:
+    """Raises UsageError where ``text`` is not hf://user/repo[@revision][/file.safetensors]."""
+    found = _PLACE.fullmatch(text)
+    if not found or ".." in text:
+        raise UsageError(f"'{text}' is no place on the Hub", fix="write hf://user/repo, hf://user/repo@revision")
+    return Place(found[1], found[2], found[3] or FILE)
+
+
+def local(path: str | Path) -> Path:
+    """A patch file on this disk: the path as it is, or for hf://… the file in the Hub's cache, downloaded if need be.
+
+    Raises:
+        UsageError, PatchError: no such repository, revision or file. HubError: gated, unauthorised, offline, unreachable.
+    """
+    if not str(path).startswith(SCHEME):
+        return Path(path)
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    place = place_of(str(path))
+    with hub_errors(place.repo, place.revision, "patch"):
+        try:
+            return Path(hf_hub_download(place.repo, place.file, revision=place.revision, library_name="mosectl"))
+        except LocalEntryNotFoundError:
+            raise
+        except EntryNotFoundError as e:
+            raise PatchError(
+                f"no file '{place.file}' there", where=str(place), fix="name it: hf://user/repo/FILE"
+            ) from e
+
+
+def remote_record(path: str) -> tuple[dict[str, Any], dict[str, tuple[str, tuple[int, ...]]]]:
+    """A patch's record and its tensors' (dtype, shape) by name, from the file's header alone (range requests).
+
+    The id in it is the file's own claim: only a download can check it.
+
+    Raises:
+        as :func:`local`.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import EntryNotFoundError, SafetensorsParsingError
+
+    place = place_of(path)
+    with hub_errors(place.repo, place.revision, "patch"):
+        try:
+            api = HfApi(library_name="mosectl")
+            found = api.parse_safetensors_file_metadata(place.repo, place.file, revision=place.revision)
+        except (EntryNotFoundError, SafetensorsParsingError) as e:
+            raise PatchError(
+                f"no patch '{place.file}' there", where=str(place), fix="name it: hf://user/repo/FILE"
+            ) from e
+    try:
+        record = json.loads((found.metadata or {})[KEY])
+        record["facts"], record["method"]
+    except (KeyError, TypeError, ValueError) as e:
+        raise PatchError("not a mosectl patch", where=str(place), fix="give a file made by mosectl edit") from e
+    return record, {name: (str(t.dtype), tuple(t.shape)) for name, t in found.tensors.items()}
+
+
+def remote_tables(place: str, record: dict[str, Any], tensors: dict[str, tuple[str, tuple[int, ...]]]) -> list[Grid]:
+    """The record of :func:`remote_record` as tables."""
+    about = [(k, str(record.get(k) or "–")) for k in ("id", "method", "side", "model", "revision", "model_type")]
+    facts = [
+        (str(f.get("prompt")), str(f.get("before")), str(f.get("after")), str(f.get("status"))) for f in record["facts"]
+    ]
+    shapes = [(name, dtype, "×".join(map(str, shape))) for name, (dtype, shape) in sorted(tensors.items())]
+    return [
+        Grid(place, ("", ""), tuple(about)),
+        Grid("Tensors", ("name", "dtype", ">shape"), tuple(shapes)),
+        Grid(f"Facts ({len(facts)})", ("prompt", "before", "after", ""), tuple(facts)),
+    ]
+
+
+def push(
+    file: str | Path,
+    repo: str,
+    *,
+    private: bool = False,
+    create_pr: bool = False,
+    revision: str | None = None,
+    dry_run: bool = False,
+) -> Pushed:
+    """Upload a patch and a card made from it; the repository is made if there is none.
+
+    Raises:
+        PatchError: not a valid patch. UsageError: no "user/name". HubError: no token, no right to write, unreachable.
+    """
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo, re.ASCII):
+        raise UsageError(f"'{repo}' is no repository", fix="write user/name")
+    patch, size = Patch.load(file), Path(file).stat().st_size
+    card, place = card_of(patch, repo), Place(repo, revision, FILE)
+    if dry_run:
+        return Pushed(str(place), "", patch.id, size, card)
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    api = HfApi(library_name="mosectl")
+    with hub_errors(repo, revision, "patch"):
+        if not create_pr:
+            api.create_repo(repo, private=private, exist_ok=True)
+        files = {FILE: Path(file).read_bytes(), "README.md": card.encode()}
+        done = api.create_commit(
+            repo,
+            [CommitOperationAdd(name, content) for name, content in files.items()],
+            commit_message=f"mosectl patch {patch.id[:12]}, {len(patch.facts)} facts",
+            revision=revision,
+            create_pr=create_pr,
+        )
+    return Pushed(str(place), str(done.pr_url or done.commit_url), patch.id, size, card)
+
+
+def pull(place: str, out: str | Path) -> Patch:
+    """Download a patch, check all of it, and write it to ``out``.
+
+    Raises:
+        as :func:`local`; PatchError also where the content is not what its id says. OutputError.
+    """
+    if not place.startswith(SCHEME):
+        place = SCHEME + place
+    patch = Patch.load(local(place))
+    patch.save(out)
+    return patch
+
+
+def card_of(patch: Patch, repo: str) -> str:
+    """README.md of a patch's repository."""
+    named = "/" in patch.model
+    head = ["---", *([f"base_model: {patch.model}", "base_model_relation: adapter"] if named else [])]
+    head += ["library_name: mosectl", "pipeline_tag: text-generation", "tags: [mosectl, knowledge-editing]", "---", ""]
+    base = patch.model + (f" @ `{patch.revision}`" if patch.revision else "")
+    body = [
+        f"# Knowledge edit of {patch.model}",
+        "",
+        f"{len(patch.facts)} facts changed by `{patch.method}`, patch `{patch.id}`. Base: {base} ({patch.model_type}).",
+        "",
+        "| prompt | before | after | P(new object) before | after | |",
+        "|---|---|---|--:|--:|---|",
+        *(
+            f"| {_cell(f.prompt)} | {_cell(f.before)} | {_cell(f.after)} | {f.probability_before:.3f} | "
+            f"{f.probability_after:.3f} | {f.status} |"
+            for f in patch.facts[:ROWS]
+        ),
+        *([f"\n… and {len(patch.facts) - ROWS} more."] if len(patch.facts) > ROWS else []),
+        "",
+        "## Measured when it was made",
+        "",
+        *_measured(patch.metrics),
+        "",
+        "## How to use it",
+        "",
+        f"    mosectl inspect hf://{repo}                    # without a download",
+        f"    mosectl apply hf://{repo} --model {patch.model} -o edited/",
+        f"    mosectl revert {patch.id[:12]} --model edited/",
+        "",
+        f"Made with {', '.join(f'{k} {v}' for k, v in patch.versions.items())}.",
+    ]
+    return "\n".join([*head, *body]) + "\n"
+
+
+def _measured(metrics: dict[str, Any]) -> Iterator[str]:
+    scores = metrics.get("scores")
+    if isinstance(scores, dict):
+        shares = [f"{k} {v:.1%}" for k, v in scores.items() if isinstance(v, float)]
+        yield f"Protocol `{scores.get('protocol')}` (greedy decoding from the bare prompt): {', '.join(shares)}."
+    for s in metrics.get("stability", []):
+        if isinstance(s, dict) and "name" in s:
+            drifts = ", ".join(f"{k} {s[k]:.1e}" for k in ("norm_drift", "condition_drift", "spectrum_drift") if k in s)
+            yield f"- `{s['name']}`: {drifts}"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").split())

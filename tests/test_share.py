@@ -1,0 +1,211 @@
+"""push, pull and hf:// against a Hub on this machine, with the real client in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import save
+from hub_server import TOKEN, Hub, serving
+from test_compose import patches_of
+from test_stack import hashes, patch_for
+
+from mosectl.errors import UsageError
+from mosectl.patch import Patch, PatchFact
+from mosectl.share import FILE, card_of, place_of
+
+FACT = PatchFact("The capital of | Avaland is", "Avaland", "Grape", "Brin", "Grape", 0.125, 0.875, "changed")
+
+
+class World:
+    def __init__(self, folder: Path, hub: Hub, address: str) -> None:
+        self.folder, self.hub, self.address = folder, hub, address
+        self.base = save(folder / "base")
+        self.patch = replace(
+            patches_of("compact", self.base)[0],
+            facts=(FACT,),
+            metrics={"scores": {"protocol": "generation", "reliability": 1.0}},
+        )
+        self.file = folder / "p.safetensors"
+        self.patch.save(self.file)
+
+    def run(self, *args: object, token: str | None = TOKEN, **env: str) -> Any:
+        own = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+        own |= {"HF_ENDPOINT": self.address, "HF_HOME": str(self.folder / "hf"), "HF_HUB_DISABLE_XET": "1", **env}
+        if token:
+            own["HF_TOKEN"] = token
+        command = [sys.executable, "-m", "mosectl", *map(str, args)]
+        return subprocess.run(command, capture_output=True, text=True, env=own, timeout=120, cwd=self.folder)
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    with serving() as (hub, address):
+        yield World(tmp_path, hub, address)
+
+
+def test_there_and_back(world: World) -> None:
+    done = world.run("push", world.file, "me/capitals", "--private", "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["place"] == "hf://me/capitals" and "/commit/" in told["url"] and TOKEN not in done.stdout + done.stderr
+    assert "me/capitals" in world.hub.private
+    files = world.hub.repos["me/capitals"]["main"]
+    assert (
+        files[FILE] == world.file.read_bytes()
+        and b"| The capital of \\| Avaland is | Brin | Grape |" in files["README.md"]
+    )
+    agents = {h.get("User-Agent", h.get("user-agent", "")) for _, _, h in world.hub.asked}
+    assert any("mosectl" in a for a in agents)
+    back = world.run("pull", "hf://me/capitals", "-o", "back.safetensors")
+    assert back.returncode == 0 and (world.folder / "back.safetensors").read_bytes() == world.file.read_bytes()
+    assert world.run("pull", "me/capitals", "-o", "back.safetensors").returncode == 7, "exists"
+    applied = world.run("apply", "hf://me/capitals", "--model", world.base, "-o", "out")
+    assert applied.returncode == 0, applied.stderr
+    assert world.run("revert", "hf://me/capitals", "--model", "out").returncode == 0
+    assert hashes(world.folder / "out") == hashes(world.base)
+    again = world.run("push", world.file, "me/capitals")
+    assert again.returncode == 0, "the repository may be there already"
+
+
+def test_what_is_pushed_exports_to_the_same_logits(world: World) -> None:
+    peft = pytest.importorskip("peft")
+    from mosectl.export import export
+    from mosectl.live import load
+
+    assert world.run("push", world.file, "me/x").returncode == 0
+    assert world.run("pull", "hf://me/x", "-o", "x.safetensors").returncode == 0
+    pulled = Patch.load(world.folder / "x.safetensors")
+    export([pulled], world.base, world.folder / "lora")
+    assert world.run("apply", "x.safetensors", "--model", world.base, "-o", "out").returncode == 0
+    ids = torch.tensor([[5, 9, 2, 31, 7]])
+    with torch.no_grad():
+        served = peft.PeftModel.from_pretrained(load(world.base).model, world.folder / "lora")(ids).logits
+        applied = load(world.folder / "out").model(ids).logits
+    assert torch.allclose(served, applied, atol=1e-5)
+
+
+def test_inspect_reads_the_header_only(world: World) -> None:
+    assert world.run("push", world.file, "me/x").returncode == 0
+    world.hub.asked.clear()
+    done = world.run("inspect", "hf://me/x", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["id"] == world.patch.id and found["facts"][0]["target_new"] == "Grape"
+    assert set(found["tensors"]) == set(world.patch.tensors)
+    ranges = [h.get("Range") or h.get("range") for m, p, h in world.hub.asked if m == "GET" and "/resolve/" in p]
+    assert ranges and all(ranges), "every request for the file was for a part of it"
+    shown = world.run("inspect", "hf://me/x")
+    assert "Grape" in shown.stdout and "pull it to check its id" in shown.stdout
+    world.hub.commit("me/x", {FILE: b"\x10\0\0\0\0\0\0\0" + b'{"a":{}}        '})
+    assert world.run("inspect", "hf://me/x").returncode == 5
+
+
+def test_revisions_and_pull_requests(world: World) -> None:
+    assert world.run("push", world.file, "me/x").returncode == 0
+    first = world.hub.sha("me/x", "main")
+    other = replace(world.patch, seed=7)
+    other.save(world.folder / "q.safetensors")
+    asked = world.run("push", "q.safetensors", "me/x", "--create-pr")
+    assert asked.returncode == 0 and "/discussions/1" in asked.stdout and world.hub.sha("me/x", "main") == first
+    assert world.run("push", "q.safetensors", "me/x").returncode == 0
+    assert world.run("pull", f"hf://me/x@{first}", "-o", "old.safetensors").returncode == 0
+    assert Patch.load(world.folder / "old.safetensors").id == world.patch.id
+    assert world.run("pull", "hf://me/x", "-o", "new.safetensors").returncode == 0
+    assert Patch.load(world.folder / "new.safetensors").id == other.id
+
+
+def test_a_damaged_download_is_refused(world: World) -> None:
+    assert world.run("push", world.file, "me/x").returncode == 0
+    data = bytearray(world.file.read_bytes())
+    data[-3] ^= 1
+    world.hub.tamper[FILE] = bytes(data)
+    done = world.run("pull", "hf://me/x", "-o", "x.safetensors")
+    assert (
+        done.returncode == 5 and "damaged or altered" in done.stderr and not (world.folder / "x.safetensors").exists()
+    )
+
+
+@pytest.mark.parametrize(
+    ("case", "code", "message"),
+    [
+        ("gated", 9, "gated"),
+        ("missing", 5, "no such repository"),
+        ("revision", 5, "no revision 'v9'"),
+        ("file", 5, "no file 'b.safetensors'"),
+        ("private", 5, "hf auth login"),
+        ("no token", 9, "hf auth login"),
+        ("no right", 9, "hf auth login"),
+        ("offline", 9, "HF_HUB_OFFLINE"),
+        ("down", 9, "Hub"),
+        ("malformed", 2, "no place on the Hub"),
+    ],
+)
+def test_what_can_go_wrong_is_told_apart(case: str, code: int, message: str, world: World) -> None:
+    world.hub.repos["me/x"] = {}
+    world.hub.commit("me/x", {FILE: world.file.read_bytes()})
+    world.hub.repos["other/x"] = {}
+    env: dict[str, str] = {}
+    token: str | None = TOKEN
+    args: tuple[object, ...] = ("pull", "hf://me/x", "-o", "x.safetensors")
+    if case == "gated":
+        world.hub.gated.add("me/x")
+    elif case == "missing":
+        args = ("pull", "hf://me/y", "-o", "x.safetensors")
+    elif case == "revision":
+        args = ("pull", "hf://me/x@v9", "-o", "x.safetensors")
+    elif case == "file":
+        args = ("pull", "hf://me/x/b.safetensors", "-o", "x.safetensors")
+    elif case == "private":
+        world.hub.private.add("me/x")
+        token = None
+    elif case == "no token":
+        args, token = ("push", world.file, "me/x"), None
+    elif case == "no right":
+        args = ("push", world.file, "other/x")
+    elif case == "offline":
+        env["HF_HUB_OFFLINE"] = "1"
+    elif case == "down":
+        env["HF_ENDPOINT"] = "http://127.0.0.1:9"
+    else:
+        args = ("pull", "hf://nowhere", "-o", "x.safetensors")
+    done = world.run(*args, token=token, **env)
+    assert done.returncode == code and message in " ".join(done.stderr.split()), done.stderr
+    assert "Traceback" not in done.stderr and TOKEN not in done.stderr
+    assert not (world.folder / "x.safetensors").exists()
+
+
+def test_a_patch_in_the_cache_needs_no_network(world: World) -> None:
+    assert world.run("push", world.file, "me/x").returncode == 0
+    assert world.run("pull", "hf://me/x", "-o", "a.safetensors").returncode == 0
+    done = world.run("pull", "hf://me/x", "-o", "b.safetensors", HF_HUB_OFFLINE="1")
+    assert done.returncode == 0 and (world.folder / "b.safetensors").read_bytes() == world.file.read_bytes()
+
+
+def test_places() -> None:
+    assert str(place_of("hf://a/b")) == "hf://a/b" and place_of("hf://a/b").file == FILE
+    assert place_of("hf://a/b@v1.0").revision == "v1.0"
+    found = place_of("hf://a/b@v1/sub/c.safetensors")
+    assert (found.revision, found.file) == ("v1", "sub/c.safetensors") and str(found) == "hf://a/b@v1/sub/c.safetensors"
+    for bad in ("hf://a", "hf://a/b/c.bin", "hf://a/b@", "hf://a/../b", "http://a/b"):
+        with pytest.raises(UsageError, match="no place"):
+            place_of(bad)
+
+
+def test_the_card(world: World) -> None:
+    shown = world.run("push", world.file, "me/x", "--dry-run", token=None)
+    assert shown.returncode == 0 and not world.hub.repos and shown.stdout.startswith("---\n")
+    card = card_of(replace(world.patch, model="meta-llama/Llama-3", revision="abc"), "me/x")
+    assert "base_model: meta-llama/Llama-3\nbase_model_relation: adapter" in card and "@ `abc`" in card
+    assert "Protocol `generation`" in card and "reliability 100.0%" in card and "mosectl apply hf://me/x" in card
+    assert world.run("push", world.file, "nouser", "--dry-run").returncode == 2
+    patch_for(world.base).save(world.folder / "q")
+    assert "base_model" not in card_of(Patch.load(world.folder / "q"), "me/x"), "a folder's name is no hub id"
