@@ -20,7 +20,7 @@ import torch
 from mosectl import __version__
 from mosectl.arch import Architecture, Projection, disk_names, resolve
 from mosectl.change import Change
-from mosectl.errors import EditFailed, UsageError
+from mosectl.errors import EditFailed, ModelError, UsageError
 from mosectl.evaluate import Interview, Scores, answer, compare, interview, says
 from mosectl.facts import Fact, as_facts
 from mosectl.fingerprint import fingerprint
@@ -103,6 +103,9 @@ def edit(
         loaded = loaded if isinstance(loaded, Loaded) else Loaded(loaded, tokenizer, None)
         if loaded.tokenizer is None:
             raise UsageError("a loaded model needs its tokenizer", fix="call edit(facts, model, tokenizer)")
+        if away := next((n for n, p in loaded.model.named_parameters() if p.is_meta), ""):
+            fix = "use more GPUs (--device balanced) or --dtype bfloat16; patches apply on disk whatever the size"
+            raise ModelError("is offloaded: the model does not fit", where=away, fix=fix)
         arch = resolve(loaded.model)
         corpus = read_corpus(options.corpus)
     scores: list[LayerScore] = []
