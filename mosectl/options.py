@@ -32,7 +32,7 @@ class EditOptions:
     form: str = (
         "auto"  # of rotations in the patch: "compact" (low rank), "dense", or the smaller where no fact is lost by it
     )
-    compaction: float = 0.1  # what a compact form may leave out of the edit's effect, as a share of it
+    compaction: float = 0.05  # what a compact form may leave out of the edit's effect, as a share of it
     seed: int = 0
     chat: bool = False
     corpus: str | None = None  # None = embedded
