@@ -17,7 +17,7 @@ from mosectl import plots
 from mosectl.bench import Record, records_of
 from mosectl.bench_config import OTHERS, Bench, Cell, RunKind
 from mosectl.files import write_bytes
-from mosectl.grid import Grid
+from mosectl.grid import Grid, cell
 from mosectl.intervals import over_seeds, paired_lead
 
 PROTOCOL = "protocol generation: greedy answers, asked after all edits"
@@ -167,7 +167,7 @@ def markdown(bench: Bench, grids: Sequence[Grid]) -> str:
 
 
 def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(" ".join(c.replace("|", "\\|").split()) for c in cells) + " |"
+    return "| " + " | ".join(map(cell, cells)) + " |"
 
 
 # Pictures.

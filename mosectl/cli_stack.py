@@ -1,15 +1,125 @@
-"""The commands about patches in numbers: log, verify, blame, merge, diff, export. Imported by cli.py for its options."""
+"""The commands about patches on folders and among each other, apply to export. Imported by cli.py for its options."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from mosectl.cli import Device, Dtype, Force, Json, Model, Revision, app, named, writable
+from mosectl.errors import ConflictError, PatchError, UsageError
 
 Folder = Annotated[str, typer.Argument(help="An edited folder.")]
+
+
+@app.command()
+def apply(
+    patches: Annotated[list[str], typer.Argument(help="Patch files, applied in this order.")],
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; must not exist.")],
+    revision: Revision = None,
+    base: Annotated[
+        str | None, typer.Option(help="The unedited model, if MODEL is edited and has not kept its base tensors.")
+    ] = None,
+    keep_base: Annotated[
+        bool,
+        typer.Option(
+            "--keep-base/--no-keep-base", help="Keep the original tensors beside the edited ones for an exact revert."
+        ),
+    ] = True,
+    copy: Annotated[
+        bool, typer.Option("--copy", help="Copy unchanged weight files too, instead of hard-linking them.")
+    ] = False,
+    proof: Annotated[
+        bool | None,
+        typer.Option(
+            "--proof/--no-proof", help="Compare spectra before and after; default: up to a hidden size of 2048."
+        ),
+    ] = None,
+    check_facts: Annotated[
+        bool,
+        typer.Option(
+            "--check-facts", help="First ask whether facts of earlier patches would stop holding; loads the model."
+        ),
+    ] = False,
+    allow_conflicts: Annotated[
+        bool, typer.Option("--allow-conflicts", help="Apply all the same where patches contradict each other.")
+    ] = False,
+    device: Device = "auto",
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Write a model with patches applied to a new folder; no GPU, and only changed files are rewritten."""
+    from mosectl import report
+    from mosectl.conflicts import before_applying
+    from mosectl.live import load_patches
+    from mosectl.stack import apply as run
+
+    loaded = load_patches(patches)
+    with report.progress() as on_step:
+        found = before_applying(
+            loaded, model, revision=revision, ask=check_facts, device=device, force=force, on_step=named("ask", on_step)
+        )
+    report.conflicts(found)
+    if (bad := [c for c in found if c.kind != "order"]) and not allow_conflicts:
+        what = f"{len(bad)} conflicts, nothing was written: {bad[0].what}"
+        raise ConflictError(
+            what, where=bad[0].where, fix="leave a patch out, or give --allow-conflicts: the later one wins"
+        )
+    with report.progress() as on_step:
+        done = run(
+            loaded,
+            model,
+            out,
+            revision=revision,
+            base=base,
+            keep_base=keep_base,
+            copy=copy,
+            proof=proof,
+            force=force,
+            on_step=named("apply", on_step),
+        )
+    report.data(done) if as_json else report.applied(done, "Applied")
+
+
+@app.command()
+def revert(
+    what: Annotated[
+        str, typer.Argument(metavar="PATCH|DIR", help="Patch file or the beginning of its id; or the edited folder.")
+    ],
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="The edited folder, where a patch was given.")
+    ] = None,
+    patch: Annotated[str | None, typer.Option("--patch", help="The patch, where the folder was given.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write here instead of in place.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The unedited model, if the folder has not kept its base tensors.")
+    ] = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Take a patch out of an edited folder: bit for bit from the base tensors, or by Rᵀ where they are gone."""
+    from mosectl import report
+    from mosectl.stack import revert as run
+
+    if (model is None) == (patch is None):
+        raise UsageError(
+            "which patch, and of which folder?", fix="mosectl revert PATCH --model DIR, or revert DIR --patch PATCH"
+        )
+    folder, patch = (what, str(patch)) if model is None else (model, what)
+    wanted: Any = patch
+    if Path(patch).exists() or not _looks_like_id(patch):
+        from mosectl.patch import Patch
+        from mosectl.share import SCHEME, local
+
+        if not Path(patch).is_file() and not patch.startswith(SCHEME):
+            fix = "check the path, or give the beginning of an applied patch's id (mosectl.json has them)"
+            raise PatchError("no such patch file", where=repr(patch), fix=fix)
+        wanted = Patch.load(local(patch))
+    with report.progress() as on_step:
+        done = run(wanted, folder, out, base=base, force=force, on_step=named("revert", on_step))
+    report.data(done) if as_json else report.applied(done, "Reverted")
 
 
 @app.command()
@@ -140,3 +250,7 @@ def export(
             on_step=named("export", on_step),
         )
     report.data(done) if as_json else report.exported(done)
+
+
+def _looks_like_id(text: str) -> bool:
+    return len(text) >= 6 and all(c in "0123456789abcdef" for c in text)

@@ -52,10 +52,8 @@ def _fitted(
     error = 1.0 if whole > 0 else 0.0
     while error > tolerance and (2 * L.rank < d if both else R.rank < p):
         strong = torch.linalg.eigh(E @ A @ E.T)[1][:, -k:]  # (d, k) what E writes for typical keys
-        read, writing = (
-            E.T @ strong,
-            W0.T @ torch.cholesky_solve(strong, gram),
-        )  # (p, k) its keys; keys that W0 writes it for
+        read = E.T @ strong  # (p, k) the keys it writes that for
+        writing = W0.T @ torch.cholesky_solve(strong, gram)  # (p, k) keys that W0 writes it for
         U = widened(L.U, strong, W0 @ read) if both else L.U
         V = widened(R.U, read, writing)
         L, R = _rotations(W0, W, A, U, V, L, R, whole)

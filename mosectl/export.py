@@ -21,6 +21,7 @@ from mosectl.change import Change, combined
 from mosectl.checkpoint import JOURNAL, SIDECAR, Checkpoint, open_checkpoint
 from mosectl.errors import ModelError, UsageError
 from mosectl.files import new_folder, write_bytes, write_tensors
+from mosectl.grid import cell
 from mosectl.patch import Patch
 from mosectl.rotation import Compact
 from mosectl.stack import apply, check_stack
@@ -222,7 +223,7 @@ def _card(patches: Sequence[Patch], checkpoint: Checkpoint, title: str) -> str:
     """README.md with what a user of the result has to know."""
     base = f"base_model: {checkpoint.model}\n" if checkpoint.revision else ""
     facts = "\n".join(
-        f"| {_cell(f.prompt)} | {_cell(f.before)} | {_cell(f.target_new)} | {_cell(f.after)} |"
+        f"| {cell(f.prompt)} | {cell(f.before)} | {cell(f.target_new)} | {cell(f.after)} |"
         for p in patches
         for f in p.facts
     )
@@ -232,7 +233,3 @@ def _card(patches: Sequence[Patch], checkpoint: Checkpoint, title: str) -> str:
         f"# {title}\n\nOf {checkpoint.model}, by mosectl:\n\n{ids}\n\n"
         f"| prompt | before | asked for | when the edit was made |\n|---|---|---|---|\n{facts}\n"
     )
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").split())

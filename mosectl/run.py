@@ -69,7 +69,7 @@ class _Standing:
 
 DAMPING = 0.1  # of G
 TIGHTENED = 4  # tolerances tried for the compact form
-LOST = 0.99  # the share of answers that it has to keep
+KEPT = 0.99  # the share of answers that it has to keep
 
 
 class Run:
@@ -309,7 +309,7 @@ class Run:
                 found = compact_change(base, W, A, side, tolerance)
                 changes[p.name], self.compaction[p.name] = found or (change_between(base, W, side), 0.0)
             self._use(changes)
-            if self.earlier.held() >= LOST * held:
+            if self.earlier.held() >= KEPT * held:
                 return changes
             tolerance /= 2
         return changes if self.options.form == "compact" else None

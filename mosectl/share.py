@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mosectl.errors import PatchError, UsageError
-from mosectl.grid import Grid
+from mosectl.grid import Grid, cell
 from mosectl.hub import hub_errors
 from mosectl.patch import KEY, Patch
 
@@ -181,7 +181,7 @@ def card_of(patch: Patch, repo: str) -> str:
         "| prompt | before | after | P(new object) before | after | |",
         "|---|---|---|--:|--:|---|",
         *(
-            f"| {_cell(f.prompt)} | {_cell(f.before)} | {_cell(f.after)} | {f.probability_before:.3f} | "
+            f"| {cell(f.prompt)} | {cell(f.before)} | {cell(f.after)} | {f.probability_before:.3f} | "
             f"{f.probability_after:.3f} | {f.status} |"
             for f in patch.facts[:ROWS]
         ),
@@ -211,7 +211,3 @@ def _measured(metrics: dict[str, Any]) -> Iterator[str]:
         if isinstance(s, dict) and "name" in s:
             drifts = ", ".join(f"{k} {s[k]:.1e}" for k in ("norm_drift", "condition_drift", "spectrum_drift") if k in s)
             yield f"- `{s['name']}`: {drifts}"
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").split())
