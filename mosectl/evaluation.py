@@ -307,7 +307,7 @@ def _texts(before: Observation | None, after: Observation, corpus: Corpus) -> tu
     def perplexity(o: Observation) -> Measure | None:
         return measure(o.text.texts, np.exp)
 
-    what = f"2- and 3-gram entropy of the words in {MAX_NEW_TOKENS} greedy tokens after each edit prompt, bits (arXiv 2202.05262)"
+    what = f"2- and 3-gram entropy of {MAX_NEW_TOKENS} greedy tokens' words after each edit prompt, bits (arXiv 2202.05262)"
     text = f"{corpus.name}, {after.text.tokens:,} tokens in windows of {after.text.window}; interval over its texts"
     return (
         TextMetric("fluency", what, fluency(before) if before else None, fluency(after)),
