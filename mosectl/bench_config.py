@@ -108,9 +108,8 @@ def cells(bench: Bench, dtype: str = "auto") -> list[Cell]:
             for run in bench.runs:
                 for seed in bench.seeds:
                     for m in bench.methods:
-                        options = replace(
-                            m.options, batch_size=run.batch_size, seed=seed, form="dense"
-                        )  # the method counts
+                        # The method is measured, not the form of its patch.
+                        options = replace(m.options, batch_size=run.batch_size, seed=seed, form="dense")
                         out.append(
                             Cell(
                                 _key(bench, model, dataset, run, options, dtype),

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from mosectl.errors import PatchError
-from mosectl.rotation import Compact, left_factor, right_factor, times, two_sided_factors
+from mosectl.rotation import Compact, left_factor, product_svd, right_factor, times, two_sided_factors
 
 SIDES = {"output": ("R",), "input": ("R_in",), "both": ("R", "R_in"), "additive": ("A", "B")}
-BLOCK = (
-    1024  # rows or columns of W worked on at once: a weight of 8 B models takes 0.5 GB as float64, one copy is enough
-)
+# Rows or columns of W worked on at once: a weight of 8 B models takes 0.5 GB as float64, one copy is enough.
+BLOCK = 1024
 COMPACT = {"R": ("U", "Q"), "R_in": ("U_in", "Q_in")}  # the other form of a rotation
 
 
@@ -37,12 +36,12 @@ class Change:
                 names = names - set(pair) | {dense}
         return next((side for side, wanted in SIDES.items() if names == set(wanted)), None)
 
-    def rotation(self, name: str, dtype: torch.dtype = torch.float64) -> Tensor | Compact | None:
-        """The rotation "R" or "R_in" in the form it is held in; None where there is none."""
+    def rotation(self, name: str) -> Tensor | Compact | None:
+        """The rotation "R" or "R_in", float64, in the form it is held in; None where there is none."""
         if name in self.factors:
-            return self.factors[name].to(dtype)
+            return self.factors[name].double()
         U, Q = COMPACT[name]
-        return Compact(self.factors[U].to(dtype), self.factors[Q].to(dtype)) if U in self.factors else None
+        return Compact(self.factors[U].double(), self.factors[Q].double()) if U in self.factors else None
 
     def apply(self, W: Tensor) -> Tensor:
         """The changed W (d, p), float64 on the factors' device."""
@@ -95,9 +94,8 @@ def combined(changes: Sequence[Change]) -> Change:
     if kinds == {True}:
         B = torch.cat([c.factors["B"].double() for c in changes], 1)
         A = torch.cat([c.factors["A"].double() for c in changes])
-        (Q, S), (P, T) = torch.linalg.qr(B), torch.linalg.qr(A.T)
-        U, V = _low_rank(S @ T.T)
-        return Change({"A": (V @ P.T).float().contiguous(), "B": (Q @ U).float().contiguous()})
+        B, A = _balanced(*product_svd(B, A))
+        return Change({"A": A.float().contiguous(), "B": B.float().contiguous()})
     left = [R for c in changes if (R := c.rotation("R")) is not None]
     right = [R for c in changes if (R := c.rotation("R_in")) is not None]
     factors: dict[str, Tensor] = {}
@@ -136,7 +134,11 @@ def change_between(W0: Tensor, W: Tensor, side: str) -> Change:
 
 def _low_rank(D: Tensor) -> tuple[Tensor, Tensor]:
     """B (d, r), A (r, p) with B A = D to float32's precision, the singular values shared between the two."""
-    U, S, Zh = torch.linalg.svd(D, full_matrices=False)
+    return _balanced(*torch.linalg.svd(D, full_matrices=False))
+
+
+def _balanced(U: Tensor, S: Tensor, Zh: Tensor) -> tuple[Tensor, Tensor]:
+    """B (d, r), A (r, p) with B A = U diag(S) Zᵀ without what float32 cannot tell from nothing."""
     r = max(1, int((torch.finfo(torch.float32).eps * S[0] < S).sum()))
     root = S[:r].sqrt()
     return U[:, :r] * root, root[:, None] * Zh[:r]

@@ -23,7 +23,7 @@ from mosectl.errors import ModelError, UsageError
 from mosectl.files import new_folder, write_bytes, write_tensors
 from mosectl.grid import cell
 from mosectl.patch import Patch
-from mosectl.rotation import Compact
+from mosectl.rotation import Compact, product_svd
 from mosectl.stack import apply, check_stack
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # those vLLM takes (--max-lora-rank)
@@ -69,7 +69,7 @@ def export(
         raise UsageError(f"--to {form}: no such form", fix=f"choose one of: {', '.join(FORMS)}")
     checkpoint = open_checkpoint(model, revision)
     if form == "merged":
-        return _merged(patches, model, Path(out), revision, force, on_step)
+        return _merged(patches, checkpoint, model, Path(out), revision, force, on_step)
     if not force:
         check_stack(checkpoint, patches)
     arch = resolve(skeleton(checkpoint.config))
@@ -109,7 +109,7 @@ def _adapter(
     for i, module in enumerate(modules):
         W = projections[module].oriented(checkpoint.read(names[module]))
         change = combined([p.changes[module] for p in patches if module in p.changes])
-        found[module] = _svd(*low_rank(change, W))
+        found[module] = product_svd(*low_rank(change, W))
         if on_step:
             on_step(i + 1, len(modules))
     needed = max(int((EXACT * S.norm() < S).sum()) for _, S, _ in found.values())
@@ -119,13 +119,6 @@ def _adapter(
     r = next((k for k in RANKS if k >= (rank or needed)), rank or needed)
     left_out = max(float(S[r:].norm() / S.norm().clamp_min(1e-300)) for _, S, _ in found.values())
     return {m: _padded(U[:, :r], S[:r], Z[:r], r) for m, (U, S, Z) in found.items()}, left_out
-
-
-def _svd(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U (d, k), S (k,), Zᵀ (k, p) of B A, without the (d, p) product where the rank is low."""
-    (Q, S), (P, T) = torch.linalg.qr(B), torch.linalg.qr(A.T)
-    U, values, Zh = torch.linalg.svd(S @ T.T, full_matrices=False)
-    return Q @ U, values, Zh @ P.T
 
 
 def _padded(U: Tensor, S: Tensor, Zh: Tensor, r: int) -> tuple[Tensor, Tensor]:
@@ -145,7 +138,7 @@ def _write_peft(
     used = [p for p in arch.projections if p.name in tensors]
     inside = {p.name.split(f"{arch.layers_path}.{p.layer}.", 1)[1] for p in used}
     config: dict[str, Any] = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": _base_name(patches, checkpoint),
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": _base_name(checkpoint),
         "revision": checkpoint.revision, "r": r, "lora_alpha": r, "lora_dropout": 0.0, "bias": "none",
         "target_modules": sorted(inside), "layers_to_transform": [p.layer for p in used],
         "layers_pattern": arch.layers_path.rsplit(".", 1)[-1], "fan_in_fan_out": used[0].transposed,
@@ -198,10 +191,15 @@ def _write_gguf(
 
 
 def _merged(
-    patches: Sequence[Patch], model: str | Path, out: Path, revision: str | None, force: bool, on_step: OnStep | None
+    patches: Sequence[Patch],
+    checkpoint: Checkpoint,
+    model: str | Path,
+    out: Path,
+    revision: str | None,
+    force: bool,
+    on_step: OnStep | None,
 ) -> Exported:
     """A checkpoint like any other, with a card that says what was edited; nothing to revert it by."""
-    checkpoint = open_checkpoint(model, revision)
     with new_folder(out) as folder:
         inner = folder / "checkpoint"
         apply(patches, model, inner, revision=revision, keep_base=False, force=force, on_step=on_step)
@@ -215,7 +213,7 @@ def _merged(
     return Exported(out, "merged", 0, 0.0, modules)
 
 
-def _base_name(patches: Sequence[Patch], checkpoint: Checkpoint) -> str:
+def _base_name(checkpoint: Checkpoint) -> str:
     return checkpoint.model if checkpoint.revision else str(checkpoint.folder.resolve())
 
 

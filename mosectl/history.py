@@ -22,7 +22,7 @@ from mosectl.journal import Journal, read_journal
 from mosectl.live import load, set_weight, weight_of
 from mosectl.patch import Patch
 from mosectl.sides import originals, stored_patches
-from mosectl.source import KEPT_BASE
+from mosectl.source import KEPT_BASE, find_base
 from mosectl.stack import replayed
 
 OnStep = Callable[[int, int], None]
@@ -188,7 +188,9 @@ def _replay_checks(checkpoint: Checkpoint, journal: Journal, base: str | Path | 
 def _untouched_checks(checkpoint: Checkpoint, journal: Journal, base: str | Path | None) -> Iterator[Check]:
     rest = [n for n in checkpoint.tensors if n not in journal.tensors]
     what = f"{len(rest)} other tensors"
-    original = _base_of(journal, base)
+    original = None
+    with suppress(ModelError, HubError):
+        original = find_base(journal, base)
     if original is None:
         yield Check(what, True, "not checked: the base is out of reach")
         return
@@ -196,13 +198,6 @@ def _untouched_checks(checkpoint: Checkpoint, journal: Journal, base: str | Path
     wrong += [n for n in original.tensors if n not in checkpoint.tensors]
     note = f"differ from {original.folder}: {', '.join(wrong[:5])}" if wrong else f"as in {original.folder}"
     yield Check(what, not wrong, note)
-
-
-def _base_of(journal: Journal, base: str | Path | None) -> Checkpoint | None:
-    for place, revision in [(str(base), None)] if base else journal.places:
-        with suppress(ModelError, HubError):
-            return open_checkpoint(place, revision)
-    return None
 
 
 def _same_bytes(a: Checkpoint, b: Checkpoint, name: str) -> bool:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from torch import Tensor
 
@@ -124,7 +125,7 @@ def _one(
     module: str,
     note: str,
     how: Writing,
-    file: object,
+    file: BinaryIO,
     again: Mapping[str, str] | None,
 ) -> tuple[TensorReport, EditedTensor]:
     """Compute one weight and write it into its shard, unless an interrupted start has (``again``: its hashes)."""
@@ -136,19 +137,20 @@ def _one(
     W0 = source.base_tensor(module)
     weight = weight_under(source, module, W0, stack)
     raw = tensor_bytes(weight, entry)
-    file.seek(entry.start)  # type: ignore[attr-defined]
-    file.write(raw)  # type: ignore[attr-defined]
+    file.seek(entry.start)
+    file.write(raw)
+    now = sha256(weight)
     edits = any(module in p.changes for p in stack)
     if W0 is None:
         note = note or "the base is out of reach: undone algebraically, exact up to rounding"
     elif not edits:
-        note = f"restored bit for bit, sha256 {sha256(weight)[:12]}"
+        note = f"restored bit for bit, sha256 {now[:12]}"
     drift = None
     if W0 is not None and edits and (projection.d <= SPECTRUM_UP_TO if how.proof is None else how.proof):
         drift = stability(name, projection.oriented(W0), projection.oriented(weight))
     old = source.journal.tensors.get(name) if source.journal else None
-    base_sha = sha256(W0) if W0 is not None else (old.base_sha256 if old else "")
-    return TensorReport(name, entry.dtype, note, W0 is not None, drift), EditedTensor(base_sha, sha256(weight))
+    base_sha = now if weight is W0 else sha256(W0) if W0 is not None else (old.base_sha256 if old else "")
+    return TensorReport(name, entry.dtype, note, W0 is not None, drift), EditedTensor(base_sha, now)
 
 
 def weight_under(source: Source, module: str, W0: Tensor | None, stack: Sequence[Patch]) -> Tensor:

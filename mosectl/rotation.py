@@ -58,6 +58,13 @@ def thin_svd(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.linalg.svd(W, full_matrices=False)  # type: ignore[return-value]
 
 
+def product_svd(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U (d, k), S (k,) descending, Zᵀ (k, p) of B A for B (d, r), A (r, p), without the (d, p) product where r is low."""
+    (Q, S), (P, T) = torch.linalg.qr(B), torch.linalg.qr(A.T)
+    U, values, Zh = torch.linalg.svd(S @ T.T, full_matrices=False)
+    return Q @ U, values, Zh @ P.T
+
+
 def left_factor(W0: Tensor, W: Tensor) -> Tensor:
     """The rotation R (d, d) with R W0 = W, both (d, p) float64: nearest to the identity where W0 writes nothing."""
     return right_factor(W0.T, W.T).T

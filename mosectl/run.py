@@ -287,7 +287,7 @@ class Run:
             changes = {
                 p.name: change_between(self.W0[p.name], self.W[p.name], self.solver.side) for p in self.projections
             }
-        self._use(changes)
+            self._use(changes)
         return changes
 
     def _use(self, changes: Mapping[str, Change]) -> None:

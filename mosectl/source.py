@@ -13,7 +13,7 @@ from mosectl.arch import Architecture, Projection, disk_names, resolve, skeleton
 from mosectl.checkpoint import SIDECAR, Checkpoint, open_checkpoint
 from mosectl.errors import BaseMismatch, HubError, ModelError, PatchError
 from mosectl.fingerprint import match, sha256
-from mosectl.journal import Applied, read_journal
+from mosectl.journal import Applied, Journal, read_journal
 from mosectl.patch import Patch
 
 KEPT_BASE = f"{SIDECAR}/base.safetensors"
@@ -77,15 +77,21 @@ class Source:
                 if name in file.keys():  # noqa: SIM118  (not a dict)
                     yield file.get_tensor(name)
         if self._other is False:
-            self._other = self._find_base()
+            assert self.journal is not None
+            self._other = find_base(self.journal, self.base_path)
         if isinstance(self._other, Checkpoint) and name in self._other.tensors:
             yield self._other.read(name)
 
-    def _find_base(self) -> Checkpoint | None:
-        assert self.journal is not None
-        if self.base_path:
-            return open_checkpoint(self.base_path)
-        for place, revision in self.journal.places:
-            with suppress(ModelError, HubError):
-                return open_checkpoint(place, revision)
-        return None
+
+def find_base(journal: Journal, given: str | Path | None = None) -> Checkpoint | None:
+    """The unedited model: as ``given``, else the first of the journal's places that can be opened.
+
+    Raises:
+        ModelError, HubError: ``given`` cannot be opened.
+    """
+    if given:
+        return open_checkpoint(given)
+    for place, revision in journal.places:
+        with suppress(ModelError, HubError):
+            return open_checkpoint(place, revision)
+    return None
