@@ -6,6 +6,7 @@ Orientation comes from the module's class, never from a shape: a square matrix l
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,12 @@ TABLE: dict[str, tuple[str, str | None]] = {
     "phi": ("mlp.fc2", None),
     "mpt": ("ffn.down_proj", None),
 }
+# Types whose layers may be mixtures of experts: each is tested to be turned by turning all experts alike.
+MIXTURES = {
+    *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "phimoe", "flex_olmo", "minimax_m2", "ernie4_5_moe", "exaone_moe"),
+    *("deepseek_v2", "deepseek_v3", "glm4_moe", "glm4_moe_lite", "dots1", "hunyuan_v1_moe", "solar_open"),
+}
+_SHARED = ("shared_expert", "shared_experts", "shared_mlp")
 _POST_NORMS = ("post_feedforward_layernorm", "post_mlp_layernorm")
 _TOWERS = {"vision_tower", "vision_model", "visual", "audio_tower", "encoder"}
 _NOT_FFN = ("attn", "attention", "mixer", "mamba", "temporal")  # in the path of a matrix that is no FFN's
@@ -43,26 +50,34 @@ _PLAIN = (
     "transformers.models.",
     "transformers.pytorch_utils",
 )  # where an unwrapped matrix is from
-_SUPPORTED = "supported are dense models such as Llama, Mistral, Qwen, Gemma, Phi, GPT-2, GPT-NeoX, OPT, Falcon, BLOOM"
+_SUPPORTED = (
+    "supported are models such as Llama, Mistral, Qwen, Gemma, Phi, GPT-2, GPT-NeoX, OPT, Falcon, BLOOM, Mixtral"
+)
 
 
 @dataclass(frozen=True)
 class Projection:
-    """One layer's FFN output projection, y = W k (+ b) with W (d, p)."""
+    """One layer's FFN output projection, y = W k (+ b) with W (d, p).
+
+    Of a mixture of experts: the whole block, whose output y one rotation turns, as if by an identity W (d, d) behind it.
+    """
 
     layer: int
     name: str  # module path
     d: int  # hidden size
-    p: int  # FFN width
+    p: int  # FFN width; of a mixture d
     transposed: bool  # stored as (p, d), as GPT-2's Conv1D
     bias: bool
+    experts: int = 0  # how many there are in a mixture
+    shared: str = ""  # path, inside the block, of the projection of experts that every token passes
 
     @property
     def weight_name(self) -> str:
-        return f"{self.name}.weight"
+        """The weight that a patch knows its base by; of a mixture the first expert's."""
+        return f"{self.name}.experts.0.down_proj.weight" if self.experts else f"{self.name}.weight"
 
     def oriented(self, W: Tensor) -> Tensor:
-        """The stored weight as (d, p)."""
+        """The stored weight as (d, p); several experts' in one tensor are (experts, d, p) already."""
         return W.T if self.transposed else W
 
     def stored(self, W: Tensor) -> Tensor:
@@ -86,7 +101,8 @@ def resolve(model: nn.Module) -> Architecture:
     """Find the FFN output projection of every layer.
 
     Raises:
-        ModelError: a mixture of experts, a quantised or adapter-wrapped model, or no such projection; says what was found.
+        ModelError: an unknown mixture of experts, a quantised or adapter-wrapped model, or no such projection; says what
+            was found.
     """
     config = model.config
     try:
@@ -101,9 +117,12 @@ def resolve(model: nn.Module) -> Architecture:
         _refuse_parts(layer, f"{path}.{i}", model_type)
     embedding = model.get_input_embeddings().weight  # type: ignore[operator]
     hidden = getattr(text, "hidden_size", embedding.shape[1])
-    entry = TABLE.get(model_type)
+    entry = ("mlp.down_proj", None) if model_type in MIXTURES else TABLE.get(model_type)
     found = []
     for i, layer in enumerate(layers):
+        if block := _block(layer, model_type):
+            found.append(_mixture(i, f"{path}.{i}", block, layer, model_type))
+            continue
         inside = entry[0] if entry else _by_structure(layer, hidden, f"{path}.{i}", model_type)
         found.append(_projection(i, f"{path}.{i}", inside, layer, hidden, model_type))
     if len({p.transposed for p in found}) > 1:
@@ -150,14 +169,17 @@ def _decoder_layers(model: nn.Module, model_type: str) -> tuple[str, nn.ModuleLi
 
 
 def _refuse_parts(layer: nn.Module, path: str, model_type: str) -> None:
-    """What makes a layer's FFN something else than one matrix that can be turned: experts, adapters, AltUp."""
+    """What makes a layer's FFN something else than matrices that can be turned: unknown experts, adapters, AltUp."""
+    block = _block(layer, model_type)
     for name, module in layer.named_modules():
         last, kind = name.rsplit(".", 1)[-1], type(module).__name__
-        if last in ("experts", "block_sparse_moe", "shared_expert", "shared_experts") or "Experts" in kind:
+        if (last in ("experts", "block_sparse_moe", *_SHARED) or "Experts" in kind) and not (
+            block and name.startswith(f"{block}.")
+        ):
             raise ModelError(
-                f"a mixture-of-experts model (found {path}.{name}, {kind}): not supported yet",
+                f"a mixture of experts of a kind not supported yet (found {path}.{name}, {kind})",
                 where=model_type,
-                fix=_SUPPORTED,
+                fix=f"{_SUPPORTED}; mixtures of experts: {', '.join(sorted(MIXTURES))}",
             )
         if hasattr(module, "base_layer"):
             raise ModelError(
@@ -171,6 +193,27 @@ def _refuse_parts(layer: nn.Module, path: str, model_type: str) -> None:
                 where=model_type,
                 fix=_SUPPORTED,
             )
+
+
+def _block(layer: nn.Module, model_type: str) -> str:
+    """The path of a layer's mixture of experts, if it is one that can be turned as a whole; else ""."""
+    if model_type not in MIXTURES:
+        return ""
+    for name, module in layer.named_modules():
+        experts = getattr(module, "experts", None)
+        weight = getattr(experts, "down_proj", None)
+        if isinstance(weight, nn.Parameter) and weight.dim() == 3 and not hasattr(experts, "down_proj_bias"):
+            return name
+    return ""
+
+
+def _mixture(i: int, path: str, inside: str, layer: nn.Module, model_type: str) -> Projection:
+    block = layer.get_submodule(inside)
+    experts, d, _ = block.experts.down_proj.shape  # type: ignore[union-attr, misc]
+    shared = next((f"{name}.down_proj" for name in _SHARED if getattr(block, name, None) is not None), "")
+    if shared and not (_is_linear(own := block.get_submodule(shared)) and own.bias is None):
+        raise ModelError(f"{path}.{inside}.{shared} is no plain matrix", where=model_type, fix=_SUPPORTED)
+    return Projection(i, f"{path}.{inside}", d, d, False, False, experts, shared)
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -266,28 +309,59 @@ def _first_line(e: Exception) -> str:
     return next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__)
 
 
-def disk_names(arch: Architecture, names: Collection[str]) -> dict[str, str]:
-    """Module path → tensor name on disk, for every projection.
+def disk_names(arch: Architecture, names: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """Module path → tensor names on disk, for every projection: one, or a mixture's experts in order and the shared one.
 
     Checkpoints drop or add leading parts ("transformer.", "model.", "language_model."): what counts is one common end.
+    Experts are stored one by one (``experts.3.down_proj``, Mixtral's ``experts.3.w2``) or all in one tensor.
 
     Raises:
         ModelError: a tensor is missing, or several fit.
     """
     by_tail: dict[str, list[str]] = {}
-    tail_of = {p.name: ".".join(p.weight_name.split(".")[-_tail_length(arch, p) :]) for p in arch.projections}
-    wanted = set(tail_of.values())
+    stem = arch.layers_path.rsplit(".", 1)[-1]
+    wanted = {p.name: p.weight_name.split(f"{arch.layers_path}.", 1)[-1] for p in arch.projections if not p.experts}
+    tails = {f"{stem}.{tail}" for tail in wanted.values()}
     for name in names:
         parts = name.split(".")
         for start in range(len(parts)):
-            if (end := ".".join(parts[start:])) in wanted:
+            if (end := ".".join(parts[start:])) in tails:
                 by_tail.setdefault(end, []).append(name)
-    return {p.name: _one_of(p, by_tail.get(tail_of[p.name], []), names) for p in arch.projections}
+    mixed = _expert_names(stem, names) if any(p.experts for p in arch.projections) else {}
+    return {
+        p.name: _experts_of(p, mixed.get(p.layer, {}))
+        if p.experts
+        else (_one_of(p, by_tail.get(f"{stem}.{wanted[p.name]}", []), names),)
+        for p in arch.projections
+    }
 
 
-def _tail_length(arch: Architecture, p: Projection) -> int:
-    """Parts of the weight's name from the list's own name on: "layers.3.mlp.down_proj.weight"."""
-    return len(p.weight_name.split(".")) - arch.layers_path.count(".")
+def _expert_names(stem: str, names: Collection[str]) -> dict[int, dict[str, list[str]]]:
+    """Layer → the part an expert plays there ("0", "1", …, "all", "shared") → tensor names that claim it."""
+    expert = re.compile(
+        rf"(?:.*\.)?{stem}\.(\d+)\.\w+\."
+        rf"(?:experts\.(\d+)\.(?:down_proj|w2)\.weight|(experts)\.down_proj|(?:{'|'.join(_SHARED)})\.down_proj\.weight)"
+    )
+    found: dict[int, dict[str, list[str]]] = {}
+    for name in names:
+        if fits := expert.fullmatch(name):
+            part = fits[2] or ("all" if fits[3] else "shared")
+            found.setdefault(int(fits[1]), {}).setdefault(part, []).append(name)
+    return found
+
+
+def _experts_of(p: Projection, parts: Mapping[str, list[str]]) -> tuple[str, ...]:
+    each = ["all"] if "all" in parts else [str(i) for i in range(p.experts)]
+    needed = each + (["shared"] if p.shared else [])
+    wrong = [part for part in needed if len(parts.get(part, [])) != 1] + sorted(set(parts) - set(needed))
+    if wrong:
+        raise ModelError(
+            f"the experts of '{p.name}' are not {p.experts}{' and a shared one' * bool(p.shared)}: "
+            f"missing, twice or too many: {', '.join(wrong[:5])}",
+            where="checkpoint",
+            fix="is this checkpoint complete?",
+        )
+    return tuple(parts[part][0] for part in needed)
 
 
 def _one_of(p: Projection, found: list[str], names: Collection[str]) -> str:

@@ -77,7 +77,12 @@ class Change:
 
 
 def changed(changes: Sequence[Change], W: Tensor) -> Tensor:
-    """W (d, p) under ``changes`` in their order: computed in float64 and rounded once, in W's dtype on W's device."""
+    """W (d, p) under ``changes`` in their order: computed in float64 and rounded once, in W's dtype on W's device.
+
+    Experts in one tensor (experts, d, p) are changed one by one.
+    """
+    if W.dim() == 3:
+        return torch.stack([changed(changes, w) for w in W])
     return reduce(lambda x, change: change.apply(x), changes, W).to(W.device, W.dtype)
 
 
@@ -110,7 +115,9 @@ def combined(changes: Sequence[Change]) -> Change:
 
 
 def restored(changes: Sequence[Change], W: Tensor) -> Tensor:
-    """W (d, p) with ``changes``, given in the order they were applied, undone: rounded once."""
+    """W (d, p) or (experts, d, p) with ``changes``, given in the order they were applied, undone: rounded once."""
+    if W.dim() == 3:
+        return torch.stack([restored(changes, w) for w in W])
     return reduce(lambda x, change: change.undo(x), reversed(changes), W).to(W.device, W.dtype)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 
 from mosectl import __version__
 from mosectl.arch import Architecture, Projection, disk_names, resolve
-from mosectl.change import Change
+from mosectl.change import Change, changed
 from mosectl.errors import EditFailed, ModelError, UsageError
 from mosectl.evaluate import Interview, Scores, answer, compare, interview, says
 from mosectl.facts import Fact, as_facts
@@ -27,8 +27,9 @@ from mosectl.fingerprint import fingerprint
 from mosectl.guard import Health, canaries
 from mosectl.journal import read_journal
 from mosectl.layers import LayerScore, choose_layers, parse_layers, score_layers
-from mosectl.live import Loaded, load
-from mosectl.metrics import Stability
+from mosectl.live import Loaded, changes_on, load, weights_of
+from mosectl.metrics import Stability, stability
+from mosectl.mixture import block_name, patch_side, turns
 from mosectl.options import EditOptions
 from mosectl.patch import BaseTensor, Patch, PatchFact
 from mosectl.run import Clock, OnStep, Run
@@ -108,30 +109,31 @@ def edit(
             raise ModelError("is offloaded: the model does not fit", where=away, fix=fix)
         arch = resolve(loaded.model)
         corpus = read_corpus(options.corpus)
-    scores: list[LayerScore] = []
-    with clock("layers"):
-        projections, scores = _choose(loaded, arch, checked, options)
-    with clock("statistics") as step:
-        moments = second_moments(loaded.model, loaded.tokenizer, projections, corpus, on_step=step)
-    with clock("ask before") as step:
-        before = interview(loaded.model, loaded.tokenizer, checked, chat=options.chat, on_step=step)
-    with clock("wordings") as step:
-        wordings = _wordings(loaded, checked, before, options, step)
-    run = Run(loaded, arch, projections, moments, options)
-    with run.restored():
-        run.watch(canaries(loaded.tokenizer, corpus.texts))
-        losses = run.edit(checked, _prefixes(corpus, options), wordings, clock)
-        with clock("solve"):
-            changes = run.finish()
-        with clock("ask after") as step:
-            after = interview(loaded.model, loaded.tokenizer, checked, chat=options.chat, on_step=step)
+    with turns(loaded.model, arch) as turned:
+        with clock("layers"):
+            projections, scores = _choose(loaded, turned, checked, options)
+        with clock("statistics") as step:
+            moments = second_moments(loaded.model, loaded.tokenizer, projections, corpus, on_step=step)
+        with clock("ask before") as step:
+            before = interview(loaded.model, loaded.tokenizer, checked, chat=options.chat, on_step=step)
+        with clock("wordings") as step:
+            wordings = _wordings(loaded, checked, before, options, step)
+        run = Run(loaded, turned, projections, moments, options)
+        with run.restored():
+            run.watch(canaries(loaded.tokenizer, corpus.texts))
+            losses = run.edit(checked, _prefixes(corpus, options), wordings, clock)
+            with clock("solve"):
+                changes = {block_name(module): change for module, change in run.finish().items()}
+    edited = [p for p in arch.projections if p.name in changes]
+    with changes_on(loaded.model, [(p, [changes[p.name]]) for p in edited]), clock("ask after") as step:
+        after = interview(loaded.model, loaded.tokenizer, checked, chat=options.chat, on_step=step)
     results = _results(checked, before, after, losses, wordings)
     if refuse:
         _refuse_failure(results)
     with clock("check"):
-        drifts = tuple(run.stability(changes))
+        drifts = tuple(_stability(loaded, edited, changes))
         scored = compare(checked, before, after, wordings)
-        patch = _patch(loaded, arch, run, changes, results, scored, drifts, options, corpus)
+        patch = _patch(loaded, arch, edited, run, changes, results, scored, drifts, options, corpus)
     done = (run.stopped, moments.tokens, clock.seconds, (before, after), tuple(run.curve))
     return EditResult(patch, results, scored, drifts, tuple(scores), *done)
 
@@ -145,7 +147,9 @@ def _choose(
         rows = contexts.edit_rows
         scores = score_layers(loaded.model, arch, contexts.batch.rows(rows), contexts.subject[rows])
         chosen = choose_layers(scores)
-    return [p for p in arch.projections if p.layer in chosen], scores
+    projections = [p for p in arch.projections if p.layer in chosen]
+    patch_side(method(options.method), projections)  # refused before the long work
+    return projections, scores
 
 
 def _prefixes(corpus: Corpus, options: EditOptions) -> list[str]:
@@ -209,9 +213,18 @@ def _refuse_failure(results: Sequence[FactResult]) -> None:
     )
 
 
+def _stability(loaded: Loaded, edited: Sequence[Projection], changes: Mapping[str, Change]) -> Iterator[Stability]:
+    """Norm, condition number and spectrum of each changed weight against the base (of experts the first), as float32."""
+    for p in edited:
+        weight = weights_of(loaded.model, p)[0].detach()
+        W = p.oriented(weight[0] if p.experts else weight).float().cpu()
+        yield stability(p.weight_name, W, changed([changes[p.name]], W))
+
+
 def _patch(
     loaded: Loaded,
     arch: Architecture,
+    edited: Sequence[Projection],
     run: Run,
     changes: Mapping[str, Change],
     results: Sequence[FactResult],
@@ -225,25 +238,25 @@ def _patch(
     journal = read_journal(loaded.checkpoint.folder) if loaded.checkpoint else None
     recorded = asdict(options)
     recorded["solver"] = run.solver_options
-    recorded["layers"] = [p.layer for p in run.projections]
+    recorded["layers"] = [p.layer for p in edited]
     recorded["corpus"] = {"name": corpus.name, "sha256": corpus.sha256}
-    recorded["dtype"] = str(next(iter(run.stored.values())).dtype).removeprefix("torch.")
+    recorded["dtype"] = str(weights_of(loaded.model, edited[0])[0].dtype).removeprefix("torch.")
     for key in ("method", "seed"):  # these stand in the record itself
         del recorded[key]
     return Patch(
         changes=changes,
         method=run.solver.name,
-        side=run.solver.side,
+        side=run.side,
         options=recorded,
         model=loaded.checkpoint.model if loaded.checkpoint else _model_name(loaded.model),
         revision=loaded.checkpoint.revision if loaded.checkpoint else None,
         model_type=arch.model_type,
-        base=_bases(loaded, arch, run),
+        base=_bases(loaded, arch, edited),
         facts=tuple(_patch_fact(r) for r in results if r.status != "not edited"),
         metrics={
             "scores": _rounded(asdict(scores)),
             "stability": [_rounded(asdict(s)) for s in drifts],
-            "compaction": _rounded(run.compaction),
+            "compaction": _rounded({block_name(module): e for module, e in run.compaction.items()}),
         },
         seed=options.seed,
         versions={
@@ -259,14 +272,15 @@ def _model_name(model: Any) -> str:
     return Path(str(getattr(model.config, "_name_or_path", "") or "model")).name
 
 
-def _bases(loaded: Loaded, arch: Architecture, run: Run) -> dict[str, BaseTensor]:
+def _bases(loaded: Loaded, arch: Architecture, edited: Sequence[Projection]) -> dict[str, BaseTensor]:
     """Fingerprints of the weights as the checkpoint stores them; of the live ones where there is no checkpoint."""
     names = disk_names(arch, loaded.checkpoint.tensors) if loaded.checkpoint else {}
     return {
         p.name: fingerprint(
-            p.weight_name, loaded.checkpoint.read(names[p.name]) if loaded.checkpoint else run.stored[p.name]
+            p.weight_name,
+            loaded.checkpoint.read(names[p.name][0]) if loaded.checkpoint else weights_of(loaded.model, p)[0],
         )
-        for p in run.projections
+        for p in edited
     }
 
 

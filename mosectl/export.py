@@ -105,9 +105,12 @@ def _adapter(
     names = disk_names(arch, checkpoint.tensors)
     projections = {p.name: p for p in arch.projections}
     modules = sorted({m for p in patches for m in p.changes}, key=lambda m: projections[m].layer)
+    if mixed := next((m for m in modules if projections[m].experts), ""):
+        what = "adapters for a mixture of experts are served by few engines and not written"
+        raise UsageError(what, where=mixed, fix="--to merged writes a checkpoint")
     found: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
     for i, module in enumerate(modules):
-        W = projections[module].oriented(checkpoint.read(names[module]))
+        W = projections[module].oriented(checkpoint.read(names[module][0]))
         change = combined([p.changes[module] for p in patches if module in p.changes])
         found[module] = product_svd(*low_rank(change, W))
         if on_step:

@@ -21,8 +21,14 @@ def sha256(tensor: Tensor) -> str:
 
 
 def fingerprint(name: str, weight: Tensor) -> BaseTensor:
-    """Fingerprint of the weight called ``name``, as it is stored (not re-oriented)."""
+    """Fingerprint of the weight called ``name``, as it is stored (not re-oriented); of several experts', the first's."""
+    weight = _first(weight)
     return BaseTensor(name, tuple(weight.shape), DTYPES[weight.dtype], sha256(weight), _sample(weight))
+
+
+def _first(weight: Tensor) -> Tensor:
+    """A matrix itself, or the first of the experts' in one tensor."""
+    return weight[0] if weight.dim() == 3 else weight
 
 
 def _sample(weight: Tensor) -> tuple[float, ...]:
@@ -33,7 +39,7 @@ def _sample(weight: Tensor) -> tuple[float, ...]:
 
 def distance(base: BaseTensor, weight: Tensor) -> float:
     """‖sample of weight − the base's sample‖ / ‖the base's sample‖."""
-    ours, theirs = torch.tensor(_sample(weight)), torch.tensor(base.sample)
+    ours, theirs = torch.tensor(_sample(_first(weight))), torch.tensor(base.sample)
     return float((ours - theirs).norm() / theirs.norm().clamp_min(1e-30))
 
 
@@ -48,6 +54,7 @@ class Match:
 
 def match(base: BaseTensor, weight: Tensor) -> Match:
     """Compare: same bytes, or the same weights rounded to another dtype, or another base."""
+    weight = _first(weight)
     if tuple(weight.shape) != base.shape:
         return Match(False, False, f"shape {list(weight.shape)}, the patch was made for {list(base.shape)}")
     dtype = DTYPES.get(weight.dtype, str(weight.dtype))

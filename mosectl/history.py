@@ -19,7 +19,7 @@ from mosectl.evaluate import answer, generate
 from mosectl.fingerprint import sha256
 from mosectl.grid import Grid
 from mosectl.journal import Journal, read_journal
-from mosectl.live import load, set_weight, weight_of
+from mosectl.live import as_live, load, weights_of
 from mosectl.patch import Patch
 from mosectl.sides import originals, stored_patches
 from mosectl.source import KEPT_BASE, find_base
@@ -244,13 +244,14 @@ def blame(
     loaded = load(folder, device=device, dtype=dtype)
     arch = resolve(loaded.model)
     names = disk_names(arch, checkpoint.tensors)
-    edited = [p for p in arch.projections if names[p.name] in bases]
+    edited = [(p, as_live(p, [bases[n] for n in names[p.name]])) for p in arch.projections if names[p.name][0] in bases]
     said: list[list[str]] = []
     for n in range(len(patches) + 1):
-        for p in edited:
-            base = p.oriented(bases[names[p.name]])
-            W = changed([q.changes[p.name] for q in patches[:n] if p.name in q.changes], base)
-            set_weight(loaded.model, p, W.to(weight_of(loaded.model, p).device, torch.float64))
+        for p, base in edited:
+            changes = [q.changes[p.name] for q in patches[:n] if p.name in q.changes]
+            for weight, W in zip(weights_of(loaded.model, p), base, strict=True):
+                with torch.no_grad():
+                    weight.copy_(p.stored(changed(changes, p.oriented(W))))
         said.append(
             [answer(t) for t in generate(loaded.model, loaded.tokenizer, prompts, max_new_tokens=max_new_tokens)]
         )

@@ -136,10 +136,11 @@ def _effects(patch: Patch, checkpoint: Checkpoint) -> Iterator[tuple[str, tuple[
                 where=checkpoint.model,
                 fix=f"the patch is for {patch.model}",
             )
-        W = checkpoint.read(names[module])
+        first = names[module][0]
+        W = checkpoint.read(first)
         found = match(patch.base[module], W)
         drift = None
         if found.same:
             W = projections[module].oriented(W)
-            drift = stability(names[module], W, changed([change], W))
+            drift = stability(first, W, changed([change], W))
         yield module, (found.note, drift)

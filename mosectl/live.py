@@ -95,15 +95,40 @@ def solve_device(device: torch.device) -> torch.device:
 
 
 def weight_of(model: nn.Module, projection: Projection) -> Tensor:
-    """The live weight of one projection.
+    """The live weight of one projection that is a matrix (or a mixture's turn).
 
     Raises:
         ModelError: it is offloaded, where a change in place would be lost.
     """
-    weight = model.get_submodule(projection.name).weight
+    return _here(model.get_submodule(projection.name).weight, projection)  # type: ignore[arg-type]
+
+
+def weights_of(model: nn.Module, projection: Projection) -> list[Tensor]:
+    """The live weights of one projection: its matrix, or the experts' (experts, d, p) and the shared one's (d, p).
+
+    Raises:
+        ModelError: they are offloaded.
+    """
+    if not projection.experts:
+        return [weight_of(model, projection)]
+    block = model.get_submodule(projection.name)
+    found = [block.experts.down_proj]  # type: ignore[union-attr]
+    if projection.shared:
+        found.append(block.get_submodule(projection.shared).weight)
+    return [_here(w, projection) for w in found]  # type: ignore[arg-type]
+
+
+def _here(weight: Tensor, projection: Projection) -> Tensor:
     if weight.is_meta:
         raise ModelError("the weight is offloaded", where=projection.name, fix="load the model without offloading")
-    return weight  # type: ignore[return-value]
+    return weight
+
+
+def as_live(projection: Projection, stored: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors of a checkpoint, in the order of ``arch.disk_names``, as the live model holds them: experts in one tensor."""
+    if not projection.experts or stored[0].dim() == 3:
+        return list(stored)
+    return [torch.stack(list(stored[: projection.experts])), *stored[projection.experts :]]
 
 
 def set_weight(model: nn.Module, projection: Projection, W: Tensor) -> None:
@@ -122,26 +147,34 @@ def patched(model: nn.Module, *patches: Patch, force: bool = False) -> Iterator[
         BaseMismatch: a patch was made for other weights.
     """
     projections = {p.name: p for p in resolve(model).projections}  # type: ignore[arg-type]
-    before: dict[str, Tensor] = {}
     changes: dict[str, list[Change]] = {}
-    try:
-        for patch in patches:
-            for module, change in patch.changes.items():
-                if module not in projections:
-                    raise BaseMismatch(f"no module '{module}' in this model", fix="give the model the patch is for")
-                weight = weight_of(model, projections[module])
-                before.setdefault(module, weight.detach().clone())
-                if not force:
-                    _check(patch, module, before[module] if not patch.parents else None)
-                changes.setdefault(module, []).append(change)
-        for module, stacked in changes.items():
-            p = projections[module]
-            set_weight(model, p, changed(stacked, p.oriented(before[module])))
+    for patch in patches:
+        for module, change in patch.changes.items():
+            if module not in projections:
+                raise BaseMismatch(f"no module '{module}' in this model", fix="give the model the patch is for")
+            if not force:
+                weight = weights_of(model, projections[module])[0]
+                _check(patch, module, weight if not patch.parents else None)
+            changes.setdefault(module, []).append(change)
+    with changes_on(model, [(projections[module], stacked) for module, stacked in changes.items()]):
         yield model
+
+
+@contextmanager
+def changes_on(model: nn.Module, changes: Sequence[tuple[Projection, Sequence[Change]]]) -> Iterator[None]:
+    """The model with each projection's weights changed inside the block, rounded once from what they were."""
+    before: list[tuple[Tensor, Tensor]] = []
+    try:
+        with torch.no_grad():
+            for p, stacked in changes:
+                for weight in weights_of(model, p):
+                    before.append((weight, weight.detach().clone()))
+                    weight.copy_(p.stored(changed(stacked, p.oriented(weight.detach()))))
+        yield
     finally:
         with torch.no_grad():
-            for module, weight in before.items():
-                weight_of(model, projections[module]).copy_(weight)
+            for weight, old in before:
+                weight.copy_(old)
 
 
 def _check(patch: Patch, module: str, weight: Tensor | None) -> None:

@@ -19,6 +19,7 @@ class Spectrum:
     @staticmethod
     def of(W: Tensor) -> Spectrum:
         W = W.double()
+        W = W.transpose(0, 1).flatten(1) if W.dim() == 3 else W  # experts side by side: (d, experts · p)
         W = W if W.shape[0] <= W.shape[1] else W.T
         # Large matrices by the Gram matrix's eigenvalues: relative error eps·κ², negligible here, at a tenth of the time.
         small = len(W) <= 1024
@@ -41,7 +42,7 @@ class Stability:
 
 
 def stability(name: str, before: Tensor, after: Tensor) -> Stability:
-    """Compare W before and after an edit, both (d, p)."""
+    """Compare W before and after an edit, both (d, p), or (experts, d, p)."""
     a, b = Spectrum.of(before), Spectrum.of(after)
     drift = ((b.singular_values - a.singular_values).abs() / a.singular_values.clamp_min(1e-300)).max()
     return Stability(

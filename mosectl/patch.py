@@ -35,7 +35,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 class BaseTensor:
     """What one edited weight was before the edit."""
 
-    tensor: str  # weight name in the model, e.g. "model.layers.5.mlp.down_proj.weight"
+    tensor: str  # weight name in the model, e.g. "model.layers.5.mlp.down_proj.weight"; of a mixture the first expert's
     shape: tuple[int, ...]
     dtype: str  # safetensors' name: "BF16", "F16", "F32"
     sha256: str  # of the raw bytes
@@ -302,7 +302,7 @@ def _base_tensor(entry: Any, name: str, change: Change) -> BaseTensor:
         raise PatchError(f"shape {entry['shape']} does not fit {sizes}", where=where)
     if not _SHA256.fullmatch(entry["sha256"]) or not entry["sample"] or not all(map(_is_number, entry["sample"])):
         raise PatchError("malformed fingerprint", where=where, fix="fetch the patch again")
-    if entry["tensor"] != f"{name}.weight":
+    if entry["tensor"] not in (f"{name}.weight", f"{name}.experts.0.down_proj.weight"):
         raise PatchError(f"tensor '{entry['tensor']}' does not belong to this module", where=where)
     return BaseTensor(**{**entry, "shape": tuple(entry["shape"]), "sample": tuple(map(float, entry["sample"]))})
 

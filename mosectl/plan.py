@@ -18,6 +18,7 @@ from mosectl.errors import ModelError, MosectlError
 from mosectl.facts import Fact
 from mosectl.layers import parse_layers
 from mosectl.live import DTYPES, pick_device, pick_dtype
+from mosectl.mixture import patch_side
 from mosectl.options import EditOptions
 from mosectl.solvers import method
 from mosectl.stats import GRADIENT_TOKENS, MAX_TOKENS, read_corpus
@@ -51,7 +52,7 @@ class Diagnosis:
     revision: str | None
     architecture: Architecture
     parameters: int
-    tensors: tuple[tuple[str, str, tuple[int, ...]], ...]  # (name on disk, dtype, shape) of each projection
+    tensors: tuple[tuple[str, str, tuple[int, ...]], ...]  # (name on disk, dtype, shape), a mixture's first expert's
     memory: dict[str, int]  # bytes to load the model, by dtype
     problems: tuple[str, ...]  # what stands in the way of editing
     notes: tuple[str, ...]
@@ -71,7 +72,7 @@ def estimate(
     Raises:
         ModelError, HubError, UsageError.
     """
-    method(options.method)
+    solver = method(options.method)
     folder, name, _ = locate(model, revision, weights=False)
     config = read_config(folder)
     bones = skeleton(config)
@@ -82,6 +83,7 @@ def estimate(
     kind = asked if isinstance(asked, torch.dtype) else stored
     n = len(arch.projections)
     layers = parse_layers(options.layers, n) or tuple(range(max(0, n // 2 - 1), min(n, n // 2 + 2)))
+    side = patch_side(solver, [p for p in arch.projections if p.layer in layers])
     work = _Work(bones, arch, layers, facts, options)
     model_bytes = work.parameters * kind.itemsize
     return Estimate(
@@ -94,7 +96,7 @@ def estimate(
         auto=options.layers == "auto",
         model_bytes=model_bytes,
         peak_bytes=model_bytes + work.extra_bytes(kind.itemsize),
-        patch_bytes=sum(_patch_bytes(p, options, len(facts)) for p in arch.projections if p.layer in layers),
+        patch_bytes=sum(_patch_bytes(p, side, options.form, len(facts)) for p in arch.projections if p.layer in layers),
         seconds=work.seconds(device, kind, model_bytes),
     )
 
@@ -102,15 +104,15 @@ def estimate(
 DIRECTIONS = 4  # of a compact rotation's rank, a fact: seen on the demo model (docs/LOG.md)
 
 
-def _patch_bytes(p: Projection, options: EditOptions, facts: int) -> int:
+def _patch_bytes(p: Projection, side: str, form: str, facts: int) -> int:
     """Bytes of one layer's factors in a patch: an estimate of the compact form's rank, where that is smaller than dense."""
-    if method(options.method).side == "additive":
+    if side == "additive":
         return 4 * min(facts, p.d) * (p.d + p.p)  # the rank is at most the number of facts, and d
     total = 0
-    for name in SIDES[method(options.method).side]:
+    for name in SIDES[side]:
         n = {"R": p.d, "R_in": p.p}[name]
         rank = min(DIRECTIONS * facts, n)
-        total += 4 * (n * n if options.form == "dense" else min(rank * (n + rank), n * n))
+        total += 4 * (n * n if form == "dense" else min(rank * (n + rank), n * n))
     return total
 
 
@@ -183,7 +185,7 @@ def diagnose(model: str | Path, revision: str | None = None) -> Diagnosis:
     """Look at config and tensor names (for a hub model by range requests: no weight is downloaded).
 
     Raises:
-        ModelError: unknown, mixture-of-experts or quantised model, or no safetensors. HubError.
+        ModelError: unknown or quantised model, or no safetensors. HubError.
     """
     folder, name, commit = locate(model, revision, weights=False)
     bones = skeleton(read_config(folder))
@@ -196,7 +198,7 @@ def diagnose(model: str | Path, revision: str | None = None) -> Diagnosis:
         found = remote_tensors(str(model), revision)
     on_disk = disk_names(arch, found)
     parameters = sum(p.numel() for p in bones.parameters())
-    tensors = tuple((on_disk[p.name], *found[on_disk[p.name]]) for p in arch.projections)
+    tensors = tuple((n, *found[n]) for p in arch.projections for n in on_disk[p.name][:1])
     return Diagnosis(
         model=name,
         revision=commit,
@@ -231,6 +233,10 @@ def _notes(arch: Architecture, folder: Path) -> list[str]:
         out.append(f"'{arch.model_type}' is not in mosectl's table; its layers were found by their structure")
     if arch.post_norm:
         out.append(f"a norm follows the FFN ({arch.post_norm}): it sees the turned output at its old length")
+    if mixed := [p for p in arch.projections if p.experts]:
+        out.append(
+            f"{len(mixed)} layers are mixtures of {mixed[0].experts} experts: one rotation turns all of a layer's"
+        )
     if len(arch.projections) < 4:
         out.append(f"only {len(arch.projections)} layers: an edit has little room here and may not reach its targets")
     if arch.tied_embeddings:

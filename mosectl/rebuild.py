@@ -86,8 +86,8 @@ def rebuild(
         OutputError: no space, or no right to write.
     """
     checkpoint = source.checkpoint
-    modules = {source.disk_name(m): m for p in [*source.stack, *stack] for m in p.changes}
-    names = sorted(modules, key=lambda n: (checkpoint.entry(n).file.name, checkpoint.entry(n).start))
+    touching = {n for p in [*source.stack, *stack] for m in p.changes for n in source.tensors_of(m)}
+    names = sorted(touching, key=lambda n: (checkpoint.entry(n).file.name, checkpoint.entry(n).start))
     shards = list(dict.fromkeys(checkpoint.entry(n).file for n in names))
     reports: dict[str, TensorReport] = {}
     edited: dict[str, EditedTensor] = {}
@@ -103,17 +103,16 @@ def rebuild(
             with (folder / shard.name).open("r+b") as file:
                 for name in here:
                     again = known.get(name)
-                    reports[name], edited[name] = _one(
-                        source, stack, modules[name], notes.get(name, ""), how, file, again
-                    )
+                    reports[name], edited[name] = _one(source, stack, name, notes.get(name, ""), how, file, again)
                     if on_step:
                         on_step(len(reports), len(names))
                 file.flush()
                 os.fsync(file.fileno())
             _mark(folder, shard.name, {n: asdict(edited[n]) for n in here})
-        touched = {source.disk_name(m) for p in stack for m in p.changes}
-        _records(source, stack, folder, modules, {n: t for n, t in edited.items() if n in touched}, how.keep_base)
-    ordered = sorted(reports, key=lambda n: source.projection(modules[n]).layer)
+        touched = {n for p in stack for m in p.changes for n in source.tensors_of(m)}
+        _records(source, stack, folder, {n: t for n, t in edited.items() if n in touched}, how.keep_base)
+    place = {n: (source.projection(m).layer, i) for m, of in source.names.items() for i, n in enumerate(of)}
+    ordered = sorted(reports, key=lambda n: place[n])
     exact = all(r.exact for r in reports.values())
     told = tuple(reports[n] for n in ordered)
     return ApplyReport(final, tuple(p.id for p in stack), told, size, restored=not stack and exact)
@@ -122,20 +121,21 @@ def rebuild(
 def _one(
     source: Source,
     stack: Sequence[Patch],
-    module: str,
+    name: str,
     note: str,
     how: Writing,
     file: BinaryIO,
     again: Mapping[str, str] | None,
 ) -> tuple[TensorReport, EditedTensor]:
     """Compute one weight and write it into its shard, unless an interrupted start has (``again``: its hashes)."""
-    name, projection = source.disk_name(module), source.projection(module)
+    module = source.module_of[name]
+    projection = source.projection(module)
     entry = source.checkpoint.entry(name)
     if again is not None:
         edit = EditedTensor(**again)
         return TensorReport(name, entry.dtype, "written by the start before", bool(edit.base_sha256), None), edit
-    W0 = source.base_tensor(module)
-    weight = weight_under(source, module, W0, stack)
+    W0 = source.base_tensor(name)
+    weight = weight_under(source, name, W0, stack)
     raw = tensor_bytes(weight, entry)
     file.seek(entry.start)
     file.write(raw)
@@ -153,8 +153,9 @@ def _one(
     return TensorReport(name, entry.dtype, note, W0 is not None, drift), EditedTensor(base_sha, now)
 
 
-def weight_under(source: Source, module: str, W0: Tensor | None, stack: Sequence[Patch]) -> Tensor:
-    """The module's weight under ``stack``, in its stored orientation and dtype."""
+def weight_under(source: Source, name: str, W0: Tensor | None, stack: Sequence[Patch]) -> Tensor:
+    """A tensor under ``stack``, in its stored orientation and dtype."""
+    module = source.module_of[name]
     projection = source.projection(module)
     new = [p.changes[module] for p in stack if module in p.changes]
     if W0 is not None:
@@ -162,7 +163,7 @@ def weight_under(source: Source, module: str, W0: Tensor | None, stack: Sequence
     old = [p.changes[module] for p in source.stack if module in p.changes]
     while old and new and old[0] is new[0]:  # what lies under the patch that is taken out stays
         old, new = old[1:], new[1:]
-    W = projection.oriented(source.checkpoint.read(source.disk_name(module)))
+    W = projection.oriented(source.checkpoint.read(name))
     return projection.stored(changed(new, restored(old, W.double())).to(W.dtype)).contiguous()
 
 
@@ -199,7 +200,6 @@ def _records(
     source: Source,
     stack: Sequence[Patch],
     folder: Path,
-    modules: Mapping[str, str],
     edited: Mapping[str, EditedTensor],
     keep_base: bool,
 ) -> None:
@@ -212,12 +212,12 @@ def _records(
         file = f"{SIDECAR}/{patch.id[:16]}.safetensors"
         patch.save(folder / file)
         applied.append(Applied(patch.id, file, len(patch.facts)))
-    known = [n for n, t in edited.items() if t.base_sha256 and source.base_tensor(modules[n]) is not None]
+    known = [n for n, t in edited.items() if t.base_sha256 and source.base_tensor(n) is not None]
     if keep := keep_base and bool(known):
         entries: dict[str, Entry] = {n: checkpoint.entry(n) for n in known}
 
         def base(name: str) -> bytes:
-            W0 = source.base_tensor(modules[name])
+            W0 = source.base_tensor(name)
             assert W0 is not None
             return tensor_bytes(W0, entries[name])
 

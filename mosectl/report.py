@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -256,6 +257,8 @@ def doctor(d: Diagnosis) -> None:
     """What would be edited in a model, and what stands in the way."""
     a = d.architecture
     first = a.projections[0]
+    shape = f"W ({first.d}, {first.p})" + (", stored transposed (Conv1D)" if first.transposed else "")
+    shape = f"{first.experts} experts, one rotation ({first.d}, {first.d})" if first.experts else shape
     rows = [
         ("model", d.model + (f" @ {d.revision}" if d.revision else "")),
         (
@@ -264,7 +267,7 @@ def doctor(d: Diagnosis) -> None:
         ),
         ("parameters", f"{d.parameters / 1e6:,.1f} M"),
         ("edited modules", f"{first.name} … {a.projections[-1].name}"),
-        ("shape", f"W ({first.d}, {first.p})" + (", stored transposed (Conv1D)" if first.transposed else "")),
+        ("shape", shape),
         ("bias", "yes (stays as it is)" if first.bias else "no"),
         *((f"memory, {kind}", size(n)) for kind, n in d.memory.items()),
         ("rotation", f"{size(4 * first.d**2)} a layer in a patch"),
@@ -365,9 +368,11 @@ def applied(r: ApplyReport, verb: str) -> None:
     _table(
         f"{verb} → {r.folder}",
         ("tensor", "dtype", "exact", "base"),
-        [(t.tensor, t.dtype, "yes" if t.exact else "within rounding", t.note) for t in r.tensors],
+        _folded([(t.tensor, t.dtype, "yes" if t.exact else "within rounding", t.note) for t in r.tensors]),
     )
-    if drifts := [t.stability for t in r.tensors if t.stability]:
+    shown = [t.stability for t in r.tensors if t.stability]
+    worst = {_alike(s.name): s for s in sorted(shown, key=lambda s: s.spectrum_drift)}
+    if drifts := [s for s in shown if worst[_alike(s.name)] is s]:
         _stability("Stability on the stored dtype", drifts)
     for warning in r.warnings:
         _err().print(f"[yellow]warning[/] {escape(warning)}")
@@ -376,6 +381,20 @@ def applied(r: ApplyReport, verb: str) -> None:
     _line(
         f"{r.folder}: {len(r.stack)} patch{'' if len(r.stack) == 1 else 'es'} applied, {size(r.bytes_written)} written"
     )
+
+
+def _alike(tensor: str) -> str:
+    """A tensor's name without the number of the expert: the experts of a layer share a line."""
+    return re.sub(r"\bexperts\.\d+\.", "experts.*.", tensor)
+
+
+def _folded(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Rows with all but the first expert of a layer as one row."""
+    out: dict[tuple[str, ...], int] = {}
+    for name, *rest in rows:
+        key = (name if ".experts.0." in name else _alike(name), *rest)
+        out[key] = out.get(key, 0) + 1
+    return [(f"{name} ({n})" if n > 1 else name, *rest) for (name, *rest), n in out.items()]
 
 
 def exported(e: Exported) -> None:

@@ -19,7 +19,7 @@ from mosectl.facts import Fact
 from mosectl.forward import hidden_at, keys_at
 from mosectl.guard import REMEDY, Health, harm, health
 from mosectl.live import Loaded, set_weight, solve_device, weight_of
-from mosectl.metrics import Stability, stability
+from mosectl.mixture import patch_side
 from mosectl.options import EditOptions
 from mosectl.solvers import KINDS, LayerProblem, method
 from mosectl.stats import Moments
@@ -87,6 +87,7 @@ class Run:
         self.solver = method(options.method)
         own = options.aim < 0 or self.solver.kind == "fit"
         self.kind = self.solver.kind if own else KINDS[options.aim]
+        self.side = patch_side(self.solver, projections)
         self.solver_options = {**self.solver.defaults, **options.solver}
         self.stored = {p.name: weight_of(loaded.model, p).detach().clone() for p in projections}
         place = torch.empty(0, dtype=torch.float64, device=solve_device(self.stored[projections[0].name].device))
@@ -276,7 +277,7 @@ class Run:
         set_weight(self.loaded.model, p, W)
 
     def finish(self) -> dict[str, Change]:
-        """What the edit comes to, as a patch holds it; the live weights are set to just that."""
+        """What the edit comes to, as a patch holds it."""
         if self.solver.finish:
             for p in self.projections:
                 self._set(p, self.solver.finish(self.W0[p.name], self.W[p.name], self.solver_options))
@@ -284,10 +285,7 @@ class Run:
         changes = self._compact() if wanted and self.earlier.contexts is not None else None
         if changes is None:
             self.compaction = {}
-            changes = {
-                p.name: change_between(self.W0[p.name], self.W[p.name], self.solver.side) for p in self.projections
-            }
-            self._use(changes)
+            changes = {p.name: change_between(self.W0[p.name], self.W[p.name], self.side) for p in self.projections}
         return changes
 
     def _use(self, changes: Mapping[str, Change]) -> None:
@@ -305,20 +303,14 @@ class Run:
             for p in self.projections:
                 C = self.C[p.name]
                 A = C + seen[p.name] + 1e-3 * C.trace() / p.p * torch.eye(p.p).to(C)
-                base, W, side = self.W0[p.name], self.W[p.name], self.solver.side
-                found = compact_change(base, W, A, side, tolerance)
-                changes[p.name], self.compaction[p.name] = found or (change_between(base, W, side), 0.0)
+                base, W = self.W0[p.name], self.W[p.name]
+                found = compact_change(base, W, A, self.side, tolerance)
+                changes[p.name], self.compaction[p.name] = found or (change_between(base, W, self.side), 0.0)
             self._use(changes)
             if self.earlier.held() >= KEPT * held:
                 return changes
             tolerance /= 2
         return changes if self.options.form == "compact" else None
-
-    def stability(self, changes: Mapping[str, Change]) -> Iterator[Stability]:
-        """Norm, condition number and spectrum of the changed weights against the base, as float32 matrices."""
-        for p in self.projections:
-            W = p.oriented(self.stored[p.name]).float().cpu()
-            yield stability(p.weight_name, W, changed([changes[p.name]], W))
 
 
 def _metric(G: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from mosectl.checkpoint import Checkpoint, open_checkpoint
 from mosectl.errors import BaseMismatch, HubError, ModelError, UsageError
 from mosectl.fingerprint import sha256
 from mosectl.journal import Journal, read_journal
-from mosectl.live import Loaded, load, patched, weight_of
+from mosectl.live import Loaded, as_live, load, patched, weights_of
 from mosectl.patch import Patch, PatchFact
 from mosectl.share import SCHEME, local
 from mosectl.source import KEPT_BASE
@@ -171,14 +171,18 @@ def _unedited(loaded: Loaded, originals: Mapping[str, Tensor]) -> Iterator[None]
     assert loaded.checkpoint is not None
     arch = resolve(loaded.model)
     names = disk_names(arch, loaded.checkpoint.tensors)
-    edited = {p.name: (p, weight_of(loaded.model, p)) for p in arch.projections if names[p.name] in originals}
-    now = {name: weight.detach().clone() for name, (_, weight) in edited.items()}
-    try:
+    edited = [p for p in arch.projections if names[p.name][0] in originals]
+    weights = [w for p in edited for w in weights_of(loaded.model, p)]
+    unedited = [w for p in edited for w in as_live(p, [originals[n] for n in names[p.name]])]
+    now = [w.detach().clone() for w in weights]
+
+    def put(values: Sequence[Tensor]) -> None:
         with torch.no_grad():
-            for name, (_, weight) in edited.items():
-                weight.copy_(originals[names[name]])
+            for weight, value in zip(weights, values, strict=True):
+                weight.copy_(value)
+
+    try:
+        put(unedited)
         yield
     finally:
-        with torch.no_grad():
-            for name, (_, weight) in edited.items():
-                weight.copy_(now[name])
+        put(now)

@@ -28,6 +28,7 @@ class Source:
         self.arch: Architecture = resolve(skeleton(checkpoint.config))
         self.names = disk_names(self.arch, checkpoint.tensors)
         self.projections = {p.name: p for p in self.arch.projections}
+        self.module_of = {name: module for module, names in self.names.items() for name in names}
         self.stack = [unrecorded] if unrecorded else [self._stored_patch(a) for a in self._applied]
         self.unrecorded = unrecorded is not None
         self.base_path = base
@@ -56,15 +57,18 @@ class Source:
             )
         return self.projections[module]
 
-    def disk_name(self, module: str) -> str:
+    def tensors_of(self, module: str) -> tuple[str, ...]:
+        """The tensors on disk that hold a module's weight: one, or a mixture's experts; its base is known by the first."""
         return self.names[self.projection(module).name]
 
-    def base_tensor(self, module: str) -> Tensor | None:
-        """The weight as it was before any patch, checked by hash; None when it is out of reach."""
-        name = self.disk_name(module)
+    def base_tensor(self, name: str) -> Tensor | None:
+        """A tensor as it was before any patch, checked by hash; None when it is out of reach."""
         if self.unrecorded:
-            given = open_checkpoint(self.base_path).read(name) if self.base_path else None
-            return given if given is not None and match(self.stack[0].base[module], given).same else None
+            if not self.base_path:
+                return None
+            other, module = open_checkpoint(self.base_path), self.module_of[name]
+            known = match(self.stack[0].base[module], other.read(self.tensors_of(module)[0])).same
+            return other.read(name) if known else None
         edited = self.journal.tensors.get(name) if self.journal else None
         if edited is None:  # no patch has touched it
             return self.checkpoint.read(name)

@@ -103,9 +103,9 @@ def replayed(checkpoint: Checkpoint, base: str | Path | None = None) -> dict[str
     """What an edited folder's patches make of its base, by tensor name; None where the base is out of reach."""
     source = Source(checkpoint, base)
     out: dict[str, Tensor | None] = {}
-    for module in dict.fromkeys(m for p in source.stack for m in p.changes):
-        W0 = source.base_tensor(module)
-        out[source.disk_name(module)] = weight_under(source, module, W0, source.stack) if W0 is not None else None
+    for name in dict.fromkeys(n for p in source.stack for m in p.changes for n in source.tensors_of(m)):
+        W0 = source.base_tensor(name)
+        out[name] = weight_under(source, name, W0, source.stack) if W0 is not None else None
     return out
 
 
@@ -136,7 +136,7 @@ def _check_bases(source: Source, patches: Sequence[Patch]) -> dict[str, str]:
     before = list(source.ids)
     for patch in patches:
         for module, made_for in patch.base.items():
-            name = source.disk_name(module)
+            name, *others = source.tensors_of(module)
             if patch.parents:
                 if list(patch.parents) != before:
                     needed = ", ".join(p[:12] for p in patch.parents)
@@ -145,9 +145,9 @@ def _check_bases(source: Source, patches: Sequence[Patch]) -> dict[str, str]:
                         where=source.checkpoint.model,
                         fix="apply those first, in that order",
                     )
-                notes[name] = "on top of the patches it was computed on"
+                notes |= dict.fromkeys((name, *others), "on top of the patches it was computed on")
                 continue
-            weight = source.base_tensor(module)
+            weight = source.base_tensor(name)
             if weight is None:
                 raise BaseMismatch(f"the base of '{name}' is out of reach", fix="give --base, or --force to skip")
             found = match(made_for, weight)
@@ -157,7 +157,7 @@ def _check_bases(source: Source, patches: Sequence[Patch]) -> dict[str, str]:
                     where=f"{source.checkpoint.model}: {name}",
                     fix=f"give the model it was made for ({patch.model}), or --force to skip this check",
                 )
-            notes[name] = found.note
+            notes |= {name: found.note, **dict.fromkeys(others, "known by the first expert")}
         before.append(patch.id)
     return notes
 
@@ -166,7 +166,7 @@ def _check_unrecorded(source: Source, patch: Patch, force: bool) -> dict[str, st
     """Without a journal: undoing the patch must lead to what looks like its base before we believe it was applied."""
     notes: dict[str, str] = {}
     for module, made_for in patch.base.items():
-        projection, name = source.projection(module), source.disk_name(module)
+        projection, (name, *others) = source.projection(module), source.tensors_of(module)
         W = source.checkpoint.read(name)
         if match(made_for, W).same:
             raise BaseMismatch("this patch is not applied here", where=name, fix="nothing to revert")
@@ -177,6 +177,7 @@ def _check_unrecorded(source: Source, patch: Patch, force: bool) -> dict[str, st
                 f"undoing the patch leads {error:.0%} away from its base", where=name, fix="is it applied here? --force"
             )
         notes[name] = f"undone algebraically, {error:.1e} from the base (64 sampled entries, relative to their size)"
+        notes |= dict.fromkeys(others, "undone algebraically, known by the first expert")
     return notes
 
 

@@ -129,16 +129,17 @@ def prepare(
     from mosectl.arch import resolve
     from mosectl.layers import parse_layers
     from mosectl.live import load
+    from mosectl.mixture import turns
 
     if device == "auto" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from accelerate import PartialState
 
         device = str(PartialState().device)
     loaded = load(model, revision=revision, device=device, dtype=dtype)
-    projections = resolve(loaded.model).projections
-    chosen = parse_layers(layers, len(projections), every="all")
-    wanted = [p for p in projections if chosen is None or p.layer in chosen]
-    return second_moments(loaded.model, loaded.tokenizer, wanted, read_corpus(corpus), on_step=on_step)
+    with turns(loaded.model, resolve(loaded.model)) as arch:
+        chosen = parse_layers(layers, len(arch.projections), every="all")
+        wanted = [p for p in arch.projections if chosen is None or p.layer in chosen]
+        return second_moments(loaded.model, loaded.tokenizer, wanted, read_corpus(corpus), on_step=on_step)
 
 
 def _accumulate(

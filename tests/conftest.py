@@ -10,6 +10,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from mosectl.arch import MIXTURES
+
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "examples" / "demo-model"
 COMMON = {"vocab_size": 320, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "tie_word_embeddings": False}
@@ -21,6 +23,12 @@ GPT = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128, "n_inner": 4
 GEMMA4 = {  # the upper two layers read the keys and values of the lower two
     **LLAMA, "global_head_dim": 8, "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2,
     "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 320,
+}  # fmt: skip
+MIXED = {  # two of four experts a token; the first layer of those that can is dense
+    **LLAMA, "num_key_value_heads": 4, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4,
+    "num_experts_per_tok": 2, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 24, "n_shared_experts": 1,
+    "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1, "q_lora_rank": 16, "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
 }  # fmt: skip
 OWN: dict[str, dict[str, Any]] = {
     "gpt2": GPT,
@@ -48,13 +56,17 @@ OWN: dict[str, dict[str, Any]] = {
 def pico(model_type: str, **overrides: Any) -> Any:
     """A random model of this type: hidden 32, FFN 48, 3 layers (Gemma 4: 4), vocabulary 320, float32."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, **{**COMMON, **OWN.get(model_type, LLAMA), **overrides})
+    own = OWN.get(model_type, LLAMA)
+    if model_type in MIXTURES:
+        known = AutoConfig.for_model(model_type)
+        own = {key: value for key, value in MIXED.items() if hasattr(known, key)}
+    config = AutoConfig.for_model(model_type, **{**COMMON, **own, **overrides})
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():  # zero biases and tiny weights would hide mistakes
         for name, p in model.named_parameters():
             if name.endswith("bias"):
                 p.normal_(std=0.1)
-            elif p.dim() == 2:
+            elif p.dim() >= 2:
                 p.normal_(std=0.15)
     return model
 

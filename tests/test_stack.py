@@ -35,7 +35,7 @@ def patch_for(folder: Path, layers: tuple[int, ...] = (0, 1), seed: int = 0, ang
     for p in (arch.projections[i] for i in layers):
         R = nearest_rotation(torch.eye(p.d) + angle * torch.randn(p.d, p.d, generator=g)).float()
         changes[p.name] = Change({"R": R})
-        base[p.name] = fingerprint(p.weight_name, checkpoint.read(names[p.name]))
+        base[p.name] = fingerprint(p.weight_name, checkpoint.read(names[p.name][0]))
     return Patch(changes, "mose", "output", {}, "pico", None, arch.model_type, base, (), {}, seed, {})
 
 
