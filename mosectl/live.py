@@ -53,14 +53,24 @@ def load(model: str | Path, *, revision: str | None = None, device: str = "auto"
     logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
-        loaded = AutoModelForCausalLM.from_pretrained(
-            checkpoint.folder, dtype=kind, trust_remote_code=False, use_safetensors=True, **placed
+        read: Any = AutoModelForCausalLM.from_pretrained  # its type does not know output_loading_info
+        loaded, told = read(
+            checkpoint.folder,
+            dtype=kind,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told apart below
+            **placed,
         )
     except (OSError, ValueError, KeyError, ImportError, json.JSONDecodeError) as e:
         first = str(e).strip().split("\n")[0]
         raise ModelError(f"cannot be loaded: {first}", where=str(model), fix="run: mosectl doctor MODEL") from e
     finally:
         logging.enable_progress_bar()
+    if lacking := sorted({*told["missing_keys"], *(str(m[0]) for m in told["mismatched_keys"])}):
+        what = f"{len(lacking)} weights are missing or of another shape than its config.json says: {', '.join(lacking[:3])}"
+        raise ModelError(what, where=str(model), fix="fetch the model again: transformers would make such weights up")
     return Loaded(loaded.eval(), tokenizer, checkpoint)
 
 

@@ -234,7 +234,7 @@ def other_base(world: World, patch: pytest.MonkeyPatch) -> tuple[object, ...]:
     return ("apply", world.patch, "--model", save(world.folder / "other", vocab_size=400), "-o", world.folder / "out")
 
 
-def experts(world: World, patch: pytest.MonkeyPatch) -> tuple[object, ...]:
+def other_config(world: World, patch: pytest.MonkeyPatch) -> tuple[object, ...]:
     small = {
         "hidden_size": 32,
         "num_hidden_layers": 1,
@@ -267,7 +267,7 @@ BAD: dict[str, Case] = {
     "missing model folder": (lambda w, _: ("edit", w.facts, "--model", w.folder / "none"), 4, "no such model folder"),
     "unknown hub id": (lambda w, _: ("doctor", "nobody/nothing"), 9, "not in the cache"),
     "model without tokenizer": (no_tokenizer, 4, "cannot be loaded"),
-    "mixture of experts": (experts, 4, ""),
+    "config of another model": (other_config, 4, "missing or of another shape"),
     "no disk space": (no_space, 7, "No space left"),
     "too little disk space": (little_space, 7, "are free"),
     "no disk space for the patch": (no_space_for_patch, 7, "No space left"),
