@@ -23,7 +23,8 @@ from torch.nn import functional as F
 
 from mosectl.arch import Architecture, Projection
 from mosectl.facts import Fact
-from mosectl.forward import Batch, Suffix, ffn_output, frozen, hooked, input_device
+from mosectl.forward import Batch, ffn_output, frozen, hooked, input_device
+from mosectl.suffix import Suffix
 from mosectl.tokens import encode
 
 
@@ -206,7 +207,7 @@ class _Optimiser:
     ) -> None:
         self.model, self.projections, self.c, self.options = model, projections, contexts, options
         self.n = int(contexts.fact.max()) + 1
-        self.suffix = Suffix(model, arch, projections[0].layer, contexts.batch)
+        self.suffix = Suffix(model, arch, projections[0].layer, contexts.batch, contexts.subject)
         # One parameter a fact: Adam skips those whose gradient is None, which is what leaving the batch means.
         self.deltas = [
             torch.zeros(len(projections), p.d, device=contexts.fact.device, requires_grad=True)
@@ -349,7 +350,7 @@ class _Optimiser:
     def _mover(
         self, rows: Tensor, delta: Tensor, written: list[Tensor], lengths: list[Tensor]
     ) -> Callable[..., Tensor]:
-        at = self.c.subject[rows]
+        at = self.c.subject[rows] - self.suffix.offset[rows]
 
         def hook(module: nn.Module, _: Any, out: Tensor) -> Tensor:
             y = ffn_output(out, module, len(rows))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from conftest import pico
@@ -14,11 +16,12 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from mosectl.arch import TABLE, Projection, disk_names, resolve, skeleton
+from mosectl.arch import MIXTURES, TABLE, Projection, disk_names, resolve, skeleton
 from mosectl.checkpoint import open_checkpoint
 from mosectl.errors import ModelError
-from mosectl.forward import Batch, Suffix, ffn_output, hooked, keys_at
+from mosectl.forward import Batch, ffn_output, hooked, keys_at
 from mosectl.rotation import nearest_rotation
+from mosectl.suffix import Past, Suffix
 
 EXPECTED = {
     "gpt2": ("transformer.h.1.mlp.c_proj", True, True),
@@ -86,7 +89,7 @@ def test_dense(model_type: str) -> None:
 
 WINDOWS = ["mistral", "gemma2", "gemma3_text", "cohere2", "olmo3", "exaone4", "starcoder2"]
 VARIANTS: list[tuple[str, dict]] = [
-    *((t, {}) for t in DENSE),
+    *((t, {}) for t in [*DENSE, *sorted(MIXTURES)]),
     *((t, {"sliding_window": 3}) for t in WINDOWS),
     ("falcon", {"alibi": True}),
     ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
@@ -102,14 +105,32 @@ def test_partial_forward(model_type: str, variant: dict) -> None:
     batch = Batch.of([[1, 5, 9, 30, 44, 7, 3, 99], [1, 7, 8], [1, 9, 3, 44, 2]], "cpu")
     with torch.no_grad():
         full = model(**batch.kwargs()).logits
-    for first in range(len(arch.projections)):
-        suffix = Suffix(model, arch, first, batch)
+    still = torch.tensor([3, 1, 0])
+    for first, past in itertools.product(range(len(arch.projections)), (None, still)):
+        suffix = Suffix(model, arch, first, batch, past)
+        serves = past is not None and model_type != "openai-gpt"  # which has no cache
+        assert bool(suffix.offset.any()) == serves, "the past must serve every other model"
         for rows in (torch.tensor([0, 1, 2]), torch.tensor([2]), torch.tensor([1, 2])):
             positions = torch.tensor([[3, 7], [1, 2], [0, 4]])[rows]
             wanted = full[rows].gather(1, positions[..., None].expand(-1, -1, full.shape[-1]))
             assert torch.allclose(suffix.logits(rows, positions), wanted, atol=1e-4), (first, rows)
     with torch.no_grad():
         assert torch.equal(model(**batch.kwargs()).logits, full), "hooks were left behind"
+
+
+def test_a_model_that_cannot_use_a_past_goes_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, still = Batch.of([[1, 5, 9, 30, 44, 7, 3, 99], [1, 7, 8]], "cpu"), torch.tensor([3, 1])
+    for spoil in (lambda *_: 1 / 0, lambda *_: {"input_ids": batch.input_ids[:, 2:], "use_cache": False}):
+        model = build("llama")
+        arch = resolve(model)
+        with monkeypatch.context() as m:
+            m.setattr(Past, "kwargs", spoil)
+            suffix = Suffix(model, arch, 1, batch, still)
+        assert not suffix.offset.any()
+        last = batch.attention_mask.sum(1)[:, None] - 1
+        with torch.no_grad():
+            full = model(**batch.kwargs()).logits.gather(1, last[..., None].expand(-1, -1, 320))
+        assert torch.allclose(suffix.logits(torch.tensor([0, 1]), last), full, atol=1e-4)
 
 
 @pytest.mark.parametrize("model_type", DENSE)

@@ -14,9 +14,10 @@ from torch import Tensor
 from mosectl import stats
 from mosectl.arch import resolve
 from mosectl.facts import fact_from_dict
-from mosectl.forward import Suffix, hooked, keys_at
+from mosectl.forward import hooked, keys_at
 from mosectl.run import _metric
 from mosectl.stats import read_corpus, second_moments
+from mosectl.suffix import Suffix
 from mosectl.targets import TargetOptions, Targets, build_contexts, optimise_targets, rows_of, token_nll
 
 

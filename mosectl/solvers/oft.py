@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from mosectl.arch import Architecture, Projection
-from mosectl.forward import Suffix, frozen, hooked
+from mosectl.forward import frozen, hooked
 from mosectl.solvers import register
+from mosectl.suffix import Suffix
 from mosectl.targets import Contexts, token_nll
 
 
