@@ -11,6 +11,8 @@ import os
 import signal
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -149,6 +151,9 @@ def edit(
         bool, typer.Option("--dry-run", help="Estimate time, memory and size; load and write nothing.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing patch file.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on after the last batch of an interrupted run (-o.progress).")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Compute an edit and write it as a patch; the model itself is not changed."""
@@ -161,6 +166,7 @@ def edit(
         writable(out, overwrite)
     from mosectl.editor import edit as compute
     from mosectl.options import options_from
+    from mosectl.progress import Progress, beside
 
     options = options_from(
         settings or [],
@@ -179,11 +185,17 @@ def edit(
         plan = estimate(model, checked.facts, options, revision=revision, device=device, dtype=dtype)
         report.data(plan) if as_json else report.estimate(plan, len(checked.facts))
         return
-    with report.progress() as on_step:
+    kept = Progress(beside(out), resume)
+    if kept.path.exists() and not resume and not overwrite:
+        fix = "give --resume to go on with it, or --overwrite to start again"
+        raise OutputError("holds what an interrupted run has reached", where=str(kept.path), fix=fix)
+    with report.progress() as on_step, _kept(kept):
         result = compute(
-            checked.facts, model, options=options, revision=revision, device=device, dtype=dtype, on_step=on_step
-        )
+            checked.facts, model, options=options, revision=revision, device=device, dtype=dtype,
+            progress=kept, on_step=on_step,
+        )  # fmt: skip
     result.patch.save(out)
+    kept.done()
     if as_json:
         edited = {"edited_layers": result.patch.options["layers"]}
         report.data({"patch": str(out), "id": result.patch.id, **edited, **_numbers(result)})
@@ -269,6 +281,23 @@ def ask(
 
 def named(phase: str, on_step: Any) -> Any:
     return lambda done, total: on_step(phase, done, total)
+
+
+@contextmanager
+def _kept(progress: Any) -> Iterator[None]:
+    """Say how an interrupted run goes on; one that has failed has nothing to go on with."""
+    from mosectl import report
+    from mosectl.errors import EditFailed
+
+    try:
+        yield
+    except EditFailed:
+        progress.done()
+        raise
+    except KeyboardInterrupt:
+        if progress.path.exists():
+            report.hint(f"{progress.path} holds the finished batches: give --resume to go on")
+        raise
 
 
 def writable(out: Path, overwrite: bool, option: str = "-o") -> None:

@@ -14,7 +14,7 @@ from mosectl.change import Change
 from mosectl.rotation import Compact, as_compact, compressed, left_factor, widened
 
 STEPS = 100  # of L-BFGS in each stage
-FIRST = 4  # directions of W' − W in the first stage
+FIRST = 4  # directions of W' − W that a stage adds at least
 
 
 def compact_change(W0: Tensor, W: Tensor, A: Tensor, side: str, tolerance: float) -> tuple[Change, float] | None:
@@ -47,18 +47,23 @@ def _fitted(
     d, p = W0.shape
     gram = torch.linalg.cholesky(W0 @ W0.T + 1e-12 * W0.square().sum() / d * torch.eye(d).to(W0))
     L, R = Compact(W0[:, :0], W0[:0, :0]), Compact(W0.T[:, :0], W0[:0, :0])
-    E, k = W - W0, FIRST
+    E = W - W0
     whole = float(((E @ A) * E).sum())
     error = 1.0 if whole > 0 else 0.0
     while error > tolerance and (2 * L.rank < d if both else R.rank < p):
-        strong = torch.linalg.eigh(E @ A @ E.T)[1][:, -k:]  # (d, k) what E writes for typical keys
+        strength, written = torch.linalg.eigh(E @ A @ E.T)  # ascending
+        needed = int(
+            (strength.clamp_min(0).cumsum(0) > tolerance**2 * whole).sum()
+        )  # the others leave less than may be
+        k = max(FIRST, min(needed, R.rank // 4) if R.rank else needed)
+        strong = written[:, -k:]  # (d, k) what E writes for typical keys
         read = E.T @ strong  # (p, k) the keys it writes that for
         writing = W0.T @ torch.cholesky_solve(strong, gram)  # (p, k) keys that W0 writes it for
         U = widened(L.U, strong, W0 @ read) if both else L.U
         V = widened(R.U, read, writing)
         L, R = _rotations(W0, W, A, U, V, L, R, whole)
         E = W - R.right(L.left(W0))
-        error, k = float(((E @ A) * E).sum() / whole) ** 0.5, max(FIRST, R.rank // 4)  # half of the rank there is
+        error = float(((E @ A) * E).sum() / whole) ** 0.5
     return (L if both else None), R, error
 
 

@@ -32,6 +32,7 @@ from mosectl.metrics import Stability, stability
 from mosectl.mixture import block_name, patch_side, turns
 from mosectl.options import EditOptions
 from mosectl.patch import BaseTensor, Patch, PatchFact
+from mosectl.progress import Progress
 from mosectl.run import Clock, OnStep, Run
 from mosectl.solvers import method
 from mosectl.stats import Corpus, read_corpus, second_moments
@@ -79,6 +80,7 @@ def edit(
     device: str = "auto",
     dtype: str = "auto",
     refuse: bool = True,
+    progress: Progress | None = None,
     on_step: OnStep | None = None,
 ) -> EditResult:
     """Compute a patch that makes ``model`` say each fact's new object. The model itself is left as it was.
@@ -87,9 +89,11 @@ def edit(
         facts: a facts file, or facts, or dicts with the fields of one.
         model: a folder, a hub id, or a loaded causal language model with its ``tokenizer``.
         refuse: an edit that changed no answer is an error; False: it is returned like any other, for comparisons.
+        progress: where the state after each batch is kept, to go on from after an interruption.
         on_step: called with (phase, done, total) as the work goes on.
     Raises:
-        FactsError, ModelError, UsageError, HubError; EditFailed if no answer changed or a number was not finite.
+        FactsError, ModelError, UsageError, HubError, OutputError.
+        EditFailed: no answer changed, or a number was not finite.
     """
     options = options or EditOptions()
     solver = method(options.method)
@@ -121,7 +125,7 @@ def edit(
         run = Run(loaded, turned, projections, moments, options)
         with run.restored():
             run.watch(canaries(loaded.tokenizer, corpus.texts))
-            losses = run.edit(checked, _prefixes(corpus, options), wordings, clock)
+            losses = run.edit(checked, _prefixes(corpus, options), wordings, clock, progress)
             with clock("solve"):
                 changes = {block_name(module): change for module, change in run.finish().items()}
     edited = [p for p in arch.projections if p.name in changes]

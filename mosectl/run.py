@@ -16,11 +16,12 @@ from mosectl.compact import compact_change
 from mosectl.earlier import Earlier
 from mosectl.errors import EditFailed
 from mosectl.facts import Fact
-from mosectl.forward import hidden_at, keys_at
+from mosectl.forward import hidden_at, input_device, keys_at
 from mosectl.guard import REMEDY, Health, harm, health
 from mosectl.live import Loaded, set_weight, solve_device, weight_of
 from mosectl.mixture import patch_side
 from mosectl.options import EditOptions
+from mosectl.progress import Progress
 from mosectl.solvers import KINDS, LayerProblem, method
 from mosectl.stats import Moments
 from mosectl.targets import Contexts, Targets, build_contexts, optimise_targets
@@ -97,6 +98,7 @@ class Run:
         self.metric = (
             {p.name: _metric(moments.G[p.name].to(place)) for p in projections} if options.targets.fisher else None
         )
+        self.device = input_device(loaded.model)
         self.earlier = Earlier(loaded.model, projections)
         self.moments: dict[str, tuple[Tensor, Tensor]] = {}  # P and Q of earlier edits, as the present batch found them
         self.compaction: dict[str, float] = {}  # what the patch's form leaves out of the effect, by module path
@@ -118,7 +120,12 @@ class Run:
         self.curve: list[tuple[int, Health]] = [(0, self.base_health)]  # facts edited so far, and health then
 
     def edit(
-        self, facts: Sequence[Fact], prefixes: Sequence[str], wordings: Sequence[Sequence[str]], clock: Clock
+        self,
+        facts: Sequence[Fact],
+        prefixes: Sequence[str],
+        wordings: Sequence[Sequence[str]],
+        clock: Clock,
+        progress: Progress | None = None,
     ) -> list[float]:
         """Edit all facts batch by batch; returns the loss of each right after its batch, nats a token.
 
@@ -129,8 +136,8 @@ class Run:
             EditFailed: the very first batch did harm.
         """
         size = self.options.batch_size or len(facts)
-        losses: list[float] = []
-        for start in range(0, len(facts), size):
+        losses = progress.load(self, facts) if progress else []
+        for start in range(len(losses), len(facts), size):
             batch = facts[start : start + size]
             with clock("targets"):
                 again = self.earlier.slipped(self.options.rehearse)
@@ -146,7 +153,7 @@ class Run:
                 now = health(self.loaded.model, self.pieces, self.W)
             if what := harm(self.base_health, now, self.options.guard):
                 for p in self.projections:
-                    self._set(p, before[p.name])
+                    self.set_weight(p, before[p.name])
                 if not losses:
                     raise EditFailed(f"the edit harms the model: {what}", fix=REMEDY)
                 last = len(losses)
@@ -158,6 +165,9 @@ class Run:
             self.curve.append((len(losses), now))
             self.earlier.add(len(batch), contexts, self.W)
             self.earlier.edited_again(again, done.margin_before[len(batch) :].tolist(), self.W)
+            if progress and size < len(facts):
+                with clock("keep"):
+                    progress.save(self, facts, losses)
         return losses
 
     def _batch(self, contexts: Contexts, clock: Clock, first: int, n: int, total: int) -> Targets:
@@ -194,7 +204,7 @@ class Run:
                 solvers[self.kind](contexts, targets, keep, urgency)
         assert best is not None
         for p in self.projections:
-            self._set(p, best.W[p.name])
+            self.set_weight(p, best.W[p.name])
         return best.targets
 
     def _standing(self, targets: Targets) -> _Standing:
@@ -218,7 +228,7 @@ class Run:
         for i, p in enumerate(self.projections):
             K = self._keys(p, contexts, rows[used])
             V = targets.V[i].to(K)[used.to(K.device)].T + missing
-            self._set(p, self._solved(self._problem(p, keep, K, V, weight)))
+            self.set_weight(p, self._solved(self._problem(p, keep, K, V, weight)))
             missing = V - self.W[p.name] @ K
 
     def _solve_spread(self, contexts: Contexts, targets: Targets, keep: float, urgency: Tensor) -> None:
@@ -244,13 +254,13 @@ class Run:
             wanted = hidden + shift if wanted is None else wanted
             K = self._keys(p, contexts, rows) @ average
             V = self.W[p.name] @ K + (wanted - hidden) @ average / (len(self.projections) - i)
-            self._set(p, self._solved(self._problem(p, keep, K, V, urgency.to(facts.device)[facts])))
+            self.set_weight(p, self._solved(self._problem(p, keep, K, V, urgency.to(facts.device)[facts])))
 
     def _fit(self, contexts: Contexts, *_: object) -> None:
         """Let a method train on the model itself."""
         W = self.solver.run(self.loaded.model, self.arch, self.projections, contexts, self.W, self.solver_options)
         for p in self.projections:
-            self._set(p, W[p.name])
+            self.set_weight(p, W[p.name])
 
     def _keys(self, p: Projection, contexts: Contexts, rows: Tensor) -> Tensor:
         """Keys (p, rows) of some rows of the contexts at their subjects, float64."""
@@ -272,7 +282,8 @@ class Run:
             raise EditFailed("the solve gave numbers that are not finite", where=problem.name, fix=fix)
         return W
 
-    def _set(self, p: Projection, W: Tensor) -> None:
+    def set_weight(self, p: Projection, W: Tensor) -> None:
+        """W (d, p) float64 is the weight from now on."""
         self.W[p.name] = W
         set_weight(self.loaded.model, p, W)
 
@@ -280,7 +291,7 @@ class Run:
         """What the edit comes to, as a patch holds it."""
         if self.solver.finish:
             for p in self.projections:
-                self._set(p, self.solver.finish(self.W0[p.name], self.W[p.name], self.solver_options))
+                self.set_weight(p, self.solver.finish(self.W0[p.name], self.W[p.name], self.solver_options))
         wanted = self.options.form != "dense" and self.solver.side != "additive"
         changes = self._compact() if wanted and self.earlier.contexts is not None else None
         if changes is None:
