@@ -330,6 +330,13 @@ from mosectl import cli_bench, cli_eval, cli_share, cli_stack, cli_stats  # noqa
 def main() -> None:
     """Run a command; every error becomes one message and a documented exit code."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary files are cleaned up
+    pressed: list[int] = []
+
+    def interrupt(number: int, _: Any) -> None:
+        pressed.append(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
     try:
         code = app(standalone_mode=False)  # typer turns Exit and Ctrl-C into a returned code
         if code == 130:
@@ -337,7 +344,8 @@ def main() -> None:
         sys.stdout.flush()  # here, where a closed pipe or a full disk can still be told
         sys.exit(code or 0)
     except BaseException as e:
-        sys.exit(_failed(e))
+        # Libraries that are being imported turn Ctrl-C into errors of their own.
+        sys.exit(_failed(KeyboardInterrupt() if pressed else e))
 
 
 def _drop_stdout() -> None:

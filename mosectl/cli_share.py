@@ -37,7 +37,9 @@ def push(
 
 @app.command()
 def pull(
-    place: Annotated[str, typer.Argument(help="hf://user/repo[@revision][/file.safetensors]")],
+    place: Annotated[
+        str, typer.Argument(help="hf://user/repo, hf://user/repo@revision, or either with /file.safetensors.")
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Patch file to write.")] = Path("patch.safetensors"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing patch file.")] = False,
     as_json: Json = False,

@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mosectl.cli import Device, Dtype, Force, Json, Model, Revision, app, named, writable
 from mosectl.errors import ConflictError, PatchError, UsageError
 
+if TYPE_CHECKING:
+    from mosectl.compose import Conflict
+
 Folder = Annotated[str, typer.Argument(help="An edited folder.")]
+AllowConflicts = Annotated[
+    bool, typer.Option("--allow-conflicts", help="Go on where patches contradict each other; which one wins is open.")
+]
+
+
+def _told(found: Sequence[Conflict], allow: bool, as_json: bool) -> None:
+    """Report conflicts; contradictions are an error where they are not allowed."""
+    from mosectl import report
+
+    report.conflicts(found)
+    if (bad := [c for c in found if c.kind != "order"]) and not allow:
+        if as_json:
+            report.data({"conflicts": bad})
+        what = f"{len(bad)} conflict{'s' * (len(bad) > 1)}, nothing was written: {bad[0].what}"
+        fix = "leave a patch out, or give --allow-conflicts and ask which one wins"
+        raise ConflictError(what, where=bad[0].where, fix=fix)
 
 
 @app.command()
@@ -40,12 +60,10 @@ def apply(
     check_facts: Annotated[
         bool,
         typer.Option(
-            "--check-facts", help="First ask whether facts of earlier patches would stop holding; loads the model."
+            "--check-facts", help="First ask whether the facts of all patches hold together; loads the model."
         ),
     ] = False,
-    allow_conflicts: Annotated[
-        bool, typer.Option("--allow-conflicts", help="Apply all the same where patches contradict each other.")
-    ] = False,
+    allow_conflicts: AllowConflicts = False,
     device: Device = "auto",
     force: Force = False,
     as_json: Json = False,
@@ -61,12 +79,9 @@ def apply(
         found = before_applying(
             loaded, model, revision=revision, ask=check_facts, device=device, force=force, on_step=named("ask", on_step)
         )
-    report.conflicts(found)
-    if (bad := [c for c in found if c.kind != "order"]) and not allow_conflicts:
-        what = f"{len(bad)} conflicts, nothing was written: {bad[0].what}"
-        raise ConflictError(
-            what, where=bad[0].where, fix="leave a patch out, or give --allow-conflicts: the later one wins"
-        )
+    _told(found, allow_conflicts, as_json)
+    if check_facts and not any(c.kind == "lost" for c in found):
+        report.hint("asked: no fact is lost")
     with report.progress() as on_step:
         done = run(
             loaded,
@@ -86,7 +101,7 @@ def apply(
 @app.command()
 def revert(
     what: Annotated[
-        str, typer.Argument(metavar="PATCH|DIR", help="Patch file or the beginning of its id; or the edited folder.")
+        str, typer.Argument(metavar="PATCH|DIR", help="Patch file or 6 or more digits of its id; or the edited folder.")
     ],
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="The edited folder, where a patch was given.")
@@ -114,7 +129,7 @@ def revert(
         from mosectl.share import SCHEME, local
 
         if not Path(patch).is_file() and not patch.startswith(SCHEME):
-            fix = "check the path, or give the beginning of an applied patch's id (mosectl.json has them)"
+            fix = "check the path, or give 6 or more digits of an applied patch's id (mosectl log DIR has them)"
             raise PatchError("no such patch file", where=repr(patch), fix=fix)
         wanted = Patch.load(local(patch))
     with report.progress() as on_step:
@@ -146,9 +161,9 @@ def verify(
 
     with report.progress() as on_step:
         checks = run(folder, base=base, on_step=named("verify", on_step))
-    rows = tuple((c.what, "ok" if c.ok else "WRONG", c.note) for c in checks)
+    rows = tuple((c.what, "not checked" if c.ok is None else "ok" if c.ok else "WRONG", c.note) for c in checks)
     report.data(checks) if as_json else report.tables([Grid(f"Checks of {folder}", ("what", "", "note"), rows)])
-    if wrong := [c for c in checks if not c.ok]:
+    if wrong := [c for c in checks if c.ok is False]:
         fix = "start again from the base model, or revert to it"
         raise ModelError(
             f"{len(wrong)} of {len(checks)} checks failed: {wrong[0].what}: {wrong[0].note}", where=folder, fix=fix
@@ -168,6 +183,8 @@ def blame(
     from mosectl.grid import Grid
     from mosectl.history import blame as run
 
+    if not Path(folder).exists() and Path(prompt).is_dir():
+        raise UsageError(f"'{prompt}' is a folder, not a prompt", fix="mosectl blame PROMPT DIR")
     with report.progress() as on_step:
         ids, (found,) = run([prompt], folder, device=device, dtype=dtype, on_step=named("blame", on_step))
     steps = zip(["the base", *(f"+ {i[:12]}" for i in ids)], found.answers, strict=True)
@@ -181,23 +198,24 @@ def blame(
 def merge(
     patches: Annotated[list[str], typer.Argument(help="Patch files, in the order they would be applied.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Patch file to write.")],
+    allow_conflicts: AllowConflicts = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing patch file.")] = False,
     as_json: Json = False,
 ) -> None:
     """Make one patch of several; it does what they do in this order and keeps their records."""
     from mosectl import report
-    from mosectl.compose import conflict_table, conflicts
+    from mosectl.compose import conflicts
     from mosectl.compose import merge as run
     from mosectl.live import load_patches
 
     writable(out, overwrite)
     loaded = load_patches(patches)
     merged, found = run(loaded), conflicts(loaded)
+    _told(found, allow_conflicts, as_json)
     merged.save(out)
     if as_json:
         report.data({"patch": str(out), "id": merged.id, "facts": len(merged.facts), "conflicts": found})
     else:
-        report.tables([conflict_table(found)])
         report.hint(f"patch {merged.id[:12]} → {out} ({report.size(out.stat().st_size)}), {len(merged.facts)} facts")
 
 
@@ -226,6 +244,7 @@ def export(
     revision: Revision = None,
     rank: Annotated[int | None, typer.Option(min=1, help="Cut the adapter down to this rank.")] = None,
     half: Annotated[bool, typer.Option("--half", help="Store the adapter in bfloat16.")] = False,
+    allow_conflicts: AllowConflicts = False,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -233,10 +252,14 @@ def export(
     import torch
 
     from mosectl import report
+    from mosectl.compose import conflicts
     from mosectl.export import export as run
     from mosectl.live import load_patches
 
+    if to == "merged" and (rank or half):
+        raise UsageError("--rank and --half are for adapters", fix="leave them out with --to merged")
     loaded, dtype = load_patches(patches), torch.bfloat16 if half else torch.float32
+    _told(conflicts(loaded), allow_conflicts, as_json)
     with report.progress() as on_step:
         done = run(
             loaded,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import torch
@@ -40,7 +40,8 @@ class Difference:
     only_second: tuple[PatchFact, ...]
     common: tuple[PatchFact, ...]  # the same question, the same object
     conflicts: tuple[Conflict, ...]
-    modules: tuple[tuple[str, float | None], ...]  # by module: how far the changes lie apart; None: in one of them only
+    # By module: how far the changes lie apart; None: in one of them only, or a rotation here and an addition there
+    modules: tuple[tuple[str, float | None], ...]
 
 
 def question(fact: PatchFact) -> tuple[str, str]:
@@ -54,10 +55,15 @@ def conflicts(patches: Sequence[Patch]) -> tuple[Conflict, ...]:
     return tuple(c for a, b in pairs for c in _contradictions(a, b)) + tuple(c for a, b in pairs for c in _orders(a, b))
 
 
+def _questions(fact: PatchFact) -> set[tuple[str, str]]:
+    """The fact's question, and its other wordings that were edited along."""
+    return {question(replace(fact, prompt=prompt)) for prompt in (fact.prompt, *fact.wordings)}
+
+
 def _contradictions(a: Patch, b: Patch) -> Iterator[Conflict]:
-    known = {question(f): f for f in a.facts}
+    known = {q: f for f in a.facts for q in _questions(f)}
     for f in b.facts:
-        other = known.get(question(f))
+        other = next((known[q] for q in _questions(f) if q in known), None)
         if other and other.target_new.strip() != f.target_new.strip():
             what = f"'{other.target_new}' in {a.id[:12]}, '{f.target_new}' in {b.id[:12]}"
             yield Conflict("fact", a.id, b.id, f.prompt, what, None)
@@ -100,9 +106,12 @@ def _distance(a: Change | None, b: Change | None) -> float | None:
         first, second = (c.factors["B"].double() @ c.factors["A"].double() for c in (a, b))
         return float((first - second).norm() / first.norm().clamp_min(1e-30))
     ours, theirs = a.dense().factors, b.dense().factors
-    if set(ours) != set(theirs):
+    if "A" in ours or "A" in theirs:
         return None
-    return max(float((R - theirs[name]).norm()) / len(R) ** 0.5 for name, R in ours.items())
+    still = {name: torch.eye(len(R)) for name, R in {**ours, **theirs}.items()}  # no rotation on a side: the identity
+    return max(
+        float((ours.get(name, eye) - theirs.get(name, eye)).norm()) / len(eye) ** 0.5 for name, eye in still.items()
+    )
 
 
 def conflict_table(found: Sequence[Conflict]) -> Grid:
@@ -114,7 +123,7 @@ def difference_tables(d: Difference) -> list[Grid]:
     """Facts in one patch or both, conflicts, and how far the changes of each weight lie apart."""
     facts = [("first only", f) for f in d.only_first] + [("second only", f) for f in d.only_second]
     rows = tuple((where, f.prompt, f.target_new) for where, f in [*facts, *(("both", f) for f in d.common)])
-    modules = tuple((m, "in one of them only" if x is None else f"{x:.3g}") for m, x in d.modules)
+    modules = tuple((m, "not comparable" if x is None else f"{x:.3g}") for m, x in d.modules)
     return [
         Grid("Facts", ("in", "prompt", "new object"), rows),
         conflict_table(d.conflicts),
@@ -163,9 +172,9 @@ def _check_fits(p: Patch, first: Patch, before: Sequence[Patch], below: Sequence
         raise PatchError(f"patch {p.id[:12]} is given twice", fix="leave one of the two out")
     if list(p.parents) not in (list(below), [*below, *ids]):
         needed = ", ".join(x[:12] for x in p.parents) or "the base model"
-        raise PatchError(
-            f"patch {p.id[:12]} was computed on top of {needed}", fix="give those before it, in that order"
-        )
+        sooner = f"give it before {first.id[:12]}, which was made on top of others"
+        fix = "give those before it, in that order" if p.parents else sooner
+        raise PatchError(f"patch {p.id[:12]} was computed on top of {needed}", fix=fix)
     for module, made_for in p.base.items():
         other = next((q.base[module] for q in before if module in q.base), None)
         independent = list(p.parents) == list(below)

@@ -53,7 +53,7 @@ def _lost(
     device: str,
     on_step: OnStep | None,
 ) -> tuple[Conflict, ...]:
-    """Facts of earlier patches that hold with one patch less and do not with it."""
+    """Facts of earlier patches that hold with one patch less and not with it, and own facts that do not hold here."""
     loaded = load(model, revision=revision, device=device)
     out = []
     earlier = [(p.id, f) for p in there for f in p.facts]
@@ -63,6 +63,12 @@ def _lost(
             before = generate(loaded.model, loaded.tokenizer, prompts) if prompts else []
         with patched(loaded.model, *patches[: n + 1], force=True):
             after = generate(loaded.model, loaded.tokenizer, prompts) if prompts else []
+            own = [f for f in patch.facts if says(f.after, f.target_new)]  # held when the edit was made
+            said = generate(loaded.model, loaded.tokenizer, [f.prompt for f in own]) if own else []
+        for fact, new in zip(own, said, strict=True):
+            if not says(new, fact.target_new):
+                what = f"'{fact.target_new}' of {patch.id[:12]} does not take hold here: '{answer(new)}'"
+                out.append(Conflict("lost", patch.id, patch.id, fact.prompt, what, None))
         for (owner, fact), old, new in zip(earlier, before, after, strict=True):
             if says(old, fact.target_new) and not says(new, fact.target_new):
                 what = f"'{fact.target_new}' of {owner[:12]} becomes '{answer(new)}' with {patch.id[:12]}"

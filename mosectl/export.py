@@ -20,7 +20,7 @@ from mosectl.arch import Architecture, disk_names, resolve, skeleton
 from mosectl.change import Change, combined
 from mosectl.checkpoint import JOURNAL, SIDECAR, Checkpoint, open_checkpoint
 from mosectl.errors import ModelError, UsageError
-from mosectl.files import new_folder, write_bytes, write_tensors
+from mosectl.files import new_folder, output_errors, write_bytes, write_tensors
 from mosectl.grid import cell
 from mosectl.patch import Patch
 from mosectl.rotation import Compact, product_svd
@@ -39,8 +39,9 @@ class Exported:
     path: Path
     form: str
     rank: int  # of the adapter; 0 for a checkpoint
-    left_out: float  # largest share ‖ΔW − B A‖ / ‖ΔW‖ of any layer
+    left_out: float  # largest share ‖ΔW − B A‖ / ‖ΔW‖ of any layer, before rounding to ``dtype``
     modules: tuple[str, ...]
+    dtype: str = "float32"  # of an adapter
 
 
 def export(
@@ -78,7 +79,7 @@ def export(
     tensors = {m: (B.to(dtype), A.to(dtype)) for m, (B, A) in factors.items()}
     write = _write_peft if form == "lora" else _write_gguf
     write(Path(out), tensors, r, patches, checkpoint, arch)
-    return Exported(Path(out), form, r, left_out, tuple(factors))
+    return Exported(Path(out), form, r, left_out, tuple(factors), str(dtype).removeprefix("torch."))
 
 
 def low_rank(change: Change, W: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,6 +174,8 @@ def _write_gguf(
     if out.exists():
         raise UsageError(f"{out} exists", fix="choose another -o")
     temporary = out.with_name(f".{out.name}.tmp")
+    with output_errors(out):
+        temporary.touch()  # here, where it can still be told that there is no writing
     writer = gguf.GGUFWriter(temporary, arch.model_type)
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")

@@ -343,6 +343,8 @@ def _nearest(subject: str, prompt: str) -> str:
         return f"did you mean '{_short(found[0])}'?"
     if unicodedata.normalize("NFKC", subject) in unicodedata.normalize("NFKC", prompt):
         return "the same letters in another Unicode form: write both in NFC"
+    if " ".join(subject.split()) in " ".join(prompt.split()):
+        return "the spaces differ: write the subject as the prompt does, space by space"
     words = prompt.split()[:1000]  # a whole book would take minutes
     n = len(subject.split())
     stretches = [" ".join(words[i : i + n]).strip(".,;:?!'\"") for i in range(max(1, len(words) - n + 1))]

@@ -22,7 +22,7 @@ from mosectl.journal import Journal, read_journal
 from mosectl.live import as_live, load, weights_of
 from mosectl.patch import Patch
 from mosectl.sides import originals, stored_patches
-from mosectl.source import KEPT_BASE, find_base
+from mosectl.source import KEPT_BASE, find_base, same_bytes
 from mosectl.stack import replayed
 
 OnStep = Callable[[int, int], None]
@@ -108,7 +108,7 @@ class Check:
     """One thing that was looked at."""
 
     what: str
-    ok: bool
+    ok: bool | None  # None: could not be looked at
     note: str
 
 
@@ -132,7 +132,7 @@ def verify(folder: str | Path, *, base: str | Path | None = None, on_step: OnSte
             on_step(i + 1, len(known) + 1)
     if journal.kept_base:
         checks += _kept_checks(checkpoint, journal)
-    if all(c.ok for c in checks):
+    if all(c.ok is not False for c in checks):
         checks += _replay_checks(checkpoint, journal, base)
     checks += _untouched_checks(checkpoint, journal, base)
     if on_step:
@@ -175,9 +175,13 @@ def _kept_checks(checkpoint: Checkpoint, journal: Journal) -> Iterator[Check]:
 
 def _replay_checks(checkpoint: Checkpoint, journal: Journal, base: str | Path | None) -> Iterator[Check]:
     made = replayed(checkpoint, base)
+    for name, tensor in journal.tensors.items():
+        if name not in made:
+            same = tensor.sha256 == tensor.base_sha256
+            yield Check(f"{name} from the base", same, "no patch touches it" + ("" if same else ", and it is another"))
     for name, weight in made.items():
         if weight is None:
-            yield Check(f"{name} from the base", True, "not checked: the base is out of reach")
+            yield Check(f"{name} from the base", None, "the base is out of reach")
         else:
             same = sha256(weight) == journal.tensors[name].sha256
             yield Check(
@@ -192,21 +196,12 @@ def _untouched_checks(checkpoint: Checkpoint, journal: Journal, base: str | Path
     with suppress(ModelError, HubError):
         original = find_base(journal, base)
     if original is None:
-        yield Check(what, True, "not checked: the base is out of reach")
+        yield Check(what, None, "the base is out of reach")
         return
-    wrong = [n for n in rest if not _same_bytes(checkpoint, original, n)]
+    wrong = [n for n in rest if not same_bytes(checkpoint, original, n)]
     wrong += [n for n in original.tensors if n not in checkpoint.tensors]
     note = f"differ from {original.folder}: {', '.join(wrong[:5])}" if wrong else f"as in {original.folder}"
     yield Check(what, not wrong, note)
-
-
-def _same_bytes(a: Checkpoint, b: Checkpoint, name: str) -> bool:
-    if name not in b.tensors:
-        return False
-    x, y = a.tensors[name], b.tensors[name]
-    if x.file.samefile(y.file) and (x.start, x.stop) == (y.start, y.stop):
-        return True
-    return (x.dtype, x.shape) == (y.dtype, y.shape) and sha256(a.read(name)) == sha256(b.read(name))
 
 
 # blame

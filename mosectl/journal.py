@@ -66,6 +66,12 @@ def read_journal(folder: Path) -> Journal | None:
         content["tensors"] = {name: EditedTensor(**t) for name, t in content["tensors"].items()}
         if any(Path(p.file).is_absolute() or ".." in Path(p.file).parts for p in content["patches"]):
             raise ValueError("a patch file outside the folder")
-        return Journal(**content)
+        journal = Journal(**content)
+        texts = [journal.model, journal.base_path, *(p.file for p in journal.patches), *(p.id for p in journal.patches)]
+        texts += [x for t in journal.tensors.values() for x in (t.base_sha256, t.sha256)]
+        if not all(isinstance(t, str) for t in texts) or not isinstance(journal.revision, str | None):
+            raise ValueError("a field is not a text")
+        return journal
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as e:
-        raise ModelError(f"damaged journal: {e}", where=str(path), fix="start again from the base model") from e
+        why = str(e) if isinstance(e, ValueError | OSError) else "a field is missing or wrong"
+        raise ModelError(f"damaged journal: {why}", where=str(path), fix="start again from the base model") from e

@@ -101,7 +101,11 @@ def estimate(
     )
 
 
-DIRECTIONS = 4  # of a compact rotation's rank, a fact: seen on the demo model (docs/LOG.md)
+RANK = {
+    "both": 20,
+    "output": 5,
+    "input": 20,
+}  # of a compact rotation, times √facts: seen on the demo model (docs/LOG.md)
 
 
 def _patch_bytes(p: Projection, side: str, form: str, facts: int) -> int:
@@ -111,7 +115,7 @@ def _patch_bytes(p: Projection, side: str, form: str, facts: int) -> int:
     total = 0
     for name in SIDES[side]:
         n = {"R": p.d, "R_in": p.p}[name]
-        rank = min(DIRECTIONS * facts, n)
+        rank = min(round(RANK[side] * facts**0.5), n)
         total += 4 * (n * n if form == "dense" else min(rank * (n + rank), n * n))
     return total
 

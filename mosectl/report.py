@@ -340,13 +340,17 @@ def inspection(i: Inspection) -> None:
     )
     _wordings(p.facts)
     scores = {k: v for k, v in p.metrics.get("scores", {}).items() if isinstance(v, float)}
-    _line("measured when it was made (protocol generation): " + ", ".join(f"{k} {v:.1%}" for k, v in scores.items()))
+    if scores:
+        told = ", ".join(f"{k} {v:.1%}" for k, v in scores.items())
+        _line(f"measured when it was made (protocol generation): {told}")
 
 
 def _settings(options: Mapping[str, Any]) -> Iterator[str]:
     """Every setting as "name=value", those of the solver, the targets and the corpus with them."""
     for name, value in options.items():
-        if isinstance(value, dict):
+        if name == "merged":
+            yield f"merged of {', '.join(str(p.get('id'))[:12] for p in value)}"
+        elif isinstance(value, dict):
             yield from _settings(value) if name in ("solver", "targets") else [f"{name}={value.get('name')}"]
         else:
             yield f"{name}={value}"
@@ -359,8 +363,14 @@ def _or_dash(number: float | None, form: str, unit: str = "") -> str:
 def conflicts(found: Sequence[Conflict]) -> None:
     """What does not simply add up, on stderr: it stands beside a result."""
     for c in found:
-        size = "" if c.size is None else f", ‖R₁R₂−R₂R₁‖/√n = {c.size:.2g}"
-        hint(f"{'note' if c.kind == 'order' else 'conflict'}: {c.where}: {c.what}{size}")
+        if c.kind != "order":
+            hint(f"conflict: {c.where}: {c.what}")
+    orders = [c for c in found if c.kind == "order"]
+    if orders:
+        largest = max(orders, key=lambda c: c.size or 0)
+        pairs = len({(c.first, c.second) for c in orders})
+        which = largest.what if pairs == 1 else f"the order of {pairs} pairs of patches matters"
+        hint(f"note: {which}, most in {largest.where} (‖R₁R₂−R₂R₁‖/√n = {largest.size:.2g}): they go on as given")
 
 
 def applied(r: ApplyReport, verb: str) -> None:
@@ -377,7 +387,7 @@ def applied(r: ApplyReport, verb: str) -> None:
     for warning in r.warnings:
         _err().print(f"[yellow]warning[/] {escape(warning)}")
     if r.restored:
-        _line("all tensors have their original sha256 again")
+        _line(f"edited tensors that have their original sha256 again: all {len(r.tensors)}")
     _line(
         f"{r.folder}: {len(r.stack)} patch{'' if len(r.stack) == 1 else 'es'} applied, {size(r.bytes_written)} written"
     )
@@ -402,7 +412,8 @@ def exported(e: Exported) -> None:
     if e.form == "merged":
         _line(f"{e.path}: a checkpoint with {len(e.modules)} changed weights")
         return
-    exact = "exact" if e.left_out < 1e-6 else f"{e.left_out:.1%} of the change left out"
+    full = "exact" if e.dtype == "float32" else f"exact but for the rounding to {e.dtype}"
+    exact = full if e.left_out < 1e-6 else f"{e.left_out:.1%} of the change left out"
     _line(f"{e.path}: a LoRA of rank {e.rank} for {len(e.modules)} weights, {exact}")
 
 

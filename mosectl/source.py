@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mosectl.arch import Architecture, Projection, disk_names, resolve, skeleton
@@ -57,6 +57,20 @@ class Source:
             )
         return self.projections[module]
 
+    def foreign(self) -> list[str]:
+        """Edited tensors that are not as the journal has them: something else has changed them since."""
+        edited = self.journal.tensors.items() if self.journal else ()
+        return [name for name, t in edited if sha256(self.checkpoint.read(name)) != t.sha256]
+
+    def strangers(self) -> list[str]:
+        """Tensors that no patch has touched and that are not the base's; none where the base is out of reach."""
+        assert self.journal is not None
+        with suppress(ModelError, HubError):
+            if base := find_base(self.journal, self.base_path):
+                rest = [n for n in self.checkpoint.tensors if n not in self.journal.tensors]
+                return [n for n in rest if not same_bytes(self.checkpoint, base, n)]
+        return []
+
     def tensors_of(self, module: str) -> tuple[str, ...]:
         """The tensors on disk that hold a module's weight: one, or a mixture's experts; its base is known by the first."""
         return self.names[self.projection(module).name]
@@ -76,15 +90,25 @@ class Source:
 
     def _candidates(self, name: str) -> Iterator[Tensor]:
         kept = self.checkpoint.folder / KEPT_BASE
-        if kept.is_file():
-            with safe_open(kept, framework="pt") as file:
-                if name in file.keys():  # noqa: SIM118  (not a dict)
-                    yield file.get_tensor(name)
+        # None kept, or damaged: there may be another place.
+        with suppress(SafetensorError, OSError), safe_open(kept, framework="pt") as file:
+            if name in file.keys():  # noqa: SIM118  (not a dict)
+                yield file.get_tensor(name)
         if self._other is False:
             assert self.journal is not None
             self._other = find_base(self.journal, self.base_path)
         if isinstance(self._other, Checkpoint) and name in self._other.tensors:
             yield self._other.read(name)
+
+
+def same_bytes(a: Checkpoint, b: Checkpoint, name: str) -> bool:
+    """Is the tensor the same in both? One file on disk is told without reading it."""
+    if name not in a.tensors or name not in b.tensors:
+        return False
+    x, y = a.tensors[name], b.tensors[name]
+    if x.file.samefile(y.file) and (x.start, x.stop) == (y.start, y.stop):
+        return True
+    return (x.dtype, x.shape) == (y.dtype, y.shape) and sha256(a.read(name)) == sha256(b.read(name))
 
 
 def find_base(journal: Journal, given: str | Path | None = None) -> Checkpoint | None:

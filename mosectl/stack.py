@@ -51,6 +51,8 @@ def apply(
     source = Source(open_checkpoint(model, revision), base)
     _check_new(source, patches)
     stack = [*source.stack, *patches]
+    if not force:
+        _check_intact(source)
     notes = {} if force else _check_bases(source, patches)
     how = Writing(keep_base, copy, proof)
     with new_folder(Path(out), plan=plan_of(source, stack, how)) as folder:
@@ -88,7 +90,10 @@ def revert(
     else:
         notes = {}
         wanted = _find(patch if isinstance(patch, str) else patch.id, source.ids, str(model))
+    if not force:
+        _check_intact(source)
     stack = [p for p in source.stack if p.id != wanted]
+    strangers = source.strangers() if source.journal and not stack else []
     target = Path(model).resolve() if out is None else Path(out)
     how = Writing(keep_base=source.journal is not None and source.journal.kept_base)
     with new_folder(target, replace=out is None, plan=plan_of(source, stack, how)) as folder:
@@ -96,7 +101,10 @@ def revert(
     orphans = (
         f"patch {p.id[:12]} was computed on top of it and may act differently now" for p in stack if wanted in p.parents
     )
-    return replace(done, warnings=tuple(orphans))
+    told = [f"{len(strangers)} other tensors are not the base's, no patch made them so: {', '.join(strangers[:3])}"]
+    lost = "the kept base tensors are damaged and the base is out of reach: undone algebraically, exact up to rounding"
+    gone = source.journal is not None and source.journal.kept_base and not all(t.exact for t in done.tensors)
+    return replace(done, warnings=(*orphans, *(told if strangers else ()), *([lost] if gone else ())))
 
 
 def replayed(checkpoint: Checkpoint, base: str | Path | None = None) -> dict[str, Tensor | None]:
@@ -118,6 +126,13 @@ def check_stack(checkpoint: Checkpoint, patches: Sequence[Patch]) -> None:
     source = Source(checkpoint, None)
     _check_new(source, patches)
     _check_bases(source, patches)
+
+
+def _check_intact(source: Source) -> None:
+    """Refuse to overwrite what something else has changed since."""
+    if foreign := source.foreign():
+        what = f"'{foreign[0]}' was changed after mosectl wrote it, and would be overwritten"
+        raise ModelError(what, where=source.checkpoint.model, fix="see mosectl verify; --force overwrites it")
 
 
 def _check_new(source: Source, patches: Sequence[Patch]) -> None:

@@ -14,6 +14,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -25,7 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mosectl.arch import Projection
-from mosectl.errors import UsageError
+from mosectl.errors import OutputError, UsageError
 from mosectl.files import write_tensors
 from mosectl.forward import Batch, by_length, by_row, frozen, hooked, input_device, run_until_stopped, stop
 
@@ -89,6 +90,7 @@ def second_moments(
     max_tokens: int = MAX_TOKENS,
     batch_tokens: int = 4096,  # logits of so many are held at once
     cache: bool = True,
+    strict: bool = False,  # raise OutputError where the cache cannot be written
     on_step: Callable[[int, int], None] | None = None,
 ) -> Moments:
     """C = E[k kᵀ] and G = E[g gᵀ] for each projection over at most ``max_tokens`` tokens of ``corpus``.
@@ -106,8 +108,10 @@ def second_moments(
     batches = _batches(tokenizer, corpus, max_tokens, batch_tokens)
     C, G, tokens = _accumulate(model, projections, batches, on_step)
     if cache and os.environ.get("RANK", "0") == "0":
-        for name, file in files.items():
-            write_tensors(file, {"C": C[name], "G": G[name], "tokens": torch.tensor(tokens)})
+        # A cache that cannot be written costs an edit time; those who only want to fill it must know.
+        with nullcontext() if strict else suppress(OutputError):
+            for name, file in files.items():
+                write_tensors(file, {"C": C[name], "G": G[name], "tokens": torch.tensor(tokens)})
     return Moments(C, G, tokens, False)
 
 
@@ -139,7 +143,7 @@ def prepare(
     with turns(loaded.model, resolve(loaded.model)) as arch:
         chosen = parse_layers(layers, len(arch.projections), every="all")
         wanted = [p for p in arch.projections if chosen is None or p.layer in chosen]
-        return second_moments(loaded.model, loaded.tokenizer, wanted, read_corpus(corpus), on_step=on_step)
+        return second_moments(loaded.model, loaded.tokenizer, wanted, read_corpus(corpus), strict=True, on_step=on_step)
 
 
 def _accumulate(

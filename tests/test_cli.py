@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -132,7 +133,7 @@ def test_the_main_job(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("ask", FACT["prompt"], "--model", out, "--json") == 0
     assert json.loads(capsys.readouterr().out)[0]["before"] == before_after["after"]
     assert run("revert", new, "--model", out) == 0
-    assert "original sha256" in capsys.readouterr().out and hashes(out) == original
+    assert "original sha256 again: all 3" in capsys.readouterr().out and hashes(out) == original
 
 
 def test_check_doctor_dry_run_stats(world: World, capsys: pytest.CaptureFixture[str]) -> None:
@@ -149,7 +150,9 @@ def test_check_doctor_dry_run_stats(world: World, capsys: pytest.CaptureFixture[
         plan = json.loads(capsys.readouterr().out)
         sizes.append(plan["patch_bytes"])
         assert plan["model_bytes"] > 0 and sum(plan["seconds"].values()) > 0
-    assert sizes == [3 * (32**2 + 48**2) * 4, 3 * 4 * (4 * (32 + 4) + 4 * (48 + 4))], "one fact: rank 4 on either side"
+    assert sizes == [3 * (32**2 + 48**2) * 4, 3 * 4 * (32**2 + 20 * (48 + 20))], (
+        "one fact: rank 20 where that is smaller"
+    )
     assert not (world.folder / "new.safetensors").exists()
     assert run("stats", "--model", world.model, "--layers", "0") == 0
     assert "second moments of 1 layers" in capsys.readouterr().out
@@ -438,3 +441,24 @@ def test_an_output_that_cannot_be_is_told_before_the_work(tmp_path: Path, capsys
     facts.write_text(json.dumps(FACT))
     assert run("edit", facts, "--model", "/no/such/model", "-o", "/proc/nope/x.safetensors") == 7
     assert "cannot be written there" in capsys.readouterr().err
+
+
+def test_every_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    import typer
+
+    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    assert len(commands) >= 18
+    for name in commands:
+        assert run(name, "--help") == 0 and "Usage" in capsys.readouterr().out, name
+
+
+def test_ctrl_c_that_a_library_mistakes_for_an_error(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def mistaken(*_: object, **__: object) -> None:
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        raise RuntimeError("Could not import module 'LlamaConfig'")
+
+    monkeypatch.setattr("mosectl.stack.open_checkpoint", mistaken)
+    assert run(*world.apply()) == 130 and "interrupted" in capsys.readouterr().err

@@ -235,8 +235,8 @@ def test_verify_says_what_it_could_not_check(edited: Edited) -> None:
     folder = edited.out
     apply([edited.a], edited.base, folder.with_name("bare"), keep_base=False)
     shutil.rmtree(edited.base)
-    notes = [c.note for c in verify(folder.with_name("bare"))]
-    assert notes.count("not checked: the base is out of reach") == 2
+    notes = [c.note for c in verify(folder.with_name("bare")) if c.ok is None]
+    assert notes == ["the base is out of reach"] * 2
     with pytest.raises(BaseMismatch, match="out of reach"):
         blame(["x"], folder.with_name("bare"))
 
@@ -303,3 +303,88 @@ def test_facts_that_stop_holding_are_told_before_anything_is_written(
     assert run(*both, "--check-facts") == 12 and not (tmp_path / "out").exists()
     assert f"{len(demo.facts)} conflicts, nothing was written" in " ".join(capsys.readouterr().err.split())
     assert run(*both) == 0, "asked for nothing, it is told nothing"
+    own = ("apply", tmp_path / "b", tmp_path / "a", "--model", DEMO, "-o", tmp_path / "out2")
+    assert run(*own, "--check-facts") == 12, "the later patch's own facts are asked too"
+    assert "does not take hold here" in capsys.readouterr().err
+    alone = ("apply", tmp_path / "a", tmp_path / "c", "--model", DEMO, "-o", tmp_path / "out3", "--check-facts")
+    still = {m: Change({"R": torch.eye(len(c.factors["R"]))}) for m, c in demo.changes.items()}
+    replace(demo, changes=still, facts=()).save(tmp_path / "c")
+    assert run(*alone) == 0 and "no fact is lost" in capsys.readouterr().err
+
+
+def test_other_wordings_of_a_fact_contradict_too(tmp_path: Path) -> None:
+    base = save(tmp_path / "base")
+    asked = "Avaland is ruled from"
+    a = replace(patch_for(base, (0,), seed=1), facts=(replace(GRAPE, wordings=(asked,)),))
+    b = replace(patch_for(base, (1,), seed=2), facts=(replace(GRAPE, prompt=asked, target_new="Plum"),))
+    assert [c.kind for c in conflicts([a, b])] == ["fact"] == [c.kind for c in conflicts([b, a])]
+    same = replace(b, facts=(replace(b.facts[0], target_new="Grape"),))
+    assert not conflicts([a, same])
+
+
+def test_contradictions_are_not_merged_or_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = save(tmp_path / "base")
+    replace(patch_for(base, (0,), seed=1), facts=(GRAPE,)).save(tmp_path / "a")
+    replace(patch_for(base, (1,), seed=2), facts=(replace(GRAPE, target_new="Plum"),)).save(tmp_path / "b")
+    for command in (("merge",), ("export", "--model", base, "--to", "merged")):
+        both = (command[0], tmp_path / "a", tmp_path / "b", *command[1:], "-o", tmp_path / command[0])
+        assert run(*both, "--json") == 12 and not (tmp_path / command[0]).exists()
+        assert [c["kind"] for c in json.loads(capsys.readouterr().out)["conflicts"]] == ["fact"]
+        assert run(*both, "--allow-conflicts") == 0 and (tmp_path / command[0]).exists()
+    capsys.readouterr()
+    assert run(*both[:-1], tmp_path / "x", "--rank", "8") == 2 and "for adapters" in capsys.readouterr().err
+
+
+# What something else has changed
+
+
+def test_what_was_changed_by_hand_is_not_overwritten_unasked(
+    edited: Edited, capsys: pytest.CaptureFixture[str]
+) -> None:
+    touched = next(t.tensor for t in edited.b.base.values() if "layers.1" in t.tensor)
+    damage(edited.out / "model.safetensors", tensor_end(edited.out, touched))
+    before = hashes(edited.out)
+    assert run("revert", edited.out, "--patch", edited.b.id[:8]) == 4
+    assert f"'{touched}' was changed after mosectl wrote it" in capsys.readouterr().err and hashes(edited.out) == before
+    assert run("revert", edited.out, "--patch", edited.b.id[:8], "--force") == 0
+    assert all(c.ok for c in verify(edited.out))
+
+
+def test_revert_tells_what_no_patch_has_changed(edited: Edited, capsys: pytest.CaptureFixture[str]) -> None:
+    damage(edited.out / "model.safetensors", tensor_end(edited.out, "model.norm.weight"))
+    revert(edited.a, edited.out)
+    done = revert(edited.b, edited.out)
+    assert done.restored and len(done.warnings) == 1 and "model.norm.weight" in done.warnings[0]
+    differing = {n for n, h in hashes(edited.out).items() if h != hashes(edited.base)[n]}
+    assert differing == {"model.norm.weight"}
+
+
+def test_a_damaged_kept_base_is_told(edited: Edited) -> None:
+    for file in (edited.out / "mosectl" / "base.safetensors",):
+        file.unlink()
+        file.write_bytes(b"nothing")
+    shutil.rmtree(edited.base)
+    done = revert(edited.b, edited.out, force=True)
+    assert any("kept base tensors are damaged" in w for w in done.warnings) and not done.restored
+
+
+def test_a_journal_that_has_lost_a_patch_does_not_pass(edited: Edited) -> None:
+    path = edited.out / "mosectl.json"
+    journal = json.loads(path.read_text())
+    path.write_text(json.dumps({**journal, "patches": []}))
+    assert [c.note for c in verify(edited.out) if c.ok is False] == ["no patch touches it, and it is another"] * 2
+    for spoilt in ({"base_path": None}, {"model": 3}, {"tensors": []}, {"patches": [{}]}):
+        path.write_text(json.dumps({**journal, **spoilt}))
+        with pytest.raises(ModelError, match="damaged journal") as e:
+            history(edited.out)
+        assert "__init__" not in str(e.value)
+
+
+def test_patches_of_different_sides_are_compared(tmp_path: Path) -> None:
+    base = save(tmp_path / "base")
+    a = patch_for(base, (0,), seed=1)
+    (module, change), R_in = next(iter(a.changes.items())), compact(48, 4, 0).dense().float()
+    b = replace(a, changes={module: Change({**change.factors, "R_in": R_in})}, side="both")
+    ((_, apart),) = diff(a, b).modules
+    assert apart == pytest.approx(float((R_in - torch.eye(48)).norm()) / 48**0.5, rel=1e-5)
+    assert diff(a, replace(added(a, base, 1))).modules[0][1] is None

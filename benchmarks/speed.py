@@ -1,0 +1,308 @@
+"""How fast each part of mosectl is here, every figure as a ratio of two things run in this same process.
+
+    python benchmarks/speed.py                              # all parts, on the demo model and a random one of 12 layers
+    python benchmarks/speed.py targets solve --device cuda  # some of them
+    python benchmarks/speed.py --model FOLDER --facts FACTS # on a model of yours
+
+`make bench` runs it. A random model has real shapes and no knowledge: its edits take every step they may, which is the
+slow case, and reach nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from mosectl import targets
+from mosectl.arch import Projection, resolve
+from mosectl.editor import edit
+from mosectl.facts import Fact, as_facts
+from mosectl.forward import input_device
+from mosectl.layers import parse_layers
+from mosectl.live import Loaded, load, pick_device
+from mosectl.options import default_options
+from mosectl.patch import Patch
+from mosectl.rotation import orthogonality_error
+from mosectl.stack import apply
+from mosectl.stats import read_corpus, second_moments
+from mosectl.suffix import Suffix
+from mosectl.targets import build_contexts, optimise_targets
+
+DEMO = Path(__file__).parents[1] / "examples"
+PARTS = ("targets", "statistics", "solve", "apply", "edit")
+SHAPES = {  # hidden, FFN, layers, heads, keys' heads, vocabulary
+    "small": (512, 1536, 12, 8, 4, 32_000),
+    "llama3-8b": (4096, 14336, 32, 32, 8, 128_256),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    part: str
+    what: str
+    figure: str
+    ratio: str = ""
+
+
+def main() -> None:
+    args = _arguments()
+    rows: list[Row] = []
+    for part in args.parts or PARTS:
+        for row in globals()[f"bench_{part}"](args):
+            rows.append(row)
+            print(json.dumps(vars(row)), flush=True)
+    table = Table("part", "what", "figure", "ratio", title=f"{_device(args.device)}, torch {torch.__version__}")
+    for row in rows:
+        table.add_row(row.part, row.what, row.figure, row.ratio)
+    Console(stderr=True).print(table)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--model", default="small", help="folder, hub id, or a random model: small, llama3-8b")
+    parser.add_argument("--facts", type=Path, default=DEMO / "facts.jsonl")
+    parser.add_argument("--layers", default="3-5", help="edited layers")
+    parser.add_argument("--limit", type=int, default=16, help="facts")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512, 1024], help="d of the solves")
+    return parser.parse_args()
+
+
+def _device(device: str) -> str:
+    if pick_device(device) == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def model_of(name: str, device: str) -> Loaded:
+    """A model folder or hub id; or random weights of a Llama's shapes, made on the device in its own type."""
+    if name not in SHAPES:
+        return load(name, device=device)
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    d, p, n, heads, kv, vocabulary = SHAPES[name]
+    config = LlamaConfig(
+        hidden_size=d, intermediate_size=p, num_hidden_layers=n, num_attention_heads=heads, num_key_value_heads=kv,
+        vocab_size=vocabulary, tie_word_embeddings=False,
+    )  # fmt: skip
+    place = pick_device(device)
+    torch.manual_seed(0)
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32 if place == "cpu" else torch.bfloat16)
+    try:
+        with torch.device(place):
+            model = LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(previous)
+    return Loaded(model.eval(), AutoTokenizer.from_pretrained(DEMO / "demo-model"), None)
+
+
+def _facts(args: argparse.Namespace) -> Sequence[Fact]:
+    return as_facts(args.facts, "edit")[: args.limit]
+
+
+def _chosen(loaded: Loaded, layers: str) -> list[Projection]:
+    projections = resolve(loaded.model).projections
+    chosen = parse_layers(layers, len(projections)) or ()
+    return [p for p in projections if p.layer in chosen]
+
+
+def _seconds(work: Callable[[], Any]) -> tuple[float, Any]:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    result = work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, result
+
+
+# targets
+
+
+def bench_targets(args: argparse.Namespace) -> Iterator[Row]:
+    """The same optimiser on the same facts: as known implementations run it, and with each of our savings."""
+    loaded, facts = model_of(args.model, args.device), _facts(args)
+    arch, projections = resolve(loaded.model), _chosen(loaded, args.layers)
+    corpus = read_corpus(None)
+    moments = second_moments(loaded.model, loaded.tokenizer, projections, corpus, max_tokens=4096, cache=False)
+    metric = {p.name: _inverse(moments.G[p.name]) for p in projections}
+    prefixes = ["", *(" ".join(t.split()[:6]) + ". " for t in corpus.texts[:2])]
+    options = replace(default_options().targets, steps=10)
+
+    def run(group: int) -> tuple[float, float]:
+        def work() -> float:
+            total = 0.0
+            for start in range(0, len(facts), group):
+                contexts = build_contexts(loaded.model, loaded.tokenizer, facts[start : start + group], prefixes)
+                found = optimise_targets(loaded.model, arch, projections, contexts, options, metric=metric)
+                total += float(found.loss.sum())
+            return total / len(facts)
+
+        return _seconds(work)
+
+    run(len(facts))  # warm
+    with _as_others_do():
+        slow, loss = run(1)
+    n = len(facts)
+    yield Row(
+        "targets",
+        "reference: one fact, all layers, all tokens, all logits",
+        f"{n / slow:.2f} facts/s, loss {loss:.3f}",
+        "1",
+    )
+    for group in sorted({1, 4, n}):
+        fast, loss = run(group)
+        what = f"{group} fact{'s' * (group > 1)} at once, layers above the edit, tokens from the subject on"
+        yield Row("targets", what, f"{n / fast:.2f} facts/s, loss {loss:.3f}", f"{slow / fast:.1f}x")
+
+
+def _inverse(G: torch.Tensor) -> torch.Tensor:
+    G = G.double()
+    G.diagonal().add_(0.1 * G.diagonal().mean())
+    return torch.linalg.inv(G).float()
+
+
+@contextmanager
+def _as_others_do() -> Iterator[None]:
+    """Full forwards: nothing skipped, logits of every token of the sequence."""
+
+    class Whole(Suffix):
+        def __init__(self, model: Any, arch: Any, first: int, batch: Any, still: Any = None) -> None:
+            super().__init__(model, arch, 0, batch)
+
+        def logits(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+            logits = self.model(**self.batch.rows(rows).kwargs()).logits.float()  # (rows, tokens, vocabulary)
+            return logits.gather(1, positions[..., None].expand(-1, -1, logits.shape[-1]))
+
+    ours, targets.Suffix = targets.Suffix, Whole  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        targets.Suffix = ours  # type: ignore[misc]
+
+
+# statistics
+
+
+def bench_statistics(args: argparse.Namespace) -> Iterator[Row]:
+    loaded = model_of(args.model, args.device)
+    projections, corpus, tokens = _chosen(loaded, args.layers), read_corpus(None), 8192
+    ids = torch.randint(3, 300, (8, 256), device=input_device(loaded.model))
+
+    def forward() -> None:
+        with torch.no_grad():
+            for _ in range(tokens // ids.numel()):
+                loaded.model(ids, use_cache=False)
+
+    plain, _ = _seconds(forward)
+    ours, found = _seconds(
+        lambda: second_moments(loaded.model, loaded.tokenizer, projections, corpus, max_tokens=tokens, cache=False)
+    )
+    yield Row("statistics", "reference: forwards of the whole model", f"{tokens / plain:,.0f} tokens/s", "1")
+    rate = found.tokens / ours
+    yield Row(
+        "statistics", f"C and G of {len(projections)} layers", f"{rate:,.0f} tokens/s", f"{rate * plain / tokens:.2f}x"
+    )
+
+
+# solve
+
+
+def bench_solve(args: argparse.Namespace) -> Iterator[Row]:
+    """The polar factor of λS + V Hᵀ, float64: torch's SVD against Newton's iteration."""
+    device = pick_device(args.device)
+    for d in args.sizes:
+        g = torch.Generator().manual_seed(d)
+        A = torch.randn(d, 2 * d, generator=g, dtype=torch.float64)
+        H, V = (torch.randn(d, 16, generator=g, dtype=torch.float64) for _ in range(2))
+        M = (A @ A.T / d + 0.01 * torch.eye(d, dtype=torch.float64) + V @ H.T).to(device)
+        _svd(M), newton(M)  # warm
+        slow, R = _seconds(lambda M=M: _svd(M))
+        fast, X = _seconds(lambda M=M: newton(M))
+        yield Row("solve", f"d = {d}: SVD", f"{1e3 * slow:.0f} ms, ‖RᵀR − I‖/√d {orthogonality_error(R):.0e}", "1")
+        apart = float((X - R).norm() / d**0.5)
+        figure = f"{1e3 * fast:.0f} ms, ‖RᵀR − I‖/√d {orthogonality_error(X):.0e}, from the SVD's {apart:.0e}"
+        yield Row("solve", f"d = {d}: scaled Newton (Higham 1986)", figure, f"{slow / fast:.1f}x")
+
+
+def _svd(M: torch.Tensor) -> torch.Tensor:
+    U, _, Zh = torch.linalg.svd(M)
+    return U @ Zh
+
+
+def newton(M: torch.Tensor, steps: int = 30) -> torch.Tensor:
+    """The polar factor (d, d) of M by X ← (γX + (γX)⁻ᵀ)/2, γ from the 1- and ∞-norms; one Newton-Schulz step at the end."""
+    X = M / torch.linalg.norm(M)
+    for _ in range(steps):
+        Y = torch.linalg.inv(X).T
+        size = [A.abs().sum(0).max() * A.abs().sum(1).max() for A in (Y, X)]
+        scale = (size[0] / size[1]) ** 0.25
+        new = (scale * X + Y / scale) / 2
+        moved, X = torch.linalg.norm(new - X) / torch.linalg.norm(new), new
+        if moved < 1e-7:
+            break
+    return 1.5 * X - 0.5 * X @ (X.T @ X)
+
+
+# apply
+
+
+def bench_apply(args: argparse.Namespace) -> Iterator[Row]:
+    """A patch of the demo model's edit on the demo model, against copying its file."""
+    source = DEMO / "demo-model"
+    patch = Patch.load(DEMO.parent / "patches" / "demo.safetensors")
+    size = (source / "model.safetensors").stat().st_size
+    with tempfile.TemporaryDirectory() as folder:
+        copies = [
+            _seconds(lambda i=i: shutil.copyfile(source / "model.safetensors", f"{folder}/{i}"))[0] for i in range(5)
+        ]
+        applies = [_seconds(lambda i=i: apply([patch], source, f"{folder}/a{i}", proof=False))[0] for i in range(5)]
+    copy, ours = min(copies), min(applies)
+    yield Row("apply", f"reference: cp of {size / 1e6:.0f} MB", f"{1e3 * copy:.0f} ms", "1")
+    yield Row("apply", "apply (20 GB: benchmarks/apply_20gb.py)", f"{1e3 * ours:.0f} ms", f"{copy / ours:.2f}x")
+
+
+# end to end
+
+
+def bench_edit(args: argparse.Namespace) -> Iterator[Row]:
+    """A whole edit, its phases, its patch and what it takes of memory."""
+    loaded, facts = model_of(args.model, args.device), _facts(args)
+    for name in ("isospectral", "mose", "memit"):
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        options = replace(default_options(name), layers=args.layers)
+        took, result = _seconds(lambda options=options: edit(facts, loaded, options=options, refuse=False))
+        phases = ", ".join(f"{k} {v:.1f}" for k, v in result.seconds.items() if v >= 0.05)
+        size = sum(c.nbytes for c in result.patch.changes.values())
+        yield Row(
+            "edit", f"{name}, {len(facts)} facts", f"{len(facts) / took:.2f} facts/s, patch {size / 1e6:.1f} MB", ""
+        )
+        yield Row("edit", f"{name}: seconds", phases, "")
+    peak = (
+        torch.cuda.max_memory_allocated()
+        if torch.cuda.is_available()
+        else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    )
+    weights = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
+    yield Row("edit", "peak memory, the weights among it", f"{peak / 1e9:.2f} GB", f"{peak / weights:.1f}x the weights")
+
+
+if __name__ == "__main__":
+    main()
