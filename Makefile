@@ -6,7 +6,7 @@ TORCH ?= torch
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint types picture clean
+.PHONY: demo test lint types picture bench clean
 
 demo: $(VENV)/.ready
 	PATH="$(abspath $(BIN)):$$PATH" bash examples/demo.sh
@@ -20,6 +20,9 @@ lint: $(VENV)/.ready
 
 types: $(VENV)/.ready
 	$(BIN)/mypy
+
+bench: $(VENV)/.ready
+	$(BIN)/python benchmarks/speed.py
 
 picture: $(VENV)/.ready
 	$(BIN)/python examples/make_picture.py

@@ -453,7 +453,7 @@ def test_every_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_ctrl_c_that_a_library_mistakes_for_an_error(
-    world: World, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def mistaken(*_: object, **__: object) -> None:
         with contextlib.suppress(KeyboardInterrupt):
