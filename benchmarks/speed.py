@@ -287,7 +287,7 @@ def bench_edit(args: argparse.Namespace) -> Iterator[Row]:
     for name in ("isospectral", "mose", "memit"):
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        options = replace(default_options(name), layers=args.layers)
+        options = replace(default_options(name), layers=args.layers, guard=0.0)  # random weights would be stopped
         took, result = _seconds(lambda options=options: edit(facts, loaded, options=options, refuse=False))
         phases = ", ".join(f"{k} {v:.1f}" for k, v in result.seconds.items() if v >= 0.05)
         size = sum(c.nbytes for c in result.patch.changes.values())

@@ -133,6 +133,12 @@ def edit(
         int, typer.Option(min=0, help="Facts edited together; 1 = one after the other, 0 = all at once.")
     ] = 0,
     rounds: Annotated[int | None, typer.Option(min=1, help="How often targets and solve alternate in a batch.")] = None,
+    targets: Annotated[
+        str,
+        typer.Option(
+            help="steps: as many as a fact needs; gradient: one forward and backward a batch, for thousands of facts."
+        ),
+    ] = "steps",
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="A solver or target setting, e.g. --set preserve=2. Repeatable.")
     ] = None,
@@ -174,6 +180,7 @@ def edit(
         layers=layers,
         batch_size=batch_size,
         rounds=rounds,
+        targets=targets,
         seed=seed,
         chat=chat,
         corpus=corpus,

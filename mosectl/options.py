@@ -41,6 +41,8 @@ class EditOptions:
 
 
 FORMS = ("auto", "compact", "dense")
+TARGETS = ("steps", "gradient")
+GRADIENT_DROP = 10.0  # nats; the one step is for the whole loss, not for a piece of it (docs/LOG.md)
 _FLAGS = ("batch_size", "rounds", "seed")  # these have a command-line option of their own
 
 
@@ -78,6 +80,16 @@ def options_from(settings: Sequence[str], **given: Any) -> EditOptions:
     if given.get("form") not in (None, *FORMS):
         raise UsageError(f"--form {given['form']}: no such form", fix=f"choose one of: {', '.join(FORMS)}")
     usual = default_options(solver.name)
+    how = given.pop("targets", None) or "steps"
+    if how not in TARGETS:
+        raise UsageError(f"--targets {how}: no such way", fix=f"choose one of: {', '.join(TARGETS)}")
+    if how == "gradient":
+        if solver.kind == "fit":
+            raise UsageError(
+                f"--targets {how}: '{solver.name}' trains on the model, it takes no values", fix="leave it out"
+            )
+        one = replace(usual.targets, steps=1, fisher=1, drop=GRADIENT_DROP)
+        usual = replace(usual, rounds=1, targets=one)
     given = {k: v for k, v in given.items() if v is not None} | found["edit"]
     return replace(usual, **given, solver=found["solver"], targets=replace(usual.targets, **found["targets"]))
 

@@ -17,6 +17,7 @@ from test_stack import hashes, patch_for
 from mosectl.change import Change, change_between, changed, combined
 from mosectl.checkpoint import open_checkpoint
 from mosectl.compose import conflicts, diff, merge
+from mosectl.conflicts import before_applying
 from mosectl.errors import BaseMismatch, ModelError, PatchError, UsageError
 from mosectl.history import blame, history, verify
 from mosectl.patch import Patch, PatchFact
@@ -287,6 +288,9 @@ def test_contradicting_patches_are_not_applied_together(tmp_path: Path, capsys: 
         "with what is there too"
     )
     assert run(*both, "--allow-conflicts") == 0 and len(history(tmp_path / "out").patches) == 2
+    c = patch_for(base, (0,), seed=3)
+    found = before_applying([c], tmp_path / "out")
+    assert len(found) == 2 and {x.second for x in found} == {c.id}, "what the folder's patches have among them is known"
 
 
 def test_facts_that_stop_holding_are_told_before_anything_is_written(
@@ -359,10 +363,14 @@ def test_revert_tells_what_no_patch_has_changed(edited: Edited, capsys: pytest.C
     assert differing == {"model.norm.weight"}
 
 
-def test_a_damaged_kept_base_is_told(edited: Edited) -> None:
-    for file in (edited.out / "mosectl" / "base.safetensors",):
-        file.unlink()
-        file.write_bytes(b"nothing")
+def test_a_damaged_kept_base_is_not_used_and_is_told(edited: Edited) -> None:
+    file = edited.out / "mosectl" / "base.safetensors"
+    damage(file)
+    one = revert(edited.a, edited.out, edited.out.with_name("one"))  # from the base model
+    apply([edited.b], edited.base, edited.out.with_name("b"))
+    assert not one.warnings and hashes(one.folder) == hashes(edited.out.with_name("b"))
+    file.unlink()
+    file.write_bytes(b"nothing")
     shutil.rmtree(edited.base)
     done = revert(edited.b, edited.out, force=True)
     assert any("kept base tensors are damaged" in w for w in done.warnings) and not done.restored

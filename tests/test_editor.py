@@ -22,7 +22,7 @@ from mosectl.live import Loaded, load
 from mosectl.options import EditOptions, default_options, options_from
 from mosectl.rotation import is_rotation
 from mosectl.solvers import NAMES, LayerProblem, method
-from mosectl.stats import read_corpus, second_moments
+from mosectl.stats import _keys, read_corpus, second_moments
 from mosectl.targets import Contexts, TargetOptions, Targets, build_contexts, displaced, optimise_targets
 
 # The subject ends the prompt and the target is one token: what a model with random weights can be made to say.
@@ -304,6 +304,28 @@ def test_settings_that_do_not_fit_are_told_apart() -> None:
             options_from([given], method=name)
         assert e.value.fix
     assert options_from([], method="memit").rehearse == 0.0 and options_from([]).rehearse == 1.0
+    for name, targets, message in (("memit", "best", "no such way"), ("oft", "gradient", "takes no values")):
+        with pytest.raises(UsageError, match=message):
+            options_from([], method=name, targets=targets)
+
+
+@pytest.mark.parametrize("name", ["isospectral", "mose", "memit"])
+def test_gradient_targets_take_one_backward_a_batch(name: str, corpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    o = options_from(["drop=4", "guard=0"], method=name, targets="gradient", corpus=corpus)
+    assert (o.rounds, o.targets.steps, o.targets.fisher, o.targets.drop) == (1, 1, 1, 4.0)
+    assert options_from([], method=name, targets="gradient", rounds=3).rounds == 3
+    backwards: list[int] = []
+    real = torch.autograd.grad
+    monkeypatch.setattr("mosectl.targets.torch.autograd.grad", lambda *a: backwards.append(1) or real(*a))
+    monkeypatch.setattr("mosectl.stats._keys_and_gradients", _no_gradients)
+    result = mosectl.edit(FACTS, pico("llama"), make_tokenizer(), options=o, refuse=False)
+    assert len(backwards) == 1 and result.facts[0].probability_after > result.facts[0].probability_before
+
+
+def _no_gradients(model: object, projections: list, batch: object, _: object) -> tuple[dict, dict]:
+    """Keys as they are; gradients that make the metric round."""
+    keys = _keys(model, projections, batch)
+    return keys, {p.name: torch.eye(p.d) for p in projections}
 
 
 def test_facts_that_do_not_hold_weigh_more_in_the_next_round(corpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
