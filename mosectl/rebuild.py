@@ -161,8 +161,6 @@ def weight_under(source: Source, name: str, W0: Tensor | None, stack: Sequence[P
     if W0 is not None:
         return projection.stored(changed(new, projection.oriented(W0))).contiguous() if new else W0
     old = [p.changes[module] for p in source.stack if module in p.changes]
-    while old and new and old[0] is new[0]:  # what lies under the patch that is taken out stays
-        old, new = old[1:], new[1:]
     W = projection.oriented(source.checkpoint.read(name))
     return projection.stored(changed(new, restored(old, W.double())).to(W.dtype)).contiguous()
 
