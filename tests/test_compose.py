@@ -381,7 +381,8 @@ def test_a_journal_that_has_lost_a_patch_does_not_pass(edited: Edited) -> None:
     journal = json.loads(path.read_text())
     path.write_text(json.dumps({**journal, "patches": []}))
     assert [c.note for c in verify(edited.out) if c.ok is False] == ["no patch touches it, and it is another"] * 2
-    for spoilt in ({"base_path": None}, {"model": 3}, {"tensors": []}, {"patches": [{}]}):
+    outside = [{**journal["patches"][0], "file": "../a.safetensors"}]
+    for spoilt in ({"base_path": None}, {"model": 3}, {"tensors": []}, {"patches": [{}]}, {"patches": outside}):
         path.write_text(json.dumps({**journal, **spoilt}))
         with pytest.raises(ModelError, match="damaged journal") as e:
             history(edited.out)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from conftest import save
 from safetensors import safe_open
+from safetensors.torch import save_file
 from test_editor import CORPUS, FACTS, FEW
 
 import mosectl
@@ -55,12 +56,27 @@ def test_the_same_patch(
         with pytest.raises(KeyboardInterrupt):
             mosectl.edit(ALL, folder, options=options, progress=kept, refuse=False)
     with safe_open(kept.path, framework="pt") as file:
-        assert len(json.loads(file.metadata()["mosectl-progress"])["losses"]) == at - 1
+        record = json.loads(file.metadata()["mosectl-progress"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+    assert len(record["losses"]) == at - 1
+    record["failures"] = [
+        f + 2 for f in record["failures"]
+    ]  # given up: not edited again, which another record would tell
+    save_file(tensors, tmp_path / "given-up", {"mosectl-progress": json.dumps(record)})
     batches: list[int] = []
+    failures: list[list[int]] = []
     real = Run._batch
-    monkeypatch.setattr(Run, "_batch", lambda run, *a: batches.append(a[2]) or real(run, *a))
+
+    def counted(run: Run, *a: Any) -> Any:
+        batches.append(a[2])
+        failures.append(list(run.earlier.failures))
+        return real(run, *a)
+
+    monkeypatch.setattr(Run, "_batch", counted)
     again = mosectl.edit(ALL, folder, options=options, progress=kept, refuse=False)
     assert batches == list(range(at - 1, 3)), "finished batches are not done again"
+    mosectl.edit(ALL, folder, options=options, progress=Progress(tmp_path / "given-up", resume=True), refuse=False)
+    assert failures[4 - at] == [f + 2 for f in failures[0]], "what has been given up stays so"
     assert again.patch.id == whole.patch.id and again.curve == whole.curve
     assert [f.loss for f in again.facts] == [f.loss for f in whole.facts]
 
