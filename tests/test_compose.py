@@ -350,6 +350,9 @@ def test_what_was_changed_by_hand_is_not_overwritten_unasked(
     before = hashes(edited.out)
     assert run("revert", edited.out, "--patch", edited.b.id[:8]) == 4
     assert f"'{touched}' was changed after mosectl wrote it" in capsys.readouterr().err and hashes(edited.out) == before
+    patch_for(edited.base, (2,), seed=9).save(edited.out.with_name("c"))
+    more = ("apply", edited.out.with_name("c"), "--model", edited.out, "-o", edited.out.with_name("more"))
+    assert run(*more) == 4 and not edited.out.with_name("more").exists()
     assert run("revert", edited.out, "--patch", edited.b.id[:8], "--force") == 0
     assert all(c.ok for c in verify(edited.out))
 
