@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mosectl.arch import Architecture, Projection, disk_names, resolve, skeleton
-from mosectl.checkpoint import SIDECAR, Checkpoint, open_checkpoint
+from mosectl.checkpoint import JOURNAL, SIDECAR, Checkpoint, open_checkpoint
 from mosectl.errors import BaseMismatch, HubError, ModelError, PatchError
 from mosectl.fingerprint import match, sha256
 from mosectl.journal import Applied, Journal, read_journal
@@ -63,12 +63,17 @@ class Source:
         return [name for name, t in edited if sha256(self.checkpoint.read(name)) != t.sha256]
 
     def strangers(self) -> list[str]:
-        """Tensors that no patch has touched and that are not the base's; none where the base is out of reach."""
+        """Tensors that no patch has touched and that are not the base's; none where the base is out of reach.
+
+        Only in files written later than the journal, which mosectl writes last: hashing a shard takes as long as copying it.
+        """
         assert self.journal is not None
+        written = (self.checkpoint.folder / JOURNAL).stat().st_mtime_ns
+        rest = {n: e.file for n, e in self.checkpoint.tensors.items() if n not in self.journal.tensors}
+        later = {file for file in set(rest.values()) if file.stat().st_mtime_ns > written}
         with suppress(ModelError, HubError):
-            if base := find_base(self.journal, self.base_path):
-                rest = [n for n in self.checkpoint.tensors if n not in self.journal.tensors]
-                return [n for n in rest if not same_bytes(self.checkpoint, base, n)]
+            if later and (base := find_base(self.journal, self.base_path)):
+                return [n for n, file in rest.items() if file in later and not same_bytes(self.checkpoint, base, n)]
         return []
 
     def tensors_of(self, module: str) -> tuple[str, ...]:

@@ -93,7 +93,7 @@ def revert(
     if not force:
         _check_intact(source)
     stack = [p for p in source.stack if p.id != wanted]
-    strangers = source.strangers() if source.journal and not stack else []
+    strangers = source.strangers() if source.journal else []
     target = Path(model).resolve() if out is None else Path(out)
     how = Writing(keep_base=source.journal is not None and source.journal.kept_base)
     with new_folder(target, replace=out is None, plan=plan_of(source, stack, how)) as folder:
