@@ -74,21 +74,21 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Check every line of a facts file; with --model show how it is tokenised."""
-    from mosectl import report
+    from mosectl import report, views
     from mosectl.facts import read_facts
 
     found = read_facts(facts, "report", limit)
-    views = None
+    tokens = None
     if model is not None:
         from mosectl.plan import load_tokenizer
         from mosectl.tokens import describe
 
         tokenizer = load_tokenizer(model, revision)
-        views = [describe(tokenizer, fact, chat) for fact in found.facts]
+        tokens = [describe(tokenizer, fact, chat) for fact in found.facts]
     if as_json:
-        report.data({"facts": found.facts, "problems": found.problems, "skipped": found.skipped, "tokens": views})
+        report.data({"facts": found.facts, "problems": found.problems, "skipped": found.skipped, "tokens": tokens})
     else:
-        report.check(found, views)
+        views.check(found, tokens)
     if found.skipped or not found.facts:
         raise FactsError(
             f"{found.skipped} entries cannot be used" if found.skipped else "holds no usable fact",
@@ -103,14 +103,14 @@ def doctor(
     as_json: Json = False,
 ) -> None:
     """Say what would be edited in a model, and whether anything stands in the way. Loads no weights."""
-    from mosectl import report
+    from mosectl import report, views
     from mosectl.plan import diagnose
 
     found = diagnose(model, revision)
     if as_json:
         report.data(found)
     else:
-        report.doctor(found)
+        views.doctor(found)
     if found.problems:
         from mosectl.errors import ModelError
 
@@ -163,11 +163,11 @@ def edit(
     as_json: Json = False,
 ) -> None:
     """Compute an edit and write it as a patch; the model itself is not changed."""
-    from mosectl import report
+    from mosectl import report, views
     from mosectl.facts import read_facts
 
     checked = read_facts(facts, on_error, limit)
-    report.problems(checked)
+    views.problems(checked)
     if not dry_run:
         writable(out, overwrite)
     from mosectl.editor import edit as compute
@@ -190,7 +190,7 @@ def edit(
         from mosectl.plan import estimate
 
         plan = estimate(model, checked.facts, options, revision=revision, device=device, dtype=dtype)
-        report.data(plan) if as_json else report.estimate(plan, len(checked.facts))
+        report.data(plan) if as_json else views.estimate(plan, len(checked.facts))
         return
     kept = Progress(beside(out), resume)
     if kept.path.exists() and not resume and not overwrite:
@@ -207,7 +207,7 @@ def edit(
         edited = {"edited_layers": result.patch.options["layers"]}
         report.data({"patch": str(out), "id": result.patch.id, **edited, **_numbers(result)})
     else:
-        report.edit(result, out, model)
+        views.edit(result, out, model)
     if result.stopped:
         from mosectl.guard import REMEDY
 
@@ -222,7 +222,7 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show what a patch holds; needs no model. With --model: its effect on the stored weights."""
-    from mosectl import report
+    from mosectl import report, views
 
     if patch.startswith("hf://") and model is None:  # by range requests, nothing is downloaded
         from mosectl.share import remote_record, remote_tables
@@ -240,7 +240,7 @@ def inspect(
     if as_json:
         report.data({**_record(found.patch), "file_bytes": found.file_bytes, "factors": found.factors})
     else:
-        report.inspection(found)
+        views.inspection(found)
     if model is not None and any(r.stability is None for r in found.factors):
         from mosectl.errors import BaseMismatch
         from mosectl.journal import read_journal
@@ -267,7 +267,7 @@ def ask(
     as_json: Json = False,
 ) -> None:
     """Show greedy continuations, before and after patches."""
-    from mosectl import report
+    from mosectl import report, views
     from mosectl.live import ask as run
     from mosectl.live import load_patches
 
@@ -283,7 +283,7 @@ def ask(
         max_new_tokens=tokens,
         force=force,
     )
-    report.data(found) if as_json else report.asked(found)
+    report.data(found) if as_json else views.asked(found)
 
 
 def named(phase: str, on_step: Any) -> Any:

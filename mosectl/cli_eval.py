@@ -61,11 +61,11 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure an edit: reliability, generalization, locality, portability, fluency, perplexity, retention, abilities."""
-    from mosectl import report
+    from mosectl import report, views
     from mosectl.facts import read_facts
 
     checked = read_facts(facts, on_error, limit)
-    report.problems(checked)
+    views.problems(checked)
     files = {name: path for name, path in (("--csv", csv), ("--png", png), ("--html", html)) if path is not None}
     _check_files(files, overwrite)
     from mosectl.evaluation import choose_protocols, evaluate_edit
@@ -93,7 +93,7 @@ def evaluate(
             on_step=on_step,
         )
     _write(found, files)
-    report.data(found) if as_json else report.evaluation(found)
+    report.data(found) if as_json else views.evaluation(found)
     for path in files.values():
         report.hint(f"written: {path}")
     check_thresholds(found, thresholds)

@@ -22,9 +22,9 @@ AllowConflicts = Annotated[
 
 def _told(found: Sequence[Conflict], allow: bool, as_json: bool) -> None:
     """Report conflicts; contradictions are an error where they are not allowed."""
-    from mosectl import report
+    from mosectl import report, views
 
-    report.conflicts(found)
+    views.conflicts(found)
     if (bad := [c for c in found if c.kind != "order"]) and not allow:
         if as_json:
             report.data({"conflicts": bad})
@@ -69,7 +69,7 @@ def apply(
     as_json: Json = False,
 ) -> None:
     """Write a model with patches applied to a new folder; no GPU, and only changed files are rewritten."""
-    from mosectl import report
+    from mosectl import report, views
     from mosectl.conflicts import before_applying
     from mosectl.live import load_patches
     from mosectl.stack import apply as run
@@ -95,7 +95,7 @@ def apply(
             force=force,
             on_step=named("apply", on_step),
         )
-    report.data(done) if as_json else report.applied(done, "Applied")
+    report.data(done) if as_json else views.applied(done, "Applied")
 
 
 @app.command()
@@ -115,7 +115,7 @@ def revert(
     as_json: Json = False,
 ) -> None:
     """Take a patch out of an edited folder: bit for bit from the base tensors, or by Rᵀ where they are gone."""
-    from mosectl import report
+    from mosectl import report, views
     from mosectl.stack import revert as run
 
     if (model is None) == (patch is None):
@@ -134,7 +134,7 @@ def revert(
         wanted = Patch.load(local(patch))
     with report.progress() as on_step:
         done = run(wanted, folder, out, base=base, force=force, on_step=named("revert", on_step))
-    report.data(done) if as_json else report.applied(done, "Reverted")
+    report.data(done) if as_json else views.applied(done, "Reverted")
 
 
 @app.command()
@@ -251,7 +251,7 @@ def export(
     """Write patches for serving: one LoRA for the whole stack, or a checkpoint."""
     import torch
 
-    from mosectl import report
+    from mosectl import report, views
     from mosectl.compose import conflicts
     from mosectl.export import export as run
     from mosectl.live import load_patches
@@ -272,7 +272,7 @@ def export(
             force=force,
             on_step=named("export", on_step),
         )
-    report.data(done) if as_json else report.exported(done)
+    report.data(done) if as_json else views.exported(done)
 
 
 def _looks_like_id(text: str) -> bool:

@@ -22,7 +22,7 @@ def stats(
     as_json: Json = False,
 ) -> None:
     """Compute a model's statistics ahead of edits. On several GPUs: accelerate launch -m mosectl stats …"""
-    from mosectl import report
+    from mosectl import report, views
     from mosectl.stats import prepare
 
     with report.progress(quiet=os.environ.get("RANK", "0") != "0") as on_step:
@@ -32,7 +32,7 @@ def stats(
     if os.environ.get("RANK", "0") == "0":
         report.data(
             {"layers": sorted(found.C), "tokens": found.tokens, "cached": found.cached}
-        ) if as_json else report.statistics(found)
+        ) if as_json else views.statistics(found)
 
 
 @app.command()
