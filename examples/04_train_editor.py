@@ -66,7 +66,7 @@ def write_facts(folder: Path, n: int) -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", default="horse", choices=("horse", "malmen"))
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--locality", type=float, default=TrainOptions.locality)
     parser.add_argument("--edit", type=int, default=200, help="facts to edit")
     parser.add_argument("--out", type=Path, default=Path("horse-demo"))

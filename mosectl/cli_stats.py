@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -22,14 +21,14 @@ def stats(
     as_json: Json = False,
 ) -> None:
     """Compute a model's statistics ahead of edits. On several GPUs: accelerate launch -m mosectl stats …"""
-    from mosectl import report, views
+    from mosectl import processes, report, views
     from mosectl.stats import prepare
 
-    with report.progress(quiet=os.environ.get("RANK", "0") != "0") as on_step:
+    with report.progress(quiet=not processes.first()) as on_step:
         found = prepare(
             model, layers, corpus, revision=revision, device=device, dtype=dtype, on_step=named("statistics", on_step)
         )
-    if os.environ.get("RANK", "0") == "0":
+    if processes.first():
         report.data(
             {"layers": sorted(found.C), "tokens": found.tokens, "error": found.error, "cached": found.cached}
         ) if as_json else views.statistics(found)

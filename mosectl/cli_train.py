@@ -44,7 +44,7 @@ def train_editor(
     as_json: Json = False,
 ) -> None:
     """Train HORSE's or MALMEN's network on a model, for edit --method horse. Many GPUs: accelerate launch -m mosectl …"""
-    from mosectl import report, views
+    from mosectl import processes, report, views
     from mosectl.facts import read_facts
 
     checked = read_facts(facts, on_error, limit)
@@ -61,8 +61,8 @@ def train_editor(
         check_matplotlib("--plot")
         writable(plot, overwrite, "--plot")
     from mosectl.live import load
-    from mosectl.stats import process_device, read_corpus
-    from mosectl.train_editor import TrainOptions, check, first_process, train
+    from mosectl.stats import read_corpus
+    from mosectl.train_editor import TrainOptions, check, train
 
     texts = read_corpus(corpus)
     options = TrainOptions(
@@ -70,10 +70,10 @@ def train_editor(
         locality=locality, patience=patience, every=every, seed=seed,
     )  # fmt: skip
     check(options, checked.facts, unseen)
-    first = first_process()
+    first = processes.first()
     try:
         with report.progress(quiet=not first) as on_step:
-            loaded = load(model, revision=revision, device=process_device(device), dtype=dtype)
+            loaded = load(model, revision=revision, device=processes.process_device(device), dtype=dtype)
             editor = train(
                 loaded, checked.facts, options, texts, validation=unseen, state=state, resume=resume,
                 on_step=named("training", on_step), on_validation=views.validated if first else None,

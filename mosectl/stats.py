@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from mosectl import processes
 from mosectl.arch import Projection, resolve
 from mosectl.errors import OutputError, UsageError
 from mosectl.files import write_tensors
@@ -123,7 +124,7 @@ def second_moments(
         return Moments(C, G, int(next(iter(loaded.values()))["tokens"]), True, error)
     blocks = _blocks(tokenizer, corpus, max_tokens, batch_tokens)
     C, G, tokens, error = _accumulate(model, projections, blocks, enough, on_step)
-    if cache and os.environ.get("RANK", "0") == "0":
+    if cache and processes.first():
         # A cache that cannot be written costs an edit time; those who only want to fill it must know.
         with nullcontext() if strict else suppress(OutputError):
             for name, file in files.items():
@@ -151,20 +152,11 @@ def prepare(
     from mosectl.live import load
     from mosectl.mixture import turns
 
-    loaded = load(model, revision=revision, device=process_device(device), dtype=dtype)
+    loaded = load(model, revision=revision, device=processes.process_device(device), dtype=dtype)
     with turns(loaded.model, resolve(loaded.model)) as arch:
         chosen = parse_layers(layers, len(arch.projections), every="all")
         wanted = [p for p in arch.projections if chosen is None or p.layer in chosen]
         return second_moments(loaded.model, loaded.tokenizer, wanted, read_corpus(corpus), strict=True, on_step=on_step)
-
-
-def process_device(device: str) -> str:
-    """ "auto" under ``accelerate launch`` is the process's own GPU."""
-    if device == "auto" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from accelerate import PartialState
-
-        return str(PartialState().device)
-    return device
 
 
 def _accumulate(
@@ -177,13 +169,11 @@ def _accumulate(
     """C and G by module path, the number of tokens of C, and C's error, over all processes."""
     from mosectl.live import solve_device, weight_of
 
-    distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    distributed = processes.world() > 1
     share = 1
     mine = [(n, block, batch) for block, batches in enumerate(blocks) for n, batch in enumerate(batches)]
     if distributed:
-        from accelerate import PartialState
-
-        state = PartialState()
+        state = processes.join()
         mine, share = mine[state.process_index :: state.num_processes], state.num_processes
     device = input_device(model)
     sums: dict[tuple[str, str], Tensor] = {}  # float32: a batch is a block of thousands of tokens, so few are added up

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from mosectl import processes
 from mosectl.arch import Projection, resolve
 from mosectl.editor_file import Editor, base_of
 from mosectl.errors import EditFailed, FactsError, ModelError, OutputError, UsageError
@@ -124,11 +124,6 @@ def train(
     return run.finished()
 
 
-def first_process() -> bool:
-    """Not one of ``accelerate launch``'s other processes: those write and say nothing."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def check(options: TrainOptions, facts: Sequence[Fact], validation: Sequence[Fact]) -> None:
     """What can be told before a model is loaded.
 
@@ -188,11 +183,9 @@ class _Training:
         self.arch = resolve(loaded.model)
         self.facts, self.validation, self.options = facts, validation, options
         self.texts = [words for t in corpus.texts if len(words := t.split()) >= 2 * WORDS]
-        self.rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank, self.world = processes.rank(), processes.world()
         if self.world > 1:
-            from accelerate import PartialState
-
-            PartialState()  # joins the processes
+            processes.join()
         torch.manual_seed(options.seed)
         p = projections[0]
         device = weight_of(self.model, p).device

@@ -396,15 +396,20 @@ def test_a_real_ctrl_c_leaves_nothing(world: World) -> None:
     assert world.state() == before
 
 
+# What accelerate launch calls for several GPUs; for CPUs alone it starts one process, whatever it is asked for.
+TWO_PROCESSES = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m")
+
+
 def test_statistics_under_accelerate_launch(world: World, tmp_path: Path) -> None:
     """Two processes together find what one finds alone."""
     from safetensors.torch import load_file
 
-    found = []
-    for i, launch in enumerate(([], ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-                                     "--mixed_precision", "no", "--dynamo_backend", "no", "-m"])):  # fmt: skip
+    found, text = [], tmp_path / "text.txt"
+    text.write_text("".join(f"The capital of Brinmouth is in Lower Quill, {'and so on ' * (i % 7)}{i}.\n" for i in range(40)))
+    for i, launch in enumerate(([], TWO_PROCESSES)):
         cache = tmp_path / f"cache{i}"
-        command = [sys.executable, "-m", *launch, "mosectl", "stats", "--model", str(world.model), "--layers", "1"]
+        asked = ["stats", "--model", str(world.model), "--layers", "1", "--corpus", str(text)]
+        command = [sys.executable, "-m", *launch, "mosectl", *asked]
         env = {**os.environ, "MOSECTL_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stderr[-2000:]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ import pytest
 import torch
 from conftest import DEMO, ROOT, make_tokenizer, pico, save
 from safetensors.torch import load_file, save_file
-from test_cli import run
+from test_cli import TWO_PROCESSES, run
 from test_editor import CORPUS, FACTS
 from torch import Tensor
 
@@ -29,7 +32,7 @@ from mosectl.errors import (
     PatchError,
     UsageError,
 )
-from mosectl.facts import Fact, Probe, fact_from_dict
+from mosectl.facts import Fact, Probe, fact_from_dict, read_facts
 from mosectl.hypernet import Hypernet, Rows, keys_and_gradients, nll, orthogonal, ridge, shifted
 from mosectl.live import Loaded, load
 from mosectl.options import default_options
@@ -498,6 +501,35 @@ def test_train_editor_and_edit_from_the_command_line(tmp_path: Path, capsys: pyt
     capsys.readouterr()
     assert run("inspect", out) == 0 and "kept: step" in capsys.readouterr().out
     assert run("inspect", out, "--json") == 0 and json.loads(capsys.readouterr().out)["method"] == "horse"
+
+
+def test_training_under_accelerate_launch(tmp_path: Path) -> None:
+    """Two processes with a batch each learn what one learns from the mean of the two batches' gradients."""
+    model, out = save(tmp_path / "m"), tmp_path / "e"
+    (tmp_path / "facts.jsonl").write_text(rows(9))
+    asked = ("train-editor", tmp_path / "facts.jsonl", "--model", model, "-o", out, "--json")
+    small = ("--rank", "4", "--steps", "1", "--batch-size", "3", "--locality", "0")
+    command = [sys.executable, "-m", *TWO_PROCESSES, "mosectl", *map(str, asked), *small]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout)["id"] == Editor.load(out).id, "told once"
+
+    options = TrainOptions(rank=4, batch_size=3, steps=1, locality=0.0)
+    given = load(model, device="cpu")
+    known, unseen = train_editor._split(read_facts(tmp_path / "facts.jsonl").facts, (), options)
+    trained = dict(Editor.load(out).net.named_parameters())
+    agreed = []
+    for batches in (range(2), range(1)):
+        alone = _Training(given, train_editor._chosen(given, options), known, unseen, options, read_corpus(None))
+        alone.begin()
+        alone.adam.zero_grad()
+        for number in batches:
+            alone.edited(alone._batch(number), learn=True)
+        alone.adam.step()  # Adam's first step is the gradient's sign: its size, and clipping, do not matter
+        same = [(x - trained[name]).abs() < 1e-4 for name, x in alone.net.named_parameters() if name != "down"]
+        agreed.append(float(torch.cat([x.flatten() for x in same]).float().mean()))
+    assert agreed[0] > 0.97 and agreed[1] < 0.9
 
 
 def test_losses_as_a_picture(trained: Path) -> None:
