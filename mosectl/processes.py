@@ -22,7 +22,7 @@ def first() -> bool:
 
 
 def join() -> Any:
-    """accelerate's ``PartialState``, the processes connected: by gloo where there are only CPUs, which it does not see itself."""
+    """accelerate's ``PartialState``, the processes connected: by gloo on CPUs, which it does not see by itself."""
     import torch
     from accelerate import PartialState
 

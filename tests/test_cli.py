@@ -405,7 +405,7 @@ def test_statistics_under_accelerate_launch(world: World, tmp_path: Path) -> Non
     from safetensors.torch import load_file
 
     found, text = [], tmp_path / "text.txt"
-    text.write_text("".join(f"The capital of Brinmouth is in Lower Quill, {'and so on ' * (i % 7)}{i}.\n" for i in range(40)))
+    text.write_text("".join(f"Brinmouth lies near Lower Quill, {'and so on ' * (i % 7)}{i}.\n" for i in range(40)))
     for i, launch in enumerate(([], TWO_PROCESSES)):
         cache = tmp_path / f"cache{i}"
         asked = ["stats", "--model", str(world.model), "--layers", "1", "--corpus", str(text)]
