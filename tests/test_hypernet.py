@@ -227,6 +227,32 @@ def test_the_weight_of_locality_counts_and_is_not_told() -> None:
     assert torch.allclose(grads[2] - grads[0], 5 * (grads[1] - grads[0]), rtol=1e-2, atol=1e-5)
 
 
+def test_what_a_training_step_asks_of_the_edited_model() -> None:
+    run = _Training(loaded(), list(resolve(pico("llama")).projections)[:2], facts(6), facts(6), FEW, TEXT)
+    run.begin()
+    some = facts(3)
+    found = run.edited(some, learn=False)
+
+    def asked(pairs: list[tuple[str, str]]) -> Rows:
+        return Rows.of(run.model, run.loaded.tokenizer, pairs)
+
+    own = asked([(f.prompt, f.target_new) for f in some])
+    with torch.no_grad():
+        K, G = run._keys(own)
+        shifts = run.net.shifts(K, run.net(K, G))
+        with shifted(run.model, run.projections, shifts):
+            edit = nll(run.model, own).mean()
+            other = nll(run.model, asked([(f.rephrase_prompts[0], f.target_new) for f in some])).mean()
+    assert found.edit == pytest.approx(float(edit), rel=1e-4)
+    assert found.generalization == pytest.approx(float(other), rel=1e-4) and abs(float(edit - other)) > 1e-3
+    chance = train_editor.random.Random(0)
+    pairs = run._elsewhere(some, chance)
+    assert [p for p, _ in pairs[:3]] == ["A cello plays in the"] * 3 and len(pairs) == 4, (
+        "one text for every fourth fact"
+    )
+    assert any(pairs[3][0] in text and pairs[3][1] in text for text in TEXT.texts)
+
+
 def test_training_is_deterministic_and_leaves_the_model_alone(tmp_path: Path) -> None:
     given = loaded()
     before = {k: v.clone() for k, v in given.model.state_dict().items()}
@@ -428,6 +454,9 @@ def test_facts_stream_through_in_parts(trained: Path, monkeypatch: pytest.Monkey
         shift = editor.net.shifts(K, editor.net(K, G))[0]
     name = projections[0].name
     assert torch.allclose((whole[name] - W[name]).float(), shift, atol=1e-4 * float(shift.abs().max()))
+    turned = method("horse-isospectral").run(*asked)[name]
+    assert torch.allclose(torch.linalg.svdvals(turned), torch.linalg.svdvals(W[name]), rtol=1e-9)
+    assert (turned - whole[name]).norm() < (W[name] - whole[name]).norm()
 
 
 def _rows_of(contexts: Any) -> Rows:
