@@ -253,6 +253,32 @@ def test_what_a_training_step_asks_of_the_edited_model() -> None:
     assert any(pairs[3][0] in text and pairs[3][1] in text for text in TEXT.texts)
 
 
+def test_batches_and_what_is_held_out() -> None:
+    known, unseen = train_editor._split(facts(20), (), FEW)
+    assert len(unseen) == 2 and {f.prompt for f in (*known, *unseen)} == {f.prompt for f in facts(20)}
+    assert train_editor._split(known, unseen, FEW) == (known, unseen)
+    run = _Training(loaded(), list(resolve(pico("llama")).projections)[:1], known, unseen, FEW, TEXT)
+    rounds = [[f.prompt for n in range(6 * r, 6 * r + 6) for f in run._batch(n)] for r in range(2)]
+    assert all(len(set(r)) == 18 for r in rounds) and rounds[0] != rounds[1]
+
+
+def test_a_state_keeps_the_best_network_beside_the_last(tmp_path: Path) -> None:
+    def fresh() -> _Training:
+        run = _Training(loaded(), list(resolve(pico("llama")).projections)[:1], facts(), facts(3), FEW, TEXT)
+        run.begin()
+        return run
+
+    run = fresh()
+    run.advance()
+    run.save(tmp_path / "state")
+    again = fresh()
+    again.best = {k: v + 1 for k, v in again.best.items()}
+    again.load(tmp_path / "state")
+    assert all(torch.equal(v, run.best[k]) for k, v in again.best.items())
+    assert all(torch.equal(v, run.net.state_dict()[k]) for k, v in again.net.state_dict().items())
+    assert not torch.equal(again.best["up"], again.net.up)
+
+
 def test_training_is_deterministic_and_leaves_the_model_alone(tmp_path: Path) -> None:
     given = loaded()
     before = {k: v.clone() for k, v in given.model.state_dict().items()}
