@@ -33,7 +33,7 @@ from mosectl.errors import (
     UsageError,
 )
 from mosectl.facts import Fact, Probe, fact_from_dict, read_facts
-from mosectl.hypernet import Hypernet, Rows, keys_and_gradients, nll, orthogonal, ridge, shifted
+from mosectl.hypernet import START, Hypernet, Rows, keys_and_gradients, nll, orthogonal, ridge, shifted
 from mosectl.live import Loaded, load
 from mosectl.options import default_options
 from mosectl.patch import Patch
@@ -113,6 +113,26 @@ def test_horse_spreads_and_malmen_does_not() -> None:
             below = spread._one(i - 1, K[i - 1], G[i - 1])[1]
             assert torch.allclose((a[i] * below).sum(1), torch.zeros(6, dtype=torch.float64), atol=1e-9)
             assert float((b[i] * below).sum(1).abs().min()) > 1e-6
+
+
+def test_units_are_the_models_own() -> None:
+    made = Hypernet(2, 7, 5, rank=4, spread=False).double()
+    K, G = ([3 * random(50, n, seed=i) + 1 for i in (j, j + 2)] for j, n in ((0, 7), (4, 5)))
+    lengths = torch.tensor([2.0, 3.0], dtype=torch.float64)
+    made.fit(K, G, lengths)
+    with torch.no_grad():
+        moved = torch.stack([D.norm(dim=1).mean() for D in made(K, G)])
+    assert torch.allclose(moved, START * lengths), "an untrained network moves outputs by START of their length"
+    for i in range(2):
+        x = (torch.cat([K[i], G[i]], 1) - made.mean[i]) / made.std[i]
+        assert torch.allclose(x.mean(0), torch.zeros(12, dtype=torch.float64), atol=1e-6)
+        assert torch.allclose(x.std(0), torch.ones(12, dtype=torch.float64), atol=1e-6)
+        assert float(made.ridge[i].detach().exp()) == pytest.approx(float(K[i].square().sum(1).mean()))
+    with torch.no_grad():
+        D = made(K, G)[1]
+        x = (torch.cat([K[1], G[1]], 1) - made.mean[1]) / made.std[1]
+        strength = (K[1] * x[:, :7]).sum(1, keepdim=True)
+        assert torch.allclose(D, -made.unit[1] * strength * x[:, 7:]), "an untrained network is its own inputs"
 
 
 def test_gradients_through_the_closed_form() -> None:
