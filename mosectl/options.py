@@ -75,7 +75,7 @@ def options_from(settings: Sequence[str], **given: Any) -> EditOptions:
         if not lowest <= number <= highest:  # NaN too
             fix = "-1, 0 or 1: see docs/methods.md" if name == "aim" else "give a number that is not negative"
             raise UsageError(f"--set {setting}: out of range", fix=fix)
-        if name == "aim" and solver.kind == "fit":
+        if solver.kind == "fit" and name in {"aim", *known} - {"margin", "max_rows"}:  # all else is of the search
             raise UsageError(f"--set {setting}: '{solver.name}' has its own way to values", fix="leave it out")
         found[place][name] = number
     if given.get("form") not in (None, *FORMS):

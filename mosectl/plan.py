@@ -156,6 +156,9 @@ class _Work:
         d, p, n = self.projection.d, self.projection.p, len(self.layers)
         work = work_bytes(weights)
         one = token_bytes(d, p, itemsize) * (len(self.arch.projections) - min(self.layers))
+        if method(self.options.method).trained:  # sums of all edited layers, W before and after, one layer's solve
+            asked = self.facts * (self.row_tokens * one + 3 * logit_bytes(self.vocabulary))
+            return int(8 * n * (p * p + 3 * d * p) + max(min(work, asked), 8 * (p * p + 2 * d * p)))
         rows = min(self.options.targets.max_rows, self.rows * (self.options.batch_size or self.facts))
         gradients = BATCH_TOKENS * (one + logit_bytes(self.vocabulary))
         steps = rows * (self.tail_tokens * one + 3 * logit_bytes(self.vocabulary))

@@ -35,7 +35,7 @@ from mosectl.errors import (
 from mosectl.facts import Fact, Probe, fact_from_dict, read_facts
 from mosectl.hypernet import START, Hypernet, Rows, keys_and_gradients, nll, orthogonal, ridge, shifted
 from mosectl.live import Loaded, load
-from mosectl.options import default_options
+from mosectl.options import default_options, options_from
 from mosectl.patch import Patch
 from mosectl.solvers import method
 from mosectl.stats import Corpus, read_corpus
@@ -519,6 +519,10 @@ def test_editors_that_do_not_fit(trained: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises((UsageError, PatchError), match=message):
             edited(name, editor)
+    for setting in ("steps=3", "fisher=1", "aim=0"):
+        with pytest.raises(UsageError, match="own way to values"):
+            options_from([setting], method="horse")
+    assert options_from(["margin=2", "strength=2"], method="horse").targets.margin == 2
     with pytest.raises(UsageError, match="layers it was trained for"):
         edited("horse", trained, layers="1")
     options = replace(default_options("horse"), editor=str(trained))
