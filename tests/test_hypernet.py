@@ -40,7 +40,7 @@ from mosectl.patch import Patch
 from mosectl.solvers import method
 from mosectl.stats import Corpus, read_corpus
 from mosectl.targets import build_contexts
-from mosectl.train_editor import TrainOptions, _Training, train
+from mosectl.train_editor import MATRICES, SCALARS, TrainOptions, _Training, train
 
 TEXT = Corpus(
     "x", tuple(f"{CORPUS} number {i} of the towns lies near the sea and was born in the capital" for i in range(4))
@@ -231,6 +231,24 @@ def test_every_part_of_the_network_learns_from_the_first_step_on() -> None:
     for _ in range(2):
         run.advance()
     assert all(not torch.equal(v, before[k]) for k, v in run.net.named_parameters()), "down and scale from the second"
+
+
+def test_how_far_a_step_goes() -> None:
+    def after(steps: int, **how: Any) -> _Training:
+        run = _Training(
+            loaded(), list(resolve(pico("llama")).projections)[:2], facts(6), facts(6), replace(FEW, **how), TEXT
+        )
+        run.begin()
+        for _ in range(steps):
+            run.advance()
+        return run
+
+    run, began = after(1), after(0)
+    rates = {"shift": 1, "up": MATRICES, "bias": MATRICES, "rate": SCALARS, "ridge": SCALARS}
+    for name, share in rates.items():  # Adam's first step is its rate, wherever there is a gradient
+        moved = (dict(run.net.named_parameters())[name] - dict(began.net.named_parameters())[name]).abs().max()
+        assert float(moved.detach()) == pytest.approx(share * FEW.rate, rel=1e-2), name
+    assert not torch.equal(after(3).net.up, after(3, clip=1e-6).net.up), "gradients are clipped"
 
 
 def test_the_weight_of_locality_counts_and_is_not_told() -> None:
@@ -653,6 +671,8 @@ def test_a_bench_with_an_editor(trained: Path, tmp_path: Path) -> None:
     (tmp_path / "more" / "e.safetensors").write_bytes(trained.read_bytes())
     (tmp_path / "b.yaml").write_text(head + "  - {name: horse, editor: more/e.safetensors}\n")
     assert cells(read_bench(tmp_path / "b.yaml"))[0].key == horse.key, "what it holds counts, not where it is"
+    replace(Editor.load(trained), model="another").save(tmp_path / "more" / "e.safetensors")
+    assert cells(read_bench(tmp_path / "b.yaml"))[0].key != horse.key
     (tmp_path / "b.yaml").write_text(head + "  - {name: horse}\n")
     with pytest.raises(UsageError, match="needs a trained editor"):
         read_bench(tmp_path / "b.yaml")
