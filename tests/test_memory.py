@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from mosectl import memory, stats, targets
 from mosectl.arch import resolve
 from mosectl.facts import as_facts
 from mosectl.memory import FREE, LEAST, MOST, SHARE, fitting, free_bytes, halving, token_bytes, work_bytes
+from mosectl.options import default_options
+from mosectl.plan import estimate
 from mosectl.stats import Corpus, second_moments
 from mosectl.targets import TargetOptions, build_contexts, optimise_targets
 
@@ -134,3 +137,13 @@ def test_gradients_of_statistics_in_parts(monkeypatch: pytest.MonkeyPatch) -> No
     for name in whole.C:
         assert torch.allclose(parts.C[name], whole.C[name], rtol=1e-4, atol=1e-6)
         assert torch.allclose(parts.G[name], whole.G[name], rtol=1e-3, atol=1e-5 * float(whole.G[name].abs().max()))
+
+
+def test_the_plan_counts_the_host_on_a_cpu_only(tmp_path: Path) -> None:
+    """Layers so wide that what waits for the solve is most of it: C (p, p) float32 and two (d, p) float64 a layer."""
+    model = pico("llama", intermediate_size=4096)
+    model.save_pretrained(tmp_path)
+    facts, options = as_facts(FACTS[:1], "edit"), replace(default_options(), layers="0-2")
+    cpu, gpu = (estimate(tmp_path, facts, options, device="cpu", host=host).peak_bytes for host in (True, False))
+    d, p = 32, 4096
+    assert cpu - gpu >= 3 * (4 * p * p + 8 * d * p)

@@ -261,3 +261,12 @@ def test_no_residual_no_change(name: str) -> None:
 def test_unknown_method() -> None:
     with pytest.raises(UsageError, match=r"choose one of: .*mose"):
         method("rom")
+
+
+def test_what_must_keep_still_is_scaled_and_not_touched() -> None:
+    given = replace(problem(), keep=0.5)
+    before = given.C.clone()
+    found = given.kept(3.0)
+    assert torch.allclose(found, 1.5 * before)
+    found.zero_()
+    assert torch.equal(given.C, before)

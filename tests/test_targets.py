@@ -18,7 +18,16 @@ from mosectl.forward import hooked, keys_at
 from mosectl.run import _metric
 from mosectl.stats import read_corpus, second_moments
 from mosectl.suffix import Suffix
-from mosectl.targets import TargetOptions, Targets, build_contexts, optimise_targets, rows_of, token_nll
+from mosectl.targets import (
+    TargetOptions,
+    Targets,
+    _Optimiser,
+    build_contexts,
+    leads,
+    optimise_targets,
+    rows_of,
+    token_nll,
+)
 
 
 class Stage:
@@ -202,3 +211,50 @@ def test_a_metric_without_gradients_is_finite() -> None:
     assert bool(torch.isfinite(_metric(torch.zeros(4, 4, dtype=torch.float64))).all())
     G = torch.diag(torch.tensor([1.0, 3.0], dtype=torch.float64))
     assert torch.allclose(_metric(G), torch.diag(1 / torch.tensor([1.2, 3.2])))
+
+
+def test_nll_and_leads_of_answers_that_differ_in_length() -> None:
+    logits = torch.randn(4, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    logp = logits.log_softmax(-1)
+    targets = torch.tensor([[3, 5], [2, -1], [-1, -1]])
+    asked = torch.tensor(
+        [[True, True], [True, False], [True, False]]
+    )  # the last row's logits are asked, no token expected
+    wanted = [-(logp[0, 3] + logp[1, 5]) / 2, -logp[2, 2], 0.0]
+    assert token_nll(logp, targets, asked).tolist() == pytest.approx([float(x) for x in wanted])
+
+    def lead(row: int, token: int) -> float:
+        return float(logp[row, token] - max(x for i, x in enumerate(logp[row]) if i != token))
+
+    found = leads(logp, targets, asked).tolist()
+    assert found == pytest.approx([min(lead(0, 3), lead(1, 5)), lead(2, 2), float("inf")])
+
+
+def test_the_divergence_is_from_what_the_unedited_model_said_of_the_subject() -> None:
+    stage = Stage(layers=1)
+    c, p = stage.contexts, stage.ps[0]
+    made = _Optimiser(stage.model, stage.arch, [p], c, TargetOptions(sphere=0), None)
+    parts = made.suffix.alike(torch.arange(len(c.fact)))
+    assert made._forward(parts)[3].tolist() == pytest.approx([0.0, 0.0], abs=1e-6)
+    for i, delta in enumerate(made.deltas):
+        delta.data.copy_(torch.randn(delta.shape, generator=torch.Generator().manual_seed(i)))
+    kl = made._forward(parts)[3].detach()
+    for i, delta in enumerate(made.deltas):
+        (row,) = ((c.fact == i) & ~c.is_edit).nonzero().flatten().tolist()
+
+        def hook(_: Any, __: Any, out: Tensor, row: int = row, delta: Tensor = delta) -> Tensor:
+            out = out.clone()
+            y = out[0, c.subject[row]]
+            out[0, c.subject[row]] = y + y.norm() * delta.detach()[0]
+            return out
+
+        def said(row: int = row) -> Tensor:
+            logits = stage.model(**c.batch.rows(torch.tensor([row])).kwargs()).logits[0, c.positions[row, 0]]
+            return logits.double().log_softmax(-1)
+
+        with torch.no_grad():
+            before = said()
+            with hooked([stage.model.get_submodule(p.name).register_forward_hook(hook)]):
+                after = said()
+        assert float(kl[i]) == pytest.approx(float((before.exp() * (before - after)).sum()), rel=1e-3)
+        assert float(kl[i]) > 1e-3
