@@ -293,7 +293,9 @@ def test_what_a_training_step_asks_of_the_edited_model() -> None:
 
 def test_batches_and_what_is_held_out() -> None:
     known, unseen = train_editor._split(facts(20), (), FEW)
-    assert len(unseen) == 2 and {f.prompt for f in (*known, *unseen)} == {f.prompt for f in facts(20)}
+    assert (len(known), len(unseen)) == (18, 2) and {f.prompt for f in (*known, *unseen)} == {
+        f.prompt for f in facts(20)
+    }
     assert train_editor._split(known, unseen, FEW) == (known, unseen)
     run = _Training(loaded(), list(resolve(pico("llama")).projections)[:1], known, unseen, FEW, TEXT)
     rounds = [[f.prompt for n in range(6 * r, 6 * r + 6) for f in run._batch(n)] for r in range(2)]
