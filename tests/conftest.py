@@ -114,3 +114,15 @@ def shared() -> Path:
     if not (folder / "models").is_dir():
         pytest.skip("no ../shared: real models and data are not part of the project")
     return folder
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short training's editor."""
+    from small_editors import FEW, TEXT, facts, loaded
+
+    from mosectl.train_editor import train
+
+    path = tmp_path_factory.mktemp("editor") / "horse.safetensors"
+    train(loaded(), facts(), FEW, TEXT).save(path)
+    return path

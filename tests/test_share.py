@@ -93,13 +93,9 @@ def test_what_is_pushed_exports_to_the_same_logits(world: World) -> None:
     assert torch.allclose(served, applied, atol=1e-5)
 
 
-def test_an_editor_there_and_back(world: World) -> None:
-    from test_hypernet import FEW, TEXT, facts, loaded
-
-    from mosectl.train_editor import train
-
+def test_an_editor_there_and_back(world: World, trained: Path) -> None:
     path = world.folder / "mine.safetensors"
-    train(loaded(), facts(), FEW, TEXT).save(path)
+    path.write_bytes(trained.read_bytes())
     shown = world.run("push", path, "me/editor", "--dry-run")
     assert "--method horse --editor hf://me/editor" in shown.stdout and "editor" in shown.stderr
     assert world.run("push", path, "me/editor").returncode == 0

@@ -1,0 +1,72 @@
+"""The file of a trained editor."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file, save_file
+
+from mosectl.editor_file import KEY, Editor
+from mosectl.errors import (
+    PatchError,
+)
+
+
+def test_an_editor_file_comes_back_whole(trained: Path, tmp_path: Path) -> None:
+    editor = Editor.load(trained)
+    assert editor.method == "horse" and editor.modules == ("model.layers.2.mlp.down_proj",) and editor.net.spread
+    editor.save(tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == trained.read_bytes()
+
+
+def test_spoilt_editor_files_are_refused(trained: Path, tmp_path: Path) -> None:
+    tensors = load_file(trained)
+    record = _record(trained)
+
+    def spoilt(what: dict[str, Any] | None = None, **changed: Any) -> Path:
+        save_file({**tensors, **(what or {})}, tmp_path / "e", {KEY: json.dumps({**record, **changed})})
+        return tmp_path / "e"
+
+    for path, message in (
+        (tmp_path / "nowhere", "no such editor"),
+        (ROOT / "patches" / "demo.safetensors", "not an editor file"),
+        (spoilt(format=2), "unknown editor format"),
+    ):
+        with pytest.raises(PatchError, match=message):
+            Editor.load(path)
+    for changed, message in (
+        ({"method": "rome"}, "not known"),
+        ({"facts": 3}, "wrong type"),
+        ({"more": 1}, "unknown"),
+        ({"modules": []}, "do not match"),
+        ({"options": {**record["options"], "rank": 9}}, "F32 tensor"),
+        ({"options": {**record["options"], "rank": 10**9}}, "out of range"),
+        ({"options": {}}, "damaged"),
+        ({"base": {"model.layers.2.mlp.down_proj": {"shape": [1, 2]}}}, "damaged"),
+        ({"model": "another"}, "not what its id says"),
+    ):
+        with pytest.raises(PatchError, match=message):
+            Editor.load(spoilt(**changed))
+    for name, value, message in (
+        ("up", tensors["up"] * torch.nan, "NaN"),
+        ("up", tensors["up"] + 1e-3, "not what its id says"),
+        ("up", tensors["up"].half(), "F32"),
+        ("other", torch.zeros(1), "unknown tensor"),
+    ):
+        with pytest.raises(PatchError, match=message):
+            Editor.load(spoilt({name: value}))
+    (tmp_path / "cut").write_bytes(trained.read_bytes()[:-7])
+    with pytest.raises(PatchError, match="damaged"):
+        Editor.load(tmp_path / "cut")
+
+
+def _record(path: Path) -> dict[str, Any]:
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()[KEY])
