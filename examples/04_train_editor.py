@@ -1,6 +1,6 @@
 """Train a small HORSE editor for the demo model on its own world's facts, then edit 200 others with it at once.
 
-    python examples/04_train_editor.py                            # under ten minutes; what to expect: docs/methods.md
+    python examples/04_train_editor.py                            # five minutes or so; what to expect: docs/methods.md
     python examples/04_train_editor.py --steps 20 --edit 40       # a look at it, a minute: too short to reach much
 
 Writes train.jsonl, test.jsonl, editor.safetensors and patch.safetensors to --out (default: horse-demo).
@@ -70,7 +70,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--locality", type=float, default=TrainOptions.locality)
     parser.add_argument("--edit", type=int, default=200, help="facts to edit")
     parser.add_argument("--out", type=Path, default=Path("horse-demo"))
-    return parser.parse_args()
+    args = parser.parse_args()
+    if not 1 <= args.edit <= 600 or args.steps < 1:
+        parser.error("--edit takes 1 to 600 of the world's facts, the others are trained on; --steps at least 1")
+    return args
 
 
 def _tell(h: dict[str, float]) -> None:

@@ -278,9 +278,12 @@ def _method(table: _Table, path: Path, top: _Table, corpus: str | None) -> Bench
         options = options_from(
             ["guard=0", *settings], method=name, rounds=rounds, layers=layers, corpus=corpus, editor=editor
         )
-        trained = trained_editor(options)
     except MosectlError as e:
         raise table.bad(e.what, e.fix, "set" if e.what.startswith("--set") else "name") from e
+    try:
+        trained = trained_editor(options)
+    except MosectlError as e:
+        raise table.bad(f"{e.where}: {e.what}" if e.where else e.what, e.fix, "editor") from e
     if rounds == 0:
         raise table.bad("0 is too few", "give at least one round", "rounds")
     given = ", ".join([*settings, *([f"rounds={rounds}"] if rounds else [])])

@@ -22,6 +22,7 @@ from mosectl.intervals import over_seeds, paired_lead
 
 PROTOCOL = "protocol generation: greedy answers, asked after all edits"
 SHARES = ("reliability", "generalization", "locality")
+PROPER = ("layers", "wordings", "targets", "solve", "guard", "check")  # phases of the edit proper
 COLOURS = ("#4c78a8", "#e45756", "#54a24b", "#f58518", "#b279a2", "#72b7b2", "#9d755d", "#d67195", "#79706e", "#bab0ac")
 DASHES = ("", "6 3", "2 3")  # for more methods than colours
 _NAME_SPACE = 'xmlns="http://www.w3.org/2000/svg" '
@@ -60,7 +61,7 @@ def tables(wanted: Sequence[Cell], found: Mapping[str, Record]) -> list[Grid]:
         columns = (*(f">{n}" for n in SHARES), ">on unseen wordings", ">harmonic mean", ">behind the first", "note")
         out.append(Grid(f"{run}: what they reached ({PROTOCOL})", (*head, *columns), tuple(reached)))
         columns = (">text loss before", ">after", ">perplexity before", ">after", ">other facts kept")
-        columns += (">‖W‖ drift", ">κ(W) drift", ">largest σ drift", ">seconds", "note")
+        columns += (">‖W‖ drift", ">κ(W) drift", ">largest σ drift", ">seconds", ">edits/s", "note")
         out.append(Grid(f"{run}: what they cost", (*head, *columns), tuple(cost)))
     return out
 
@@ -115,7 +116,14 @@ def _cost(records: Sequence[Record]) -> list[str]:
     out.append(_summary([r["kept"] for r in records], _percent))
     for name in ("norm", "condition", "spectrum"):
         out.append(_summary([{"value": r["drift"][name]} for r in records], "{:.1e}".format))
-    return [*out, _summary([{"value": r["seconds"]["all"]} for r in records], "{:.1f}".format)]
+    out.append(_summary([{"value": r["seconds"]["all"]} for r in records], "{:.1f}".format))
+    return [*out, _summary([{"value": pace} for r in records if (pace := _pace(r))], "{:.2g}".format)]
+
+
+def _pace(record: Record) -> float | None:
+    """Facts a second of the edit proper: no loading, no statistics, nothing asked."""
+    took = sum(record["seconds"].get(phase, 0.0) for phase in PROPER)
+    return record["edits"] / took if took else None
 
 
 def _percent(share: float) -> str:

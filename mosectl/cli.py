@@ -1,7 +1,7 @@
 """The command line: parse, one library call, render. Nothing heavy is imported until a command runs.
 
-Exit codes: 0 done · 1 bug · 2 usage · 3 facts file · 4 model · 5 patch · 6 wrong base · 7 output · 8 nothing changed ·
-9 Hub · 10 below --fail-under · 11 stopped early · 12 patches conflict · 130 Ctrl-C · 141 closed pipe.
+Exit codes: 0 done · 1 bug · 2 usage · 3 facts file · 4 model · 5 patch · 6 wrong base · 7 output · 8 nothing changed, or
+harm refused · 9 Hub · 10 below --fail-under · 11 stopped early · 12 patches conflict · 130 Ctrl-C · 141 closed pipe.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from mosectl.errors import FactsError, MosectlError, Notice, OutputError, Stoppe
 app = typer.Typer(
     name="mosectl",
     help="Edit facts in open language models with orthogonal, portable, revertible patches.",
-    epilog="Exit codes: 0 done, 1 bug, 2 usage, 3 facts file, 4 model, 5 patch, 6 wrong base, 7 output, 8 nothing changed, "
-    "9 Hub, 10 below --fail-under, 11 stopped early, 12 patches conflict, 130 Ctrl-C, 141 closed pipe.",
+    epilog="Exit codes: 0 done, 1 bug, 2 usage, 3 facts file, 4 model, 5 patch, 6 wrong base, 7 output, "
+    "8 nothing changed, or harm refused, 9 Hub, 10 below --fail-under, 11 stopped early, 12 patches conflict, 130 Ctrl-C, "
+    "141 closed pipe.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
@@ -218,9 +219,10 @@ def edit(
     else:
         views.edit(result, out, model)
     if result.stopped:
-        from mosectl.guard import REMEDY
+        from mosectl.guard import remedy
 
-        raise StoppedEarly(f"stopped early: {result.stopped}", where=str(out), fix=REMEDY)
+        fix = remedy(options.editor is not None)
+        raise StoppedEarly(f"stopped early: {result.stopped}", where=str(out), fix=fix)
 
 
 @app.command()
@@ -247,6 +249,8 @@ def inspect(
     from mosectl.inspection import inspect as look
 
     if is_editor(patch):
+        if model is not None:
+            raise UsageError("--model: an editor has no effect of its own", fix="leave it out; edit checks the model")
         editor = Editor.load(patch)
         report.data({**editor.record, "id": editor.id}) if as_json else views.trained(editor)
         return

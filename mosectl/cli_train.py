@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mosectl.cli import Corpus, Device, Dtype, Json, Limit, Model, OnError, Revision, app, named, writable
-from mosectl.errors import OutputError
+from mosectl.errors import EditFailed, OutputError
 
 
 @app.command("train-editor")
@@ -71,6 +71,10 @@ def train_editor(
     )  # fmt: skip
     check(options, checked.facts, unseen)
     first = processes.first()
+    if resume and first:
+        report.hint(
+            f"goes on with {state}" if state.exists() else f"no {state} to go on with: starts from the beginning"
+        )
     try:
         with report.progress(quiet=not first) as on_step:
             loaded = load(model, revision=revision, device=processes.process_device(device), dtype=dtype)
@@ -78,6 +82,9 @@ def train_editor(
                 loaded, checked.facts, options, texts, validation=unseen, state=state, resume=resume,
                 on_step=named("training", on_step), on_validation=views.validated if first else None,
             )  # fmt: skip
+    except EditFailed:
+        state.unlink(missing_ok=True)  # the rate has to be another, and it would stand in that training's way
+        raise
     except KeyboardInterrupt:
         if state.exists():
             report.hint(f"{state} holds the training up to its last validation: give --resume to go on")
@@ -91,6 +98,7 @@ def train_editor(
 
         write_bytes(plot, png_training(editor.history))
     if as_json:
-        report.data({"editor": str(out), "id": editor.id, "modules": editor.modules, "history": editor.history})
+        record = {k: v for k, v in editor.record.items() if k != "base"}  # samples of weights: in the file
+        report.data({"editor": str(out), "id": editor.id, **record})
     else:
         views.trained(editor, out, model)

@@ -121,7 +121,7 @@ def edit(
             projections, scores = _choose(loaded, turned, checked, options, trained)
         with clock("statistics") as step:
             moments = Moments({}, {}, 0, False, math.inf)
-            if solver.needs_moments:
+            if solver.needs_moments and (not solver.trained or options.form == "compact"):
                 moments = second_moments(loaded.model, loaded.tokenizer, projections, corpus, on_step=step)
         with clock("ask before") as step:
             before = interview(loaded.model, loaded.tokenizer, checked, chat=options.chat, on_step=step)
@@ -139,7 +139,7 @@ def edit(
     results = _results(checked, before, after, losses, wordings)
     remedy = "more --rounds or other --layers"
     if trained:
-        remedy = "an editor trained longer or on more facts, or --set strength=1.5"
+        remedy = "an editor trained longer, or on more facts,"
     if refuse:
         _refuse_failure(results, remedy)
     with clock("check"):

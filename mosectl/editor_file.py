@@ -19,10 +19,12 @@ from mosectl.errors import BaseMismatch, Notice, PatchError
 from mosectl.files import write_tensors
 from mosectl.fingerprint import fingerprint, match
 from mosectl.hypernet import METHODS, Hypernet
+from mosectl.patch import KEY as PATCH
 from mosectl.patch import BaseTensor, canonical, content_id
 
 FORMAT = 1
 KEY = "mosectl-editor"
+HEADER = 100_000_000  # bytes that a safetensors header has at most
 _FIX = "give a file made by mosectl train-editor"
 
 
@@ -77,9 +79,13 @@ class Editor:
                 record = json.loads((file.metadata() or {})[KEY])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except FileNotFoundError as e:
-            raise PatchError("no such editor file", where=str(path), fix="check the path") from e
+            fix = "check the path, or make one: mosectl train-editor FACTS --method … --model MODEL -o FILE"
+            raise PatchError("no such editor file", where=str(path), fix=fix) from e
         except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as e:
-            raise PatchError("not an editor file, or damaged", where=str(path), fix=_FIX) from e
+            found = _metadata(path)
+            what = "a patch, not a trained editor" if PATCH in found else "not an editor file"
+            what = "cut short or damaged" if KEY in found else what
+            raise PatchError(what, where=str(path), fix=_FIX) from e
         try:
             return _checked(record, tensors)
         except PatchError as e:
@@ -108,12 +114,19 @@ class Editor:
 
 
 def is_editor(path: str | Path) -> bool:
-    """Does the file say that it is an editor?"""
+    """Does the file say that it is an editor? One that is cut short does too."""
+    return KEY in _metadata(Path(path))
+
+
+def _metadata(path: Path) -> dict[str, Any]:
+    """The metadata of a safetensors file from its header alone; empty where it has none."""
     try:
-        with safe_open(path, "pt") as file:
-            return KEY in (file.metadata() or {})
-    except (OSError, SafetensorError):
-        return False
+        with path.open("rb") as file:
+            size = min(int.from_bytes(file.read(8), "little"), HEADER)
+            found = json.loads(file.read(size)).get("__metadata__")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _checked(record: dict[str, Any], tensors: Mapping[str, Tensor]) -> Editor:

@@ -18,7 +18,6 @@ from mosectl.scoring import sequence_nll
 CANARIES = 24
 CANARY_TOKENS = 64
 NORM_LIMIT = 1.0  # ‖W‖ may grow or shrink by this share of the base's
-REMEDY = "try a larger --set preserve=…, fewer facts at once (--batch-size), or --set guard=0 to go on"
 CONDITION_LIMIT = 10.0  # κ(W) may become this many times the base's
 
 
@@ -46,6 +45,12 @@ def health(model: nn.Module, pieces: Sequence[Sequence[int]], weights: Mapping[s
     if not pieces:
         return Health(0.0, norm, condition)
     return Health(sum(sequence_nll(model, pieces)) / sum(len(ids) - 1 for ids in pieces), norm, condition)
+
+
+def remedy(trained: bool) -> str:
+    """What to try where the guard has stepped in; ``trained``: by a method with a trained editor."""
+    own = "a smaller --set strength=…" if trained else "a larger --set preserve=…, fewer facts at once (--batch-size)"
+    return f"try {own}, or --set guard=0 to go on"
 
 
 def harm(base: Health, now: Health, limit: float) -> str:

@@ -58,6 +58,7 @@ def options_from(settings: Sequence[str], **given: Any) -> EditOptions:
     solver = method(given.get("method") or EditOptions.method)
     known = {f.name: f.type for f in fields(TargetOptions)}
     own = {f.name: f.type for f in fields(EditOptions) if f.type in ("int", "float") and f.name not in _FLAGS}
+    searching = {"aim", *known} - {"margin", "max_rows"} if solver.kind == "fit" else set()  # a fit has no such search
     found: dict[str, dict[str, Any]] = {"solver": {}, "targets": {}, "edit": {}}
     for setting in settings:
         name, _, text = setting.partition("=")
@@ -69,13 +70,13 @@ def options_from(settings: Sequence[str], **given: Any) -> EditOptions:
             raise UsageError(f"--set {setting}: {what}", fix=f"write --set name={'3' if whole else '0.5'}") from None
         place = "solver" if name in solver.defaults else "targets" if name in known else "edit" if name in own else None
         if place is None:
-            names = ", ".join((*solver.defaults, *known, *own))
+            names = ", ".join(n for n in (*solver.defaults, *known, *own) if n not in searching)
             raise UsageError(f"--set {setting}: method '{solver.name}' has no such setting", fix=f"it has: {names}")
         lowest, highest = (-1, 1) if name == "aim" else (0, float("inf"))
         if not lowest <= number <= highest:  # NaN too
             fix = "-1, 0 or 1: see docs/methods.md" if name == "aim" else "give a number that is not negative"
             raise UsageError(f"--set {setting}: out of range", fix=fix)
-        if solver.kind == "fit" and name in {"aim", *known} - {"margin", "max_rows"}:  # all else is of the search
+        if name in searching:
             raise UsageError(f"--set {setting}: '{solver.name}' has its own way to values", fix="leave it out")
         found[place][name] = number
     if given.get("form") not in (None, *FORMS):

@@ -90,6 +90,10 @@ def estimate(
     if editor := trained_editor(options):
         layers = tuple(p.layer for p in arch.projections if p.name in editor.modules)
     side = patch_side(solver, [p for p in arch.projections if p.layer in layers])
+    form, written = options.form, len(facts)
+    if solver.trained:  # it writes at each of an answer's tokens, and is dense unless told otherwise (run.finish)
+        form = "dense" if form == "auto" else form
+        written = round(sum(1 + 1.4 * len(f.target_new.split()) for f in facts))
     work = _Work(bones, arch, layers, facts, options)
     model_bytes = work.parameters * kind.itemsize
     return Estimate(
@@ -103,7 +107,7 @@ def estimate(
         model_bytes=model_bytes,
         peak_bytes=model_bytes
         + work.extra_bytes(kind.itemsize, model_bytes, host=device == "cpu" if host is None else host),
-        patch_bytes=sum(_patch_bytes(p, side, options.form, len(facts)) for p in arch.projections if p.layer in layers),
+        patch_bytes=sum(_patch_bytes(p, side, form, written) for p in arch.projections if p.layer in layers),
         seconds=work.seconds(device, kind, model_bytes),
     )
 
@@ -115,14 +119,14 @@ RANK = {
 }  # of a compact rotation, times √facts: seen on the demo model (docs/LOG.md)
 
 
-def _patch_bytes(p: Projection, side: str, form: str, facts: int) -> int:
-    """Bytes of one layer's factors in a patch: an estimate of the compact form's rank, where that is smaller than dense."""
+def _patch_bytes(p: Projection, side: str, form: str, written: int) -> int:
+    """Bytes of one layer's factors in a patch that writes ``written`` outputs; a compact form's rank is an estimate."""
     if side == "additive":
-        return 4 * min(facts, p.d) * (p.d + p.p)  # the rank is at most the number of facts, and d
+        return 4 * min(written, p.d) * (p.d + p.p)
     total = 0
     for name in SIDES[side]:
         n = {"R": p.d, "R_in": p.p}[name]
-        rank = min(round(RANK[side] * facts**0.5), n)
+        rank = min(round(RANK[side] * written**0.5), n)
         total += 4 * (n * n if form == "dense" else min(rank * (n + rank), n * n))
     return total
 

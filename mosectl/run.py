@@ -18,7 +18,7 @@ from mosectl.editor_file import Editor
 from mosectl.errors import EditFailed
 from mosectl.facts import Fact
 from mosectl.forward import hidden_at, keys_at
-from mosectl.guard import REMEDY, Health, harm, health
+from mosectl.guard import Health, harm, health, remedy
 from mosectl.live import Loaded, set_weight, solve_device, weight_of
 from mosectl.mixture import patch_side
 from mosectl.options import EditOptions
@@ -161,7 +161,7 @@ class Run:
                 for p in self.projections:
                     self.set_weight(p, before[p.name])
                 if not losses:
-                    raise EditFailed(f"the edit harms the model: {what}", fix=REMEDY)
+                    raise EditFailed(f"the edit harms the model: {what}", fix=remedy(bool(self.solver.trained)))
                 last = len(losses)
                 self.stopped = (
                     f"facts {start + 1}-{start + len(batch)} were taken back: {what}; the first {last} are kept"

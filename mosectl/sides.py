@@ -122,7 +122,8 @@ def _of_model(what: Any, base: Any, how: How, ask: Ask[T]) -> tuple[Subject, T |
 
 
 def _subject(kind: str, name: str, base: str | None, patches: list[Patch]) -> Subject:
-    corpora = [p.options.get("corpus") for p in patches]
+    # A trained editor's edit reads no statistics.
+    corpora = [p.options.get("corpus") for p in patches if not p.options.get("editor")]
     return Subject(
         kind=kind,
         name=name,

@@ -182,6 +182,7 @@ class _Training:
         self.loaded, self.model, self.projections = loaded, loaded.model, projections
         self.arch = resolve(loaded.model)
         self.facts, self.validation, self.options = facts, validation, options
+        self.corpus = corpus.name
         self.texts = [words for t in corpus.texts if len(words := t.split()) >= 2 * WORDS]
         self.rank, self.world = processes.rank(), processes.world()
         if self.world > 1:
@@ -355,7 +356,7 @@ class _Training:
             model=checkpoint.model if checkpoint else type(self.model).__name__,
             revision=checkpoint.revision if checkpoint else None,
             model_type=self.arch.model_type,
-            options={**asdict(self.options), **sizes},
+            options={**asdict(self.options), **sizes, "corpus": self.corpus},
             history=[{k: float(f"{v:.6g}") for k, v in h.items()} for h in self.history],
             facts=_digest([asdict(f) for f in self.facts]),
         )

@@ -69,7 +69,8 @@ def edit(result: EditResult, path: Path | None, model: str) -> None:
     _wordings(result.facts)
     missed = sum(r.status in ("not reached", "not finite") for r in result.facts)
     if missed:
-        warn(f"{missed} of {len(result.facts)} facts were not reached", f": {result.remedy} may help")
+        edited = sum(r.status != "not edited" for r in result.facts)
+        warn(f"{missed} of {edited} edited facts were not reached", f": {result.remedy} may help")
     if path:
         line(f"patch {result.patch.id[:12]} → {path} ({size(path.stat().st_size)})")
         hint(f"next: mosectl inspect {path}   |   mosectl apply {path} --model {model} -o edited/")
@@ -382,6 +383,9 @@ def trained(editor: Editor, out: Path | None = None, model: str = "MODEL") -> No
     table(f"{editor.method} on {len(editor.modules)} layers of {editor.model}, nats", names, rows)
     best = min(editor.history, key=lambda h: h["validation"])
     o = editor.options
+    line(f"layers: {', '.join(editor.modules)}")
+    told = ("rank", "blocks", "rate", "locality", "steps", "corpus", "seed")
+    line("settings: " + ", ".join(f"{k}={o[k]}" for k in told if k in o))
     line(f"trained on {o['facts']} facts, validated on {o['validated_on']} others, up to {o['batch_size']} at once")
     line(f"kept: step {best['step']:.0f}; editor {editor.id[:12]}" + (f" → {out}" if out else ""))
     if not best["step"]:

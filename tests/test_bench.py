@@ -271,7 +271,13 @@ def test_numbers_that_are_not_finite(world: World) -> None:
     share = {"value": 0.5, "low": 0.25, "high": 0.75, "units": 4}
     record = jsonable(
         {
-            **{"key": wanted[0].key, "status": "done", "reason": "", "stopped": "", "seconds": {"all": 1.0}},
+            **{
+                "key": wanted[0].key,
+                "status": "done",
+                "reason": "",
+                "stopped": "",
+                "seconds": {"all": 9.0, "solve": 0.5},
+            },
             **{"scores": {"reliability": share, "generalization": None, "locality": share}, "harmonic": 0.5},
             **{"kept": None, "drift": {"norm": float("inf"), "condition": 2.0, "spectrum": 1.0}, "label": "x"},
             **{k: {"before": share, "after": nothing} for k in ("text_loss", "perplexity")},
@@ -287,6 +293,7 @@ def test_numbers_that_are_not_finite(world: World) -> None:
     reached, cost = tables(wanted, {wanted[0].key: record})
     assert reached.rows[0][3:9] == ("50.0 (25.0–75.0)", "–", "50.0 (25.0–75.0)", "–", "50.0", "–")
     assert cost.rows[0][3:9] == ("0.500", "not finite", "0.500", "not finite", "–", "not finite")
+    assert cost.rows[0][-3:-1] == ("9.0", "4"), "2 facts in the half second of the edit proper"
     for draw in (svg_norms, svg_abilities):
         assert "(log)" in draw([record]) and "nan" not in draw([record]) and "inf" not in draw([record])
         ET.fromstring(draw([]))

@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
-from mosectl.editor_file import KEY, Editor
+from mosectl.editor_file import KEY, Editor, is_editor
 from mosectl.errors import (
     PatchError,
 )
@@ -34,7 +34,8 @@ def test_spoilt_editor_files_are_refused(trained: Path, tmp_path: Path) -> None:
 
     for path, message in (
         (tmp_path / "nowhere", "no such editor"),
-        (ROOT / "patches" / "demo.safetensors", "not an editor file"),
+        (ROOT / "patches" / "demo.safetensors", "a patch, not a trained editor"),
+        (ROOT / "README.md", "not an editor file"),
         (spoilt(format=2), "unknown editor format"),
     ):
         with pytest.raises(PatchError, match=message):
@@ -61,8 +62,9 @@ def test_spoilt_editor_files_are_refused(trained: Path, tmp_path: Path) -> None:
         with pytest.raises(PatchError, match=message):
             Editor.load(spoilt({name: value}))
     (tmp_path / "cut").write_bytes(trained.read_bytes()[:-7])
-    with pytest.raises(PatchError, match="damaged"):
+    with pytest.raises(PatchError, match="cut short or damaged"):
         Editor.load(tmp_path / "cut")
+    assert is_editor(tmp_path / "cut") and is_editor(trained) and not is_editor(ROOT / "patches" / "demo.safetensors")
 
 
 def _record(path: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from mosectl.arch import resolve
 from mosectl.editor_file import Editor
 from mosectl.errors import (
     BaseMismatch,
+    EditFailed,
     Notice,
     PatchError,
     UsageError,
@@ -188,7 +189,9 @@ def test_edits_with_an_editor(trained: Path, tmp_path: Path) -> None:
 def test_the_isospectral_variant_keeps_the_spectrum(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mosectl.run.Run._compact", lambda _: pytest.fail("minutes of a search that finds nothing"))
     result = edited("horse-isospectral", trained)
-    assert result.patch.side == "both"
+    assert result.patch.side == "both" and result.corpus_tokens == 0, (
+        "no statistics for a compact form that is not sought"
+    )
     assert all(max(s.norm_drift, s.spectrum_drift) < 1e-5 for s in result.stability)
     plain = edited("horse", trained)
     assert max(s.spectrum_drift for s in plain.stability) > 1e-4
@@ -234,6 +237,13 @@ def test_editors_that_do_not_fit(trained: Path, tmp_path: Path) -> None:
     for setting in ("steps=3", "fisher=1", "aim=0"):
         with pytest.raises(UsageError, match="own way to values"):
             options_from([setting], method="horse")
+    with pytest.raises(UsageError, match="no such setting") as refused:
+        options_from(["preserve=2"], method="horse")
+    assert "strength" in str(refused.value.fix) and "steps" not in str(refused.value.fix)
+    with pytest.raises(EditFailed, match="harms the model") as harmed:
+        strong = replace(default_options("horse"), editor=str(trained), solver={"strength": 1000.0})
+        mosectl.edit(facts(2), pico("llama"), make_tokenizer(), options=strong, refuse=False)
+    assert "strength" in str(harmed.value.fix) and "preserve" not in str(harmed.value.fix)
     assert options_from(["margin=2", "strength=2"], method="horse").targets.margin == 2
     with pytest.raises(UsageError, match="layers it was trained for"):
         edited("horse", trained, layers="1")
@@ -266,5 +276,5 @@ def test_a_bench_with_an_editor(trained: Path, tmp_path: Path) -> None:
     replace(Editor.load(trained), model="another").save(tmp_path / "more" / "e.safetensors")
     assert cells(read_bench(tmp_path / "b.yaml"))[0].key != horse.key
     (tmp_path / "b.yaml").write_text(head + "  - {name: horse}\n")
-    with pytest.raises(UsageError, match="needs a trained editor"):
+    with pytest.raises(UsageError, match=r"methods\[0\].*editor.*needs a trained editor"):
         read_bench(tmp_path / "b.yaml")

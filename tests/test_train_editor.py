@@ -264,7 +264,13 @@ def test_train_editor_and_edit_from_the_command_line(tmp_path: Path, capsys: pyt
     assert plan["layers"] == [2] and not plan["auto"] and "statistics" not in plan["seconds"]
     assert run(*asked[:-2], "--method", "rome", "--overwrite") == 2
     capsys.readouterr()
-    assert run("inspect", out) == 0 and "kept: step" in capsys.readouterr().out
+    assert run("inspect", out) == 0
+    shown = capsys.readouterr().out
+    assert "kept: step" in shown and "model.layers.2.mlp.down_proj" in shown and "corpus=embedded" in shown
+    assert run("inspect", out, "--model", model) == 2 and "leave it out" in capsys.readouterr().err
+    failed = tmp_path / "failed.safetensors"
+    assert run(*asked[:4], "-o", failed, *small, "--rate", 1e9) == 8 and not list(tmp_path.glob("failed*"))
+    capsys.readouterr()
     assert run("inspect", out, "--json") == 0 and json.loads(capsys.readouterr().out)["method"] == "horse"
 
 
@@ -324,3 +330,4 @@ def test_an_interrupted_training_is_kept(tmp_path: Path, monkeypatch: pytest.Mon
     assert run(*asked, "--batch-size", 3, "-o", out) == 7 and "interrupted training" in capsys.readouterr().err
     assert run(*asked, "--batch-size", 3, "-o", out, "--resume") == 0
     assert out.read_bytes() == (tmp_path / "whole").read_bytes() and not state.exists()
+    assert f"goes on with {state}" in capsys.readouterr().err
