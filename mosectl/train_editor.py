@@ -182,7 +182,7 @@ class _Training:
         self.loaded, self.model, self.projections = loaded, loaded.model, projections
         self.arch = resolve(loaded.model)
         self.facts, self.validation, self.options = facts, validation, options
-        self.corpus = corpus.name
+        self.corpus = corpus
         self.texts = [words for t in corpus.texts if len(words := t.split()) >= 2 * WORDS]
         self.rank, self.world = processes.rank(), processes.world()
         if self.world > 1:
@@ -356,7 +356,7 @@ class _Training:
             model=checkpoint.model if checkpoint else type(self.model).__name__,
             revision=checkpoint.revision if checkpoint else None,
             model_type=self.arch.model_type,
-            options={**asdict(self.options), **sizes, "corpus": self.corpus},
+            options={**asdict(self.options), **sizes, "corpus": self.corpus.name},
             history=[{k: float(f"{v:.6g}") for k, v in h.items()} for h in self.history],
             facts=_digest([asdict(f) for f in self.facts]),
         )
@@ -366,7 +366,8 @@ class _Training:
     def _belongs(self) -> str:
         weights = base_of(self.projections, {p.name: weight_of(self.model, p) for p in self.projections})
         how = {k: v for k, v in asdict(self.options).items() if k not in ("steps", "patience")}  # these may be raised
-        return _digest([how, weights, [asdict(f) for f in (*self.facts, *self.validation)], self.world])
+        facts = [asdict(f) for f in (*self.facts, *self.validation)]
+        return _digest([how, weights, facts, self.corpus.sha256, self.world])
 
     def _names(self) -> list[str]:
         """The network's parameters as the optimiser numbers them."""
@@ -395,7 +396,7 @@ class _Training:
                 record = json.loads((file.metadata() or {})[STATE])
                 tensors = {k: file.get_tensor(k).clone() for k in file.keys()}  # noqa: SIM118
             if record["belongs"] != self._belongs():
-                what = "the interrupted training was one with other facts, options or weights"
+                what = "the interrupted training was one with other facts, options or weights, or another corpus"
                 raise OutputError(what, where=str(path), fix=f"run it as then, or {again}")
             self.net.load_state_dict({k[4:]: v for k, v in tensors.items() if k.startswith("net.")})
             self.best = {k[5:]: v.to(self.net.mean.device) for k, v in tensors.items() if k.startswith("best.")}

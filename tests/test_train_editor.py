@@ -184,6 +184,8 @@ def test_training_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
     assert again.id == whole.id
     with pytest.raises(OutputError, match="other facts, options or weights"):
         train(loaded(), facts(8), FEW, TEXT, state=state, resume=True)
+    with pytest.raises(OutputError, match="other facts, options or weights"):
+        train(loaded(), facts(), FEW, replace(TEXT, texts=TEXT.texts[1:]), state=state, resume=True)
     state.write_bytes(state.read_bytes()[:200])
     with pytest.raises(OutputError, match="damaged"):
         train(loaded(), facts(), FEW, TEXT, state=state, resume=True)
