@@ -388,6 +388,8 @@ def trained(editor: Editor, out: Path | None = None, model: str = "MODEL") -> No
     line("settings: " + ", ".join(f"{k}={o[k]}" for k in told if k in o))
     line(f"trained on {o['facts']} facts, validated on {o['validated_on']} others, up to {o['batch_size']} at once")
     line(f"kept: step {best['step']:.0f}; editor {editor.id[:12]}" + (f" → {out}" if out else ""))
+    if best["step"] == o["steps"]:
+        hint("the last validation was the best: more --steps may give a better one")
     if not best["step"]:
         warn("no step was better than the untrained network", ": try another --rate, more facts, more --steps")
     if out:

@@ -263,6 +263,9 @@ def test_train_editor_and_edit_from_the_command_line(tmp_path: Path, capsys: pyt
     capsys.readouterr()
     assert run(*edit, "--method", "horse", "--editor", out, "--dry-run", "--json") == 0
     plan = json.loads(capsys.readouterr().out)
+    other = save(tmp_path / "other", intermediate_size=40)
+    assert run(*edit[:3], other, "--method", "horse", "--editor", out, "--dry-run") == 6
+    assert "shape" in capsys.readouterr().err
     assert plan["layers"] == [2] and not plan["auto"] and "statistics" not in plan["seconds"]
     assert run(*asked[:-2], "--method", "rome", "--overwrite") == 2
     capsys.readouterr()
