@@ -88,7 +88,7 @@ def estimate(
     n = len(arch.projections)
     layers = parse_layers(options.layers, n) or tuple(range(max(0, n // 2 - 1), min(n, n // 2 + 2)))
     if editor := trained_editor(options):
-        editor.check({p.name: bones.get_submodule(p.name).weight for p in arch.projections if not p.experts})
+        editor.check({p.name: bones.get_parameter(p.weight_name) for p in arch.projections if not p.experts})
         layers = tuple(p.layer for p in arch.projections if p.name in editor.modules)
     side = patch_side(solver, [p for p in arch.projections if p.layer in layers])
     form, written = options.form, len(facts)
