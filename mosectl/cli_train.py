@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mosectl.cli import Corpus, Device, Dtype, Json, Limit, Model, OnError, Revision, app, named, writable
-from mosectl.errors import EditFailed, OutputError
+from mosectl.errors import OutputError
 
 
 @app.command("train-editor")
@@ -82,9 +82,6 @@ def train_editor(
                 loaded, checked.facts, options, texts, validation=unseen, state=state, resume=resume,
                 on_step=named("training", on_step), on_validation=views.validated if first else None,
             )  # fmt: skip
-    except EditFailed:
-        state.unlink(missing_ok=True)  # the rate has to be another, and it would stand in that training's way
-        raise
     except KeyboardInterrupt:
         if state.exists():
             report.hint(f"{state} holds the training up to its last validation: give --resume to go on")

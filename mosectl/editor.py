@@ -121,7 +121,7 @@ def edit(
             projections, scores = _choose(loaded, turned, checked, options, trained)
         with clock("statistics") as step:
             moments = Moments({}, {}, 0, False, math.inf)
-            if solver.needs_moments and (not solver.trained or options.form == "compact"):
+            if solver.needs_moments(options.form):
                 moments = second_moments(loaded.model, loaded.tokenizer, projections, corpus, on_step=step)
         with clock("ask before") as step:
             before = interview(loaded.model, loaded.tokenizer, checked, chat=options.chat, on_step=step)

@@ -19,12 +19,11 @@ from mosectl.errors import BaseMismatch, Notice, PatchError
 from mosectl.files import write_tensors
 from mosectl.fingerprint import fingerprint, match
 from mosectl.hypernet import METHODS, Hypernet
+from mosectl.patch import EDITOR_KEY as KEY
 from mosectl.patch import KEY as PATCH
-from mosectl.patch import BaseTensor, canonical, content_id
+from mosectl.patch import BaseTensor, canonical, content_id, metadata
 
 FORMAT = 1
-KEY = "mosectl-editor"
-HEADER = 100_000_000  # bytes that a safetensors header has at most
 _FIX = "give a file made by mosectl train-editor"
 
 
@@ -82,7 +81,7 @@ class Editor:
             fix = "check the path, or make one: mosectl train-editor FACTS --method … --model MODEL -o FILE"
             raise PatchError("no such editor file", where=str(path), fix=fix) from e
         except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as e:
-            found = _metadata(path)
+            found = metadata(path)
             what = "a patch, not a trained editor" if PATCH in found else "not an editor file"
             what = "cut short or damaged" if KEY in found else what
             raise PatchError(what, where=str(path), fix=_FIX) from e
@@ -110,25 +109,14 @@ class Editor:
                 raise BaseMismatch(what, where=name, fix="give that model, or train an editor for this one")
         if any(weights[name].is_meta for name in self.modules):
             return
-        if not all(match(_base_tensor(self.base[name]), weights[name]).same for name in self.modules):
+        if not all(match(BaseTensor.of(self.base[name]), weights[name]).same for name in self.modules):
             what = f"the editor was trained on other weights of these layers ({self.model}): it may not reach its facts"
             warnings.warn(what, Notice, stacklevel=2)
 
 
 def is_editor(path: str | Path) -> bool:
     """Does the file say that it is an editor? One that is cut short does too."""
-    return KEY in _metadata(Path(path))
-
-
-def _metadata(path: Path) -> dict[str, Any]:
-    """The metadata of a safetensors file from its header alone; empty where it has none."""
-    try:
-        with path.open("rb") as file:
-            size = min(int.from_bytes(file.read(8), "little"), HEADER)
-            found = json.loads(file.read(size)).get("__metadata__")
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    return KEY in metadata(Path(path))
 
 
 def _checked(record: dict[str, Any], tensors: Mapping[str, Tensor]) -> Editor:
@@ -144,7 +132,7 @@ def _checked(record: dict[str, Any], tensors: Mapping[str, Tensor]) -> Editor:
         raise PatchError(f"method '{record['method']}' is not known", where="record.method", fix="update mosectl")
     modules, options = record["modules"], record["options"]
     for entry in record["base"].values():
-        _base_tensor(entry)  # as they must be, or a TypeError
+        BaseTensor.of(entry)  # as they must be, or a TypeError
     if not modules or set(record["base"]) != set(modules) or len(set(modules)) != len(modules):
         raise PatchError("modules and base do not match", where="record.base")
     p, d, rank, blocks = (int(options[k]) for k in ("p", "d", "rank", "blocks"))
@@ -176,7 +164,3 @@ def base_of(projections: Sequence[Projection], weights: Mapping[str, Tensor]) ->
         found = fingerprint(p.weight_name, weights[p.name])
         out[p.name] = {**asdict(found), "shape": list(found.shape), "sample": list(found.sample)}
     return out
-
-
-def _base_tensor(entry: Mapping[str, Any]) -> BaseTensor:
-    return BaseTensor(**{**entry, "shape": tuple(entry["shape"]), "sample": tuple(map(float, entry["sample"]))})

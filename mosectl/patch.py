@@ -26,6 +26,7 @@ from mosectl.rotation import is_rotation, orthogonality_error, orthogonality_tol
 
 FORMAT = 1
 KEY = "mosectl"
+EDITOR_KEY = "mosectl-editor"  # of a trained editor's file
 _NAME = re.compile(r"([A-Za-z_]\w*(?:\.\w+)*)\.(R|R_in|U|Q|U_in|Q_in|A|B)", re.ASCII)
 _MAX_HEADER = 100_000_000  # safetensors' own limit
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -40,6 +41,11 @@ class BaseTensor:
     dtype: str  # safetensors' name: "BF16", "F16", "F32"
     sha256: str  # of the raw bytes
     sample: tuple[float, ...]  # evenly spaced entries: recognises the same weights in another dtype
+
+    @staticmethod
+    def of(entry: Mapping[str, Any]) -> BaseTensor:
+        """From a record's entry."""
+        return BaseTensor(**{**entry, "shape": tuple(entry["shape"]), "sample": tuple(map(float, entry["sample"]))})
 
 
 @dataclass(frozen=True)
@@ -150,7 +156,7 @@ def parse(data: bytes) -> Patch:
     """
     header = _header(data)
     metadata = header.pop("__metadata__", None)
-    if isinstance(metadata, dict) and "mosectl-editor" in metadata:
+    if isinstance(metadata, dict) and EDITOR_KEY in metadata:
         fix = "use it with: mosectl edit FACTS --method horse --editor FILE"
         raise PatchError("a trained editor, not a patch", fix=fix)
     if not isinstance(metadata, dict) or set(metadata) != {KEY} or not isinstance(metadata[KEY], str):
@@ -197,6 +203,18 @@ def _header(data: bytes) -> dict[str, Any]:
     if not isinstance(header, dict):
         raise PatchError("not a safetensors file", where="header", fix="fetch the patch again")
     return header
+
+
+def metadata(path: Path) -> dict[str, Any]:
+    """The metadata of a safetensors file, be it cut short; empty where there is none."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
+            data = start + file.read(min(int.from_bytes(start, "little"), _MAX_HEADER))
+        found = _header(data).get("__metadata__")
+    except (OSError, PatchError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _json(raw: bytes, where: str) -> Any:
@@ -317,7 +335,7 @@ def _base_tensor(entry: Any, name: str, change: Change) -> BaseTensor:
         raise PatchError("malformed fingerprint", where=where, fix="fetch the patch again")
     if entry["tensor"] not in (f"{name}.weight", f"{name}.experts.0.down_proj.weight"):
         raise PatchError(f"tensor '{entry['tensor']}' does not belong to this module", where=where)
-    return BaseTensor(**{**entry, "shape": tuple(entry["shape"]), "sample": tuple(map(float, entry["sample"]))})
+    return BaseTensor.of(entry)
 
 
 def _fits(change: Change, *shape: int) -> bool:

@@ -91,9 +91,8 @@ def estimate(
         editor.check({p.name: bones.get_parameter(p.weight_name) for p in arch.projections if not p.experts})
         layers = tuple(p.layer for p in arch.projections if p.name in editor.modules)
     side = patch_side(solver, [p for p in arch.projections if p.layer in layers])
-    form, written = options.form, len(facts)
-    if solver.trained:  # it writes at each of an answer's tokens, and is dense unless told otherwise (run.finish)
-        form = "dense" if form == "auto" else form
+    form, written = solver.form(options.form), len(facts)
+    if solver.trained:  # it writes at each of an answer's tokens
         written = round(sum(1 + 1.4 * len(f.target_new.split()) for f in facts))
     work = _Work(bones, arch, layers, facts, options)
     model_bytes = work.parameters * kind.itemsize

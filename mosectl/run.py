@@ -301,9 +301,7 @@ class Run:
         if self.solver.finish:
             for p in self.projections:
                 self.set_weight(p, self.solver.finish(self._base(p), self.W[p.name], self.solver_options))
-        # A network's update is of high rank: looking for a low one takes minutes and finds none.
-        forms = ("compact",) if self.solver.trained else ("compact", "auto")
-        wanted = self.options.form in forms and self.solver.side != "additive"
+        wanted = self.solver.form(self.options.form) != "dense" and self.solver.side != "additive"
         changes = self._compact() if wanted and self.earlier.contexts is not None else None
         if changes is None:
             self.compaction = {}

@@ -14,6 +14,7 @@ import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -104,23 +105,32 @@ def train(
     projections = _chosen(loaded, options)
     known, unseen = _split(facts, validation, options)
     run = _Training(loaded, projections, known, unseen, options, corpus)
+    kept = state if processes.first() else None
     with frozen(loaded.model):
         if resume and state and state.exists():
             run.load(state)
         else:
             run.begin()
-            if state and not run.rank:
-                run.save(state)
-        while run.step < options.steps and run.waited < options.patience:
-            run.advance()
-            if run.step % options.every == 0 or run.step == options.steps:
-                run.validate()
-                if on_validation:
-                    on_validation(run.history[-1])
-                if state and not run.rank:
-                    run.save(state)
-            if on_step:
-                on_step(run.step, options.steps)
+            if kept:
+                run.save(kept)
+        try:
+            while run.step < options.steps and run.waited < options.patience:
+                run.advance()
+                if run.step % options.every == 0 or run.step == options.steps:
+                    run.validate()
+                    if on_validation:
+                        on_validation(run.history[-1])
+                    if kept:
+                        run.save(kept)
+                if on_step:
+                    on_step(run.step, options.steps)
+        except EditFailed as e:
+            if kept and not (learnt := int(run.history[-1]["step"])):
+                kept.unlink(missing_ok=True)  # it would stand in the way of the next try
+            elif kept:
+                fix = f"{e.fix} and --overwrite, or take what was learnt before: --resume --steps {learnt}"
+                raise EditFailed(e.what, where=e.where, fix=fix) from e
+            raise
     return run.finished()
 
 
@@ -346,13 +356,12 @@ class _Training:
         """The best network, with its record."""
         self.net.load_state_dict(self.best)
         checkpoint = self.loaded.checkpoint
-        weights = {p.name: weight_of(self.model, p) for p in self.projections}
         sizes = {"p": self.net.p, "d": self.net.d, "facts": len(self.facts), "validated_on": len(self.validation)}
         return Editor(
             net=self.net.requires_grad_(False),
             method=self.options.method,
             modules=tuple(p.name for p in self.projections),
-            base=base_of(self.projections, weights),
+            base=self.base,
             model=checkpoint.model if checkpoint else type(self.model).__name__,
             revision=checkpoint.revision if checkpoint else None,
             model_type=self.arch.model_type,
@@ -361,13 +370,17 @@ class _Training:
             facts=_digest([asdict(f) for f in self.facts]),
         )
 
+    @cached_property
+    def base(self) -> dict[str, dict[str, Any]]:
+        """The edited weights' fingerprints, which training does not change."""
+        return base_of(self.projections, {p.name: weight_of(self.model, p) for p in self.projections})
+
     # State.
 
     def _belongs(self) -> str:
-        weights = base_of(self.projections, {p.name: weight_of(self.model, p) for p in self.projections})
         how = {k: v for k, v in asdict(self.options).items() if k not in ("steps", "patience")}  # these may be raised
         facts = [asdict(f) for f in (*self.facts, *self.validation)]
-        return _digest([how, weights, facts, self.corpus.sha256, self.world])
+        return _digest([how, self.base, facts, self.corpus.sha256, self.world])
 
     def _names(self) -> list[str]:
         """The network's parameters as the optimiser numbers them."""

@@ -33,6 +33,15 @@ from mosectl.stats import Corpus, read_corpus
 from mosectl.train_editor import MATRICES, SCALARS, TrainOptions, _Training, train
 
 
+def begun(**how: Any) -> _Training:
+    """A training of two layers that has its units."""
+    run = _Training(
+        loaded(), list(resolve(pico("llama")).projections)[:2], facts(6), facts(6), replace(FEW, **how), TEXT
+    )
+    run.begin()
+    return run
+
+
 @pytest.mark.parametrize("way", ["horse", "malmen"])
 def test_gradients_of_a_training_step_against_finite_differences(way: str) -> None:
     """Through the model, ΔW and the network, although the two are never in one graph."""
@@ -61,8 +70,7 @@ def test_gradients_of_a_training_step_against_finite_differences(way: str) -> No
 
 def test_every_part_of_the_network_learns_from_the_first_step_on() -> None:
     """Blocks begin at 0, where a relu's gradient would be 0 for good."""
-    run = _Training(loaded(), list(resolve(pico("llama")).projections)[:2], facts(6), facts(6), FEW, TEXT)
-    run.begin()
+    run = begun()
     run.edited(facts(3), learn=True)
     for name in ("up", "bias", "shift", "rate", "ridge"):
         assert float(dict(run.net.named_parameters())[name].grad.abs().max()) > 0, name
@@ -74,10 +82,7 @@ def test_every_part_of_the_network_learns_from_the_first_step_on() -> None:
 
 def test_how_far_a_step_goes() -> None:
     def after(steps: int, **how: Any) -> _Training:
-        run = _Training(
-            loaded(), list(resolve(pico("llama")).projections)[:2], facts(6), facts(6), replace(FEW, **how), TEXT
-        )
-        run.begin()
+        run = begun(**how)
         for _ in range(steps):
             run.advance()
         return run
@@ -93,9 +98,7 @@ def test_how_far_a_step_goes() -> None:
 def test_the_weight_of_locality_counts_and_is_not_told() -> None:
     found, grads = [], []
     for weight in (0.0, 1.0, 5.0):
-        options = replace(FEW, locality=weight)
-        run = _Training(loaded(), list(resolve(pico("llama")).projections)[:2], facts(6), facts(6), options, TEXT)
-        run.begin()
+        run = begun(locality=weight)
         run.net.zero_grad()
         found.append(run.edited(facts(3), learn=True))
         grads.append(run.net.rate.grad.clone())
@@ -105,8 +108,7 @@ def test_the_weight_of_locality_counts_and_is_not_told() -> None:
 
 
 def test_what_a_training_step_asks_of_the_edited_model() -> None:
-    run = _Training(loaded(), list(resolve(pico("llama")).projections)[:2], facts(6), facts(6), FEW, TEXT)
-    run.begin()
+    run = begun()
     some = facts(3)
     found = run.edited(some, learn=False)
 
@@ -142,15 +144,10 @@ def test_batches_and_what_is_held_out() -> None:
 
 
 def test_a_state_keeps_the_best_network_beside_the_last(tmp_path: Path) -> None:
-    def fresh() -> _Training:
-        run = _Training(loaded(), list(resolve(pico("llama")).projections)[:1], facts(), facts(3), FEW, TEXT)
-        run.begin()
-        return run
-
-    run = fresh()
+    run = begun()
     run.advance()
     run.save(tmp_path / "state")
-    again = fresh()
+    again = begun()
     again.best = {k: v + 1 for k, v in again.best.items()}
     again.load(tmp_path / "state")
     assert all(torch.equal(v, run.best[k]) for k, v in again.best.items())
@@ -306,6 +303,22 @@ def test_training_under_accelerate_launch(tmp_path: Path) -> None:
         same = [(x - trained[name]).abs() < 1e-4 for name, x in alone.net.named_parameters() if name != "down"]
         agreed.append(float(torch.cat([x.flatten() for x in same]).float().mean()))
     assert agreed[0] > 0.97 and agreed[1] < 0.9
+
+
+def test_what_was_learnt_before_a_failure_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state, real = tmp_path / "e.progress", _Training.edited
+
+    def edited(self: Any, chosen: Any, learn: bool) -> Any:
+        found = real(self, chosen, learn)
+        return replace(found, edit=float("nan")) if learn and self.step == 3 else found
+
+    with monkeypatch.context() as m:
+        m.setattr(_Training, "edited", edited)
+        with pytest.raises(EditFailed, match="not finite") as failed:
+            train(loaded(), facts(), FEW, TEXT, state=state)
+    assert "--resume --steps 2" in str(failed.value.fix)
+    saved = train(loaded(), facts(), replace(FEW, steps=2), TEXT, state=state, resume=True)
+    assert saved.id == train(loaded(), facts(), replace(FEW, steps=2), TEXT).id
 
 
 def test_losses_as_a_picture(trained: Path) -> None:

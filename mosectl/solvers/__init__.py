@@ -68,10 +68,16 @@ class Method:
     finish: Finish | None = None
     trained: str = ""  # the method for which an editor must be trained that this one needs
 
-    @property
-    def needs_moments(self) -> bool:
+    def form(self, asked: str) -> str:
+        """The form of rotations that is sought, ``asked`` being one of options.FORMS.
+
+        A trained network's update is of high rank: looking for a low one by itself would take minutes and find none.
+        """
+        return "dense" if self.trained and asked == "auto" else asked
+
+    def needs_moments(self, form: str) -> bool:
         """Statistics over a corpus are of use to it (to a rotation that trains on the model: for its compact form)."""
-        return self.kind != "fit" or self.side != "additive"
+        return self.kind != "fit" or (self.side != "additive" and self.form(form) != "dense")
 
     def solve(self, problem: LayerProblem) -> Tensor:
         """The new weight W' (d, p) of one layer."""
