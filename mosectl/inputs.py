@@ -34,7 +34,7 @@ def opened(path: str | Path, error: type[MosectlError], fix: str, limit: int | N
     Args:
         limit: bytes that the file may have.
     Raises:
-        error: there is no such file, it may not be read, it is no regular file, or it is too large; ``fix`` is the next step.
+        error: there is no such file, it may not be read, is not a regular file, or is too large; ``fix`` is the next step.
     """
     try:
         # A name with NUL raises ValueError; without O_NONBLOCK opening a pipe waits for a writer.
@@ -42,14 +42,14 @@ def opened(path: str | Path, error: type[MosectlError], fix: str, limit: int | N
     except (OSError, ValueError) as e:
         what = OUT_OF_REACH.get(type(e).__name__) or f"cannot be read: {getattr(e, 'strerror', None) or e}"
         raise error(what, where=str(path), fix=fix) from e
-    with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or (limit is not None and status.st_size > limit):
+        os.close(descriptor)
+        what = f"has {status.st_size:,} bytes, at most {limit:,} are read"
         if not stat.S_ISREG(status.st_mode):
             what = "is a folder" if stat.S_ISDIR(status.st_mode) else "is not a regular file (a pipe, device or socket)"
-            raise error(what, where=str(path), fix=fix)
-        if limit is not None and status.st_size > limit:
-            what = f"has {status.st_size:,} bytes, at most {limit:,} are read"
-            raise error(what, where=str(path), fix=fix)
+        raise error(what, where=str(path), fix=fix)
+    with os.fdopen(descriptor, "rb") as file:
         yield file
 
 
@@ -122,8 +122,8 @@ def parse_json(raw: bytes | str, *, special: bool = False) -> Any:
 
 def _check_values(value: Any) -> None:
     """Depth and text of parsed JSON. Raises ValueError."""
-    level = [value]
-    for _ in range(MAX_DEPTH + 1):
+    level, depth = [value], 0
+    while level:
         below: list[Any] = []
         for x in level:
             if isinstance(x, str) and not x.isascii():
@@ -132,10 +132,10 @@ def _check_values(value: Any) -> None:
                 below += [*x.keys(), *x.values()]
             elif isinstance(x, list):
                 below += x
-        if not below:
-            return
+        depth += any(isinstance(x, dict | list) for x in level)
+        if depth > MAX_DEPTH:
+            raise ValueError(f"nested deeper than {MAX_DEPTH}")
         level = below
-    raise ValueError(f"nested deeper than {MAX_DEPTH}")
 
 
 def read_header(file: BinaryIO) -> tuple[dict[str, Any], int]:
