@@ -6,13 +6,17 @@ TORCH ?= torch
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint types picture bench clean
+.PHONY: demo test slow lint types picture bench clean
 
 demo: $(VENV)/.ready
 	PATH="$(abspath $(BIN)):$$PATH" bash examples/demo.sh
 
 test: $(VENV)/.eval
 	$(BIN)/python -m pytest -n auto
+
+# The tests that `make test` runs in short, in full: 10,000 spoilt inputs of each kind of file, 60 kills of each kind of work.
+slow: $(VENV)/.eval
+	MOSECTL_FUZZ=10000 MOSECTL_KILLS=60 MOSECTL_MUTANTS=5000 $(BIN)/python -m pytest -n auto -m slow --timeout 7200
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
