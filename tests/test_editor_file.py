@@ -33,22 +33,22 @@ def test_spoilt_editor_files_are_refused(trained: Path, tmp_path: Path) -> None:
         return tmp_path / "e"
 
     for path, message in (
-        (tmp_path / "nowhere", "no such editor"),
+        (tmp_path / "nowhere", "no such file"),
         (ROOT / "patches" / "demo.safetensors", "a patch, not a trained editor"),
-        (ROOT / "README.md", "not an editor file"),
+        (ROOT / "README.md", "not a safetensors file"),
         (spoilt(format=2), "unknown editor format"),
     ):
         with pytest.raises(PatchError, match=message):
             Editor.load(path)
     for changed, message in (
         ({"method": "rome"}, "not known"),
-        ({"facts": 3}, "wrong type"),
+        ({"facts": 3}, "record.facts: must be a text, found 3"),
         ({"more": 1}, "unknown"),
-        ({"modules": []}, "do not match"),
+        ({"modules": []}, "record.modules: must be a list"),
         ({"options": {**record["options"], "rank": 9}}, "F32 tensor"),
-        ({"options": {**record["options"], "rank": 10**9}}, "out of range"),
-        ({"options": {}}, "damaged"),
-        ({"base": {"model.layers.2.mlp.down_proj": {"shape": [1, 2]}}}, "damaged"),
+        ({"options": {**record["options"], "rank": 10**9}}, "record.options.rank: must be a whole number from 1 to"),
+        ({"options": {}}, "record.options: fields missing"),
+        ({"base": {"model.layers.2.mlp.down_proj": {"shape": [1, 2]}}}, "record.base.*missing"),
         ({"model": "another"}, "not what its id says"),
     ):
         with pytest.raises(PatchError, match=message):
@@ -62,7 +62,7 @@ def test_spoilt_editor_files_are_refused(trained: Path, tmp_path: Path) -> None:
         with pytest.raises(PatchError, match=message):
             Editor.load(spoilt({name: value}))
     (tmp_path / "cut").write_bytes(trained.read_bytes()[:-7])
-    with pytest.raises(PatchError, match="cut short or damaged"):
+    with pytest.raises(PatchError, match="its header says"):
         Editor.load(tmp_path / "cut")
     assert is_editor(tmp_path / "cut") and is_editor(trained) and not is_editor(ROOT / "patches" / "demo.safetensors")
 

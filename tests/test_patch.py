@@ -18,7 +18,8 @@ import torch
 from mosectl.change import Change
 from mosectl.errors import PatchError
 from mosectl.fingerprint import fingerprint
-from mosectl.patch import Patch, PatchFact, parse
+from mosectl.patch import Patch, PatchFact
+from mosectl.patch_reader import parse
 from mosectl.rotation import nearest_rotation
 
 MODULE = "model.layers.1.mlp.down_proj"
@@ -98,9 +99,9 @@ BAD: dict[str, tuple[Callable[[dict, bytes], bytes], str]] = {
     "path in name": (lambda h, b: build(rename(h, "../../etc/passwd.R"), b), "is not allowed"),
     "NUL in name": (lambda h, b: build(rename(h, "a\0.R"), b), "is not allowed"),
     "other kind": (lambda h, b: build(rename(h, f"{MODULE}.weight"), b), "is not allowed"),
-    "wrong dtype": (lambda h, b: build({**h, TENSOR: {**h[TENSOR], "dtype": "F64"}}, b), "F32 matrix"),
+    "wrong dtype": (lambda h, b: build({**h, TENSOR: {**h[TENSOR], "dtype": "F64"}}, b), "must be F32, found F64"),
     "not square": (lambda h, b: build({**h, TENSOR: {**h[TENSOR], "shape": [4, 16]}}, b), "square F32"),
-    "negative shape": (lambda h, b: build({**h, TENSOR: {**h[TENSOR], "shape": [-8, -8]}}, b), "F32 matrix"),
+    "negative shape": (lambda h, b: build({**h, TENSOR: {**h[TENSOR], "shape": [-8, -8]}}, b), r"shape\[0\]: must be"),
     "bad offsets": (lambda h, b: build({**h, TENSOR: {**h[TENSOR], "data_offsets": [0, 4]}}, b), "do not fit"),
     "hole": (lambda h, b: build({**h, TENSOR: {**h[TENSOR], "data_offsets": [8, 264]}}, b), "hole"),
     "duplicate tensor": (
@@ -109,14 +110,14 @@ BAD: dict[str, tuple[Callable[[dict, bytes], bytes], str]] = {
     ),
     "field missing": (lambda h, b: build(change(h, lambda r: r.pop("model")), b), "missing or unknown: model"),
     "field unknown": (lambda h, b: build(change(h, lambda r: r.update(zzz=1)), b), "missing or unknown: zzz"),
-    "wrong type": (lambda h, b: build(change(h, lambda r: r.update(seed="0")), b), "'seed' has the wrong type"),
+    "wrong type": (lambda h, b: build(change(h, lambda r: r.update(seed="0")), b), "seed: must be a whole number"),
     "other side": (lambda h, b: build(change(h, lambda r: r.update(side="input")), b), "not side 'input'"),
     "no base": (lambda h, b: build(change(h, lambda r: r.update(base={})), b), "do not match"),
-    "short hash": (lambda h, b: build(change(h, lambda r: r["base"][MODULE].update(sha256="00")), b), "fingerprint"),
-    "bad parent": (lambda h, b: build(change(h, lambda r: r.update(parents=["x"])), b), "not a patch id"),
+    "short hash": (lambda h, b: build(change(h, lambda r: r["base"][MODULE].update(sha256="00")), b), "must be a sha256"),
+    "bad parent": (lambda h, b: build(change(h, lambda r: r.update(parents=["x"])), b), r"parents\[0\]: must be a sha256"),
     "foreign tensor": (lambda h, b: build(change(h, lambda r: r["base"][MODULE].update(tensor="a.b")), b), "belong"),
     "bad fact": (lambda h, b: build(change(h, lambda r: r["facts"][0].pop("after")), b), r"facts\[0\]"),
-    "bad wording": (lambda h, b: build(change(h, lambda r: r["facts"][0].update(wordings=[1])), b), "list of texts"),
+    "bad wording": (lambda h, b: build(change(h, lambda r: r["facts"][0].update(wordings=[1])), b), "must be a text"),
     "NaN in record": (lambda h, b: build(change(h, lambda r: r.update(metrics={"a": float("nan")})), b), "not a number"),
     "deep nesting": (
         lambda h, b: build({**h, "__metadata__": {"mosectl": "[" * 100_000}}, b),
@@ -251,7 +252,7 @@ def test_a_flipped_bit_is_found(data: bytes) -> None:
         ({"A": (2, 11), "B": (8, 2)}, "additive", "does not fit"),
         ({"R_in": (11, 11)}, "input", "does not fit"),
         ({"R_in": (12, 12)}, "output", "is not side 'output'"),
-        ({"R_in": (12, 12)}, "sideways", "side 'sideways' is not known"),
+        ({"R_in": (12, 12)}, "sideways", "'sideways' is not known"),
     ],
 )
 def test_sides(factors: dict[str, tuple[int, int]], side: str, message: str, tmp_path: Path) -> None:
