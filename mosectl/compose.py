@@ -166,6 +166,9 @@ def merge(patches: Sequence[Patch]) -> Patch:
     """
     if len(patches) < 2:
         raise UsageError("there is nothing to merge", fix="give two patches or more")
+    if len({p.side == "additive" for p in patches}) > 1:
+        fix = "apply them one after the other instead"
+        raise PatchError("rotations and additive changes cannot become one change", fix=fix)
     first = patches[0]
     below, ids = list(first.parents), [p.id for p in patches]
     for i in range(len(patches)):
@@ -186,7 +189,7 @@ def merge(patches: Sequence[Patch]) -> Patch:
 
 def _check_record(merged: Patch, modules: int) -> None:
     """Could the merged patch be read again?"""
-    check_size(merged.record, 4 * modules)
+    check_size(merged.record, modules)
     try:
         parse_json(merged.record)
     except ValueError as e:  # merges of merges of merges …

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from mosectl.change import Change
 from mosectl.errors import PatchError
 from mosectl.files import write_tensors
 from mosectl.inputs import MAX_JSON
+from mosectl.tensor_file import MAX_TENSORS
 
 FORMAT = 1
 KEY = "mosectl"
@@ -79,8 +80,8 @@ class Patch:
 
     def _content(self) -> dict[str, Any]:
         content = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "changes"}
-        content["base"] = {name: asdict(t) for name, t in self.base.items()}
-        content["facts"] = [asdict(f) for f in self.facts]
+        content["base"] = {name: vars(t) for name, t in self.base.items()}
+        content["facts"] = [vars(f) for f in self.facts]
         return {"format": FORMAT, **content}
 
     @property
@@ -116,11 +117,14 @@ class Patch:
 
 
 def check_size(record: str, tensors: int) -> None:
-    """Will a header with this record and so many tensors be read again?
+    """Will a file with this record and so many tensors be read again?
 
     Raises:
         PatchError.
     """
+    if tensors > MAX_TENSORS:
+        what = f"{tensors:,} tensors, a patch file holds {MAX_TENSORS:,}"
+        raise PatchError(what, fix="make several patches and apply them one after the other")
     # As the header holds it: a JSON text within JSON; an entry takes some 200 bytes.
     size = len(json.dumps(record, ensure_ascii=False).encode()) + 200 * tensors
     if size > MAX_JSON:

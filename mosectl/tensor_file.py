@@ -18,7 +18,7 @@ from mosectl import schema
 from mosectl.errors import PatchError
 from mosectl.inputs import opened, read_header
 
-MAX_TENSORS = 10_000  # in one file; a patch has at most four a layer
+MAX_TENSORS = 4_096  # in one file; a patch has at most four a layer
 MAX_SIZE = 2**20  # of a weight's side, of a rank
 _BLOCK = 2**24  # numbers read and checked at once
 _AGAIN = "fetch the file again"
