@@ -25,7 +25,7 @@ EDITOR_FILE = "editor.safetensors"
 SCHEME = "hf://"
 _PART = r"(?!\.\.?(?:/|$))[\w.-]+"  # of a path: not empty, "." or ".."
 _REVISION = rf"refs/[\w-]+/{_PART}|{_PART}(?:/{_PART})*?"
-_FILE = rf"{_PART}(?:/{_PART})*(?<=.\.safetensors)"
+_FILE = rf"{_PART}(?:/{_PART})*(?<=\.safetensors)"
 _PLACE = re.compile(rf"hf://({_PART}/{_PART})(?:@({_REVISION}))?(?:/({_FILE}))?", re.ASCII)
 _LONGEST = 250  # characters of a place: neither a file system nor the Hub takes longer names
 ROWS = 100  # facts shown in a card

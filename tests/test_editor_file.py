@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -72,3 +73,37 @@ def _record(path: Path) -> dict[str, Any]:
 
     with safe_open(path, "pt") as file:
         return json.loads(file.metadata()[KEY])
+
+
+def test_every_field_of_an_editor_is_checked(trained: Path, tmp_path: Path) -> None:
+    tensors, record = load_file(trained), _record(trained)
+    (module,) = record["modules"]
+    last = record["history"][-1]
+    for changed, message in (
+        ({"history": []}, "history: must be a list that is not empty"),
+        ({"history": {}}, "history: must be a list"),
+        ({"history": [{**last, "validation": None}]}, r"history\[0\].validation: must be a number, found null"),
+        ({"history": [{"step": 1}]}, r"history\[0\]: fields missing"),
+        ({"history": [{**last, "training": "x"}]}, r"history\[0\].training: must be a number"),
+        ({"options": {**record["options"], "facts": None}}, "options.facts: must be a whole number"),
+        ({"options": {**record["options"], "p": 1.5}}, "options.p: must be a whole number"),
+        ({"modules": [None]}, r"modules\[0\]: must be a text"),
+        ({"modules": [module, module]}, "modules and base do not match"),
+        ({"base": {module: None}}, "must be an object, found null"),
+        ({"base": {module: {**record["base"][module], "sample": ["a"]}}}, r"sample\[0\]: must be a number"),
+        ({"revision": 3}, "revision: must be a text"),
+        ({"options": {**record["options"], "x": 10**400}}, "401 digits"),
+        ({"model": "\ud800"}, "surrogates"),
+        ({"id": "0"}, "id: must be a sha256"),
+    ):
+        save_file(tensors, tmp_path / "e", {KEY: json.dumps({**record, **changed})})
+        with pytest.raises(PatchError, match=message):
+            Editor.load(tmp_path / "e")
+
+
+def test_pipes_and_nothing_are_no_editors(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("pipe", "/dev/zero"):
+        assert not is_editor(tmp_path / name)
+        with pytest.raises(PatchError, match="not a regular file"):
+            Editor.load(tmp_path / name)
