@@ -20,7 +20,7 @@ from conftest import ROOT
 
 from mosectl.change import Change
 from mosectl.errors import PatchError
-from mosectl.fingerprint import fingerprint
+from mosectl.fingerprint import distance, fingerprint
 from mosectl.patch import Patch, PatchFact
 from mosectl.patch_reader import parse
 from mosectl.rotation import nearest_rotation
@@ -413,3 +413,8 @@ def test_a_record_that_no_reader_takes_is_not_written(tmp_path: Path, monkeypatc
     with pytest.raises(PatchError, match="a patch file holds"):
         make().save(tmp_path / "p")
     assert not list(tmp_path.iterdir())
+
+
+def test_entries_as_large_as_float32_holds_are_still_far_away() -> None:
+    made_for = replace(fingerprint("x", torch.ones(8, 8)), sample=(3.4e38,) * 64)
+    assert distance(made_for, torch.ones(8, 8)) == pytest.approx(1.0), "not NaN, which no threshold refuses"
