@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import defaultdict
 from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
@@ -22,7 +23,7 @@ from mosectl.inputs import opened, parse_json
 from mosectl.patch import FORMAT, KEY, BaseTensor, Patch, PatchFact
 from mosectl.rotation import is_rotation, orthogonality_error, orthogonality_tolerance
 from mosectl.schema import anything, flag, integer, listed, mapping, number, optional, record, scalar, text
-from mosectl.tensor_file import MAX_SIZE, Span, header_of, layout, read
+from mosectl.tensor_file import MAX_SIZE, Rows, Span, header_of, layout, read
 
 EDITOR_KEY = "mosectl-editor"  # of a trained editor's file
 SAMPLE = 64  # entries of a weight that its fingerprint holds
@@ -129,7 +130,7 @@ def _parsed(file: BinaryIO) -> Patch:
     entries, metadata, start = header_of(file)
     found, spans = described(entries, metadata, file.seek(0, os.SEEK_END) - start)
     tensors = {}
-    for name, factor in read(file, start, spans, _check_rows):
+    for name, factor in read(file, start, spans, _rows_checked()):
         _check_factor(name, factor)
         tensors[name] = factor
     base = {name: BaseTensor.of(entry) for name, entry in found["base"].items()}
@@ -249,13 +250,21 @@ def _by_layer(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
-def _check_rows(name: str, rows: Tensor) -> None:
-    """What some rows of a tensor tell already: those of a rotation have length 1."""
-    if name.endswith((".R", ".R_in", ".Q", ".Q_in")):
-        n = rows.shape[1]
-        off = (rows.double().square().sum(1) - 1).abs().max()
-        if float(off) > orthogonality_tolerance(n) * n**0.5:
-            raise PatchError("is not a rotation (a row's length is not 1)", where=name, fix=_ALTERED)
+def _rows_checked() -> Rows:
+    """A check of what some rows tell already: those of a rotation have length 1.
+
+    Σ (‖row‖² − 1)² over all rows is at most ‖RRᵀ − I‖_F², which is ‖RᵀR − I‖_F².
+    """
+    off: dict[str, float] = defaultdict(float)
+
+    def check(name: str, rows: Tensor) -> None:
+        if name.endswith((".R", ".R_in", ".Q", ".Q_in")):
+            n = rows.shape[1]
+            off[name] += float((rows.double().square().sum(1) - 1).square().sum())
+            if off[name] > orthogonality_tolerance(n) ** 2 * n:
+                raise PatchError("is not a rotation (its rows are not of length 1)", where=name, fix=_ALTERED)
+
+    return check
 
 
 def _check_factor(name: str, factor: Tensor) -> None:

@@ -19,7 +19,7 @@ from mosectl.errors import PatchError
 from mosectl.inputs import opened, read_header
 
 MAX_TENSORS = 4_096  # in one file; a patch has at most four a layer
-MAX_SIZE = 2**20  # of a weight's side, of a rank
+MAX_SIZE = 2**18  # of a weight's side, of a rank; the widest FFNs known have 2**17
 _BLOCK = 2**24  # numbers read and checked at once
 _AGAIN = "fetch the file again"
 
@@ -27,7 +27,7 @@ _OFFSET = schema.within(0, 2**53)
 _ENTRY = schema.record(
     {
         "dtype": schema.text,
-        "shape": schema.listed(schema.within(1, MAX_SIZE), 1, 4),
+        "shape": schema.listed(schema.within(1, 2 * MAX_SIZE), 1, 4),
         "data_offsets": schema.listed(_OFFSET, 2, 2),
     }
 )
@@ -119,12 +119,16 @@ def read(
         PatchError: of ``check``, a number is not finite, the file is cut short, or there is less memory than it takes.
     """
     needed, free = sum(s.stop - s.start for s in spans.values()), psutil.virtual_memory().available
+    too_much = f"holds {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory are free"
+    fix = "close other programs, or use a machine with more memory"
     if needed > free:
-        what = f"holds {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory are free"
-        raise PatchError(what, fix="close other programs, or use a machine with more memory")
+        raise PatchError(too_much, fix=fix)
     for name, span in spans.items():
         file.seek(start + span.start)
-        x = torch.empty(span.shape)  # takes memory only as it is filled
+        try:
+            x = torch.empty(span.shape)  # takes memory only as it is filled
+        except RuntimeError as e:  # a limit of the user's own (ulimit -v)
+            raise PatchError(too_much, where=name, fix=fix) from e
         rows = x.view(-1, span.shape[-1])
         for part in rows.split(max(1, _BLOCK // span.shape[-1])):
             target = memoryview(part.numpy()).cast("B")  # type: ignore[arg-type]

@@ -427,12 +427,15 @@ def test_wide_compact_patches_are_compared_in_their_own_size() -> None:
 
 
 def test_a_claimed_width_takes_no_more_than_the_patches_hold() -> None:
-    turned = Change({"U_in": torch.eye(16, 1), "Q_in": torch.ones(1, 1)})
-    a = [wide(16, name, (16, 2**20)) for name in "abcdefghijklmnopqrst"]
+    one = wide(16, "a", (16, 2**18))
+    names = [f"layers.{i}" for i in range(100)]
+    base = {name: replace(one.base["layers.a"], tensor=f"{name}.weight") for name in names}
+    many = replace(one, changes=dict.fromkeys(names, one.changes["layers.a"]), base=base)
     other = wide(16, "z", (16, 16))
+    turned = Change({"U_in": torch.eye(16, 1), "Q_in": torch.ones(1, 1)})
     other = replace(other, changes={"layers.z": turned}, side="input")
-    with pytest.raises(PatchError, match=r"would take 0\.0839 GB"):
-        merge([*a, other])
+    with pytest.raises(PatchError, match=r"would take 0\.105 GB"):
+        merge([many, other])
     small = merge([wide(16, "a", (16, 2000)), other])
     assert small.side == "both" and small.changes["layers.a"].factors["U_in"].shape == (2000, 1)
 

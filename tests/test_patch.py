@@ -24,7 +24,7 @@ from mosectl.fingerprint import distance, fingerprint
 from mosectl.patch import Patch, PatchFact
 from mosectl.patch_reader import parse
 from mosectl.rotation import nearest_rotation
-from mosectl.tensor_file import metadata
+from mosectl.tensor_file import layout, metadata
 
 MODULE = "model.layers.1.mlp.down_proj"
 
@@ -361,7 +361,7 @@ def test_pipes_devices_and_sparse_files(data: bytes, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with (tmp_path / "zeros").open("wb") as file:
         file.truncate(20 * 10**9)
-    n = 70_000
+    n = 40_000
     header, _ = split(data)
     record = change(header, altered(**{f"base__{MODULE}__shape": [n, 12]}))["__metadata__"]
     entry = {"dtype": "F32", "shape": [n, n], "data_offsets": [0, 4 * n * n]}
@@ -382,6 +382,31 @@ def test_more_than_the_memory_holds(data: bytes, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("mosectl.tensor_file.psutil.virtual_memory", lambda: SimpleNamespace(available=100))
     with pytest.raises(PatchError, match=r"0\.0 GB of memory are free"):
         parse(data)
+
+
+def test_an_allocation_that_fails_is_told(data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr("mosectl.tensor_file.torch.empty", full)
+    with pytest.raises(PatchError, match="of memory are free"):
+        parse(data)
+
+
+def test_tensors_fill_the_file_one_after_the_other() -> None:
+    def entry(start: int, stop: int) -> dict[str, object]:
+        return {"dtype": "F32", "shape": [1, (stop - start) // 4], "data_offsets": [start, stop]}
+
+    assert list(layout({"b": entry(8, 12), "a": entry(0, 8)}, 12)) == ["a", "b"], "in the order of their bytes"
+    for entries in (
+        {"a": entry(0, 8), "b": entry(4, 12)}, {"a": entry(0, 4), "b": entry(8, 12)}, {"a": entry(4, 12)},
+        {"a": entry(0, 12), "b": entry(0, 12)},
+    ):  # fmt: skip
+        with pytest.raises(PatchError, match="overlap or leave a hole"):
+            layout(entries, 12)
+    for size in (8, 16):
+        with pytest.raises(PatchError, match="its header says 12"):
+            layout({"a": entry(0, 12)}, size)
 
 
 def test_many_names_take_no_time(data: bytes) -> None:
