@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 
 import torch
 from torch import Tensor
 
-from mosectl.errors import PatchError
+from mosectl.errors import BaseMismatch, PatchError
 from mosectl.rotation import Compact, left_factor, product_svd, right_factor, times, two_sided_factors
 
 SIDES = {"output": ("R",), "input": ("R_in",), "both": ("R", "R_in"), "additive": ("A", "B")}
@@ -30,11 +30,7 @@ class Change:
 
     def side(self) -> str | None:
         """The side (a key of SIDES) these factors are for; None if they make no change."""
-        names = set(self.factors)
-        for dense, pair in COMPACT.items():
-            if names >= set(pair) and dense not in names:
-                names = names - set(pair) | {dense}
-        return next((side for side, wanted in SIDES.items() if names == set(wanted)), None)
+        return side_of(self.factors)
 
     def rotation(self, name: str) -> Tensor | Compact | None:
         """The rotation "R" or "R_in", float64, in the form it is held in; None where there is none."""
@@ -43,8 +39,22 @@ class Change:
         U, Q = COMPACT[name]
         return Compact(self.factors[U].double(), self.factors[Q].double()) if U in self.factors else None
 
+    def widths(self) -> dict[str, int]:
+        """d and p of the weights that it fits, as far as the factors tell."""
+        found = {"d": ("R", "U", "B"), "p": ("R_in", "U_in")}
+        out = {name: len(self.factors[k]) for name, kinds in found.items() for k in kinds if k in self.factors}
+        return {**out, "p": self.factors["A"].shape[1]} if "A" in self.factors else out
+
     def apply(self, W: Tensor) -> Tensor:
-        """The changed W (d, p), float64 on the factors' device."""
+        """The changed W (d, p), float64 on the factors' device.
+
+        Raises:
+            BaseMismatch: the factors are for weights of another shape.
+        """
+        if not self.widths().items() <= {"d": W.shape[0], "p": W.shape[1]}.items():
+            wanted = ", ".join(f"{name} = {n}" for name, n in self.widths().items())
+            what = f"the change is for weights with {wanted}, here is one of shape {list(W.shape)}"
+            raise BaseMismatch(what, fix="give the model that the patch was made for")
         W = W.detach().to(next(iter(self.factors.values())).device, torch.float64, copy=True)
         if "A" in self.factors:
             A, B = self.factors["A"].double(), self.factors["B"].double()
@@ -74,6 +84,15 @@ class Change:
     @property
     def nbytes(self) -> int:
         return sum(factor.nbytes for factor in self.factors.values())
+
+
+def side_of(factors: Iterable[str]) -> str | None:
+    """The side that factors of these names are for; None if they make no change."""
+    names = set(factors)
+    for dense, pair in COMPACT.items():
+        if names >= set(pair) and dense not in names:
+            names = names - set(pair) | {dense}
+    return next((side for side, wanted in SIDES.items() if names == set(wanted)), None)
 
 
 def changed(changes: Sequence[Change], W: Tensor) -> Tensor:

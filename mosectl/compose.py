@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
 import torch
 
 from mosectl.change import COMPACT, Change, combined
-from mosectl.errors import PatchError, UsageError
+from mosectl.errors import BaseMismatch, PatchError, UsageError
 from mosectl.grid import Grid
-from mosectl.patch import Patch, PatchFact
-from mosectl.rotation import commutator
+from mosectl.inputs import parse_json
+from mosectl.patch import BaseTensor, Patch, PatchFact, check_size
+from mosectl.rotation import apart, commutator, product_svd
 
 COMMUTES = 1e-6  # a commutator below this is rounding
+SMALL = 2**26  # bytes that nobody minds
 
 
 @dataclass(frozen=True)
@@ -46,30 +48,57 @@ class Difference:
 
 def question(fact: PatchFact) -> tuple[str, str]:
     """What a fact is about: its subject, and its prompt without it."""
-    return fact.subject.casefold().strip(), " ".join(fact.prompt.replace(fact.subject, "{}").casefold().split())
+    return fact.subject.casefold().strip(), _asked(fact.subject, fact.prompt)
+
+
+def _asked(subject: str, prompt: str) -> str:
+    return " ".join(prompt.replace(subject, "{}").casefold().split())
 
 
 def conflicts(patches: Sequence[Patch]) -> tuple[Conflict, ...]:
-    """Facts that contradict each other, then rotations whose order matters, of every pair of ``patches``."""
-    pairs = list(combinations(patches, 2))
-    return tuple(c for a, b in pairs for c in _contradictions(a, b)) + tuple(c for a, b in pairs for c in _orders(a, b))
+    """Facts that contradict each other, then rotations whose order matters, of every pair of ``patches``.
+
+    Raises:
+        BaseMismatch: they are for weights of different sizes.
+    """
+    pairs = list(combinations([(p.id, p) for p in patches], 2))  # an id is a hash of all that a patch holds
+    for (_, a), (_, b) in pairs:
+        _check_sizes(a, b)
+    return tuple(c for a, b in pairs for c in _contradictions(*a, *b)) + tuple(
+        c for a, b in pairs for c in _orders(*a, *b)
+    )
 
 
-def _questions(fact: PatchFact) -> set[tuple[str, str]]:
-    """The fact's question, and its other wordings that were edited along."""
-    return {question(replace(fact, prompt=prompt)) for prompt in (fact.prompt, *fact.wordings)}
+def _check_sizes(a: Patch, b: Patch) -> None:
+    """Raises BaseMismatch where two patches change one weight, and it has not the same shape for both."""
+    for module in (m for m in a.changes if m in b.changes):
+        ours, theirs = (p.changes[module].widths() for p in (a, b))
+        if a.base[module].shape != b.base[module].shape or any(ours[k] != theirs.get(k, ours[k]) for k in ours):
+            sizes = " and ".join(f"{p.model}, {list(p.base[module].shape)}" for p in (a, b))
+            what = f"patches {a.id[:12]} and {b.id[:12]} are for weights of different sizes ({sizes})"
+            raise BaseMismatch(what, where=module, fix="give patches for one model")
 
 
-def _contradictions(a: Patch, b: Patch) -> Iterator[Conflict]:
-    known = {q: f for f in a.facts for q in _questions(f)}
+def _questions(fact: PatchFact) -> tuple[str, set[str]]:
+    """The fact's subject, and what is asked about it: in the prompt and in the other wordings that were edited along."""
+    return question(fact)[0], {_asked(fact.subject, prompt) for prompt in (fact.prompt, *fact.wordings)}
+
+
+def _contradictions(first: str, a: Patch, second: str, b: Patch) -> Iterator[Conflict]:
+    known: dict[str, dict[str, PatchFact]] = {}
+    for f in a.facts:
+        subject, asked = _questions(f)
+        known.setdefault(subject, {}).update(dict.fromkeys(asked, f))
     for f in b.facts:
-        other = next((known[q] for q in _questions(f) if q in known), None)
+        subject, asked = _questions(f)
+        there = known.get(subject, {})
+        other = next((there[q] for q in asked if q in there), None)
         if other and other.target_new.strip() != f.target_new.strip():
-            what = f"'{other.target_new}' in {a.id[:12]}, '{f.target_new}' in {b.id[:12]}"
-            yield Conflict("fact", a.id, b.id, f.prompt, what, None)
+            what = f"'{other.target_new}' in {first[:12]}, '{f.target_new}' in {second[:12]}"
+            yield Conflict("fact", first, second, f.prompt, what, None)
 
 
-def _orders(a: Patch, b: Patch) -> Iterator[Conflict]:
+def _orders(first: str, a: Patch, second: str, b: Patch) -> Iterator[Conflict]:
     for module in (m for m in a.changes if m in b.changes):
         sizes = [
             commutator(R, S)
@@ -78,8 +107,8 @@ def _orders(a: Patch, b: Patch) -> Iterator[Conflict]:
             and (S := b.changes[module].rotation(name)) is not None
         ]
         if sizes and max(sizes) > COMMUTES:
-            what = f"the order of {a.id[:12]} and {b.id[:12]} matters"
-            yield Conflict("order", a.id, b.id, module, what, max(sizes))
+            what = f"the order of {first[:12]} and {second[:12]} matters"
+            yield Conflict("order", first, second, module, what, max(sizes))
 
 
 def diff(a: Patch, b: Patch) -> Difference:
@@ -103,15 +132,12 @@ def _distance(a: Change | None, b: Change | None) -> float | None:
     if a is None or b is None:
         return None
     if "A" in a.factors and "A" in b.factors:
-        first, second = (c.factors["B"].double() @ c.factors["A"].double() for c in (a, b))
-        return float((first - second).norm() / first.norm().clamp_min(1e-30))
-    ours, theirs = a.dense().factors, b.dense().factors
-    if "A" in ours or "A" in theirs:
+        (A, B), (A2, B2) = ((c.factors["A"].double(), c.factors["B"].double()) for c in (a, b))
+        first, between = product_svd(B, A)[1], product_svd(torch.cat([B, -B2], 1), torch.cat([A, A2]))[1]
+        return float(between.norm() / first.norm().clamp_min(1e-30))
+    if "A" in a.factors or "A" in b.factors:
         return None
-    still = {name: torch.eye(len(R)) for name, R in {**ours, **theirs}.items()}  # no rotation on a side: the identity
-    return max(
-        float((ours.get(name, eye) - theirs.get(name, eye)).norm()) / len(eye) ** 0.5 for name, eye in still.items()
-    )
+    return max(apart(a.rotation(name), b.rotation(name)) for name in COMPACT)
 
 
 def conflict_table(found: Sequence[Conflict]) -> Grid:
@@ -135,63 +161,87 @@ def merge(patches: Sequence[Patch]) -> Patch:
     """One patch that does what ``patches`` do in their order; its record keeps all of theirs.
 
     Raises:
-        UsageError: fewer than two. PatchError: for different bases, in the wrong order, given twice, or rotations and
-        additions mixed.
+        UsageError: fewer than two. PatchError: for different bases, in the wrong order, given twice, rotations and
+        additions mixed, or more facts than one patch file can hold.
     """
     if len(patches) < 2:
         raise UsageError("there is nothing to merge", fix="give two patches or more")
+    if len({p.side == "additive" for p in patches}) > 1:
+        fix = "apply them one after the other instead"
+        raise PatchError("rotations and additive changes cannot become one change", fix=fix)
     first = patches[0]
-    below = list(first.parents)
-    for i, p in enumerate(patches):
-        _check_fits(p, first, patches[:i], below)
+    below, ids = list(first.parents), [p.id for p in patches]
+    for i in range(len(patches)):
+        _check_fits(patches[: i + 1], ids[: i + 1], below)
     modules = dict.fromkeys(m for p in patches for m in p.changes)
+    bases = {m: next(p for p in patches if m in p.base).base[m] for m in modules}
+    records = [{"id": own, **json.loads(p.record)} for own, p in zip(ids, patches, strict=True)]
+    facts = tuple(f for p in patches for f in p.facts)
+    options = {"merged": records, "chat": _same_chat(patches)}
+    merged = replace(first, changes={}, method="merge", options=options, base=bases, facts=facts, metrics={})
+    _check_record(merged, len(modules))  # before the work
     changes = {m: combined([p.changes[m] for p in patches if m in p.changes]) for m in modules}
     sides = {c.side() for c in changes.values()}
     if len(sides) > 1:  # one side only in some layers: the other one is left as it is
-        changes = {m: _both_sided(c, next(p for p in patches if m in p.base).base[m].shape) for m, c in changes.items()}
-    return Patch(
-        changes=changes,
-        method="merge",
-        side="both" if len(sides) > 1 else str(next(iter(sides))),
-        options={"merged": [{"id": p.id, **json.loads(p.record)} for p in patches], "chat": _same_chat(patches)},
-        model=first.model,
-        revision=first.revision,
-        model_type=first.model_type,
-        base={m: next(p for p in patches if m in p.base).base[m] for m in modules},
-        facts=tuple(f for p in patches for f in p.facts),
-        metrics={},
-        seed=first.seed,
-        versions=first.versions,
-        parents=first.parents,
-    )
+        changes = _both_sided(changes, bases)
+    return replace(merged, changes=changes, side="both" if len(sides) > 1 else str(next(iter(sides))))
 
 
-def _check_fits(p: Patch, first: Patch, before: Sequence[Patch], below: Sequence[str]) -> None:
-    ids = [q.id for q in before]
-    if p.id in ids:
-        raise PatchError(f"patch {p.id[:12]} is given twice", fix="leave one of the two out")
-    if list(p.parents) not in (list(below), [*below, *ids]):
+def _check_record(merged: Patch, modules: int) -> None:
+    """Could the merged patch be read again?"""
+    check_size(merged.record, modules)
+    try:
+        parse_json(merged.record)
+    except ValueError as e:  # merges of merges of merges …
+        raise PatchError(f"the merged record would be too much: {e}", fix="merge the original patches at once") from e
+
+
+def _check_fits(patches: Sequence[Patch], ids: Sequence[str], below: Sequence[str]) -> None:
+    """Can the last of ``patches`` be merged with those before it, all made on top of ``below``? Raises PatchError."""
+    first, (*before, p), (*sooner, own) = ids[0], patches, ids
+    for q in before:
+        _check_sizes(q, p)
+    if own in sooner:
+        raise PatchError(f"patch {own[:12]} is given twice", fix="leave one of the two out")
+    if list(p.parents) not in (list(below), [*below, *sooner]):
         needed = ", ".join(x[:12] for x in p.parents) or "the base model"
-        sooner = f"give it before {first.id[:12]}, which was made on top of others"
-        fix = "give those before it, in that order" if p.parents else sooner
-        raise PatchError(f"patch {p.id[:12]} was computed on top of {needed}", fix=fix)
+        rest = f"give it before {first[:12]}, which was made on top of others"
+        fix = "give those before it, in that order" if p.parents else rest
+        raise PatchError(f"patch {own[:12]} was computed on top of {needed}", fix=fix)
     for module, made_for in p.base.items():
         other = next((q.base[module] for q in before if module in q.base), None)
         independent = list(p.parents) == list(below)
         if other and independent and other.dtype == made_for.dtype and other.sha256 != made_for.sha256:
-            what = f"patches {first.id[:12]} and {p.id[:12]} are for different weights"
+            what = f"patches {first[:12]} and {own[:12]} are for different weights"
             raise PatchError(what, where=module, fix="merge patches for one model")
 
 
-def _both_sided(change: Change, shape: tuple[int, ...]) -> Change:
-    """The same with an identity of rank 1 on a side that has no rotation; ``shape`` is the weight's."""
-    factors = dict(change.factors)
-    known = {len(f) for name, f in factors.items() if name in ("R", "U", "R_in", "U_in")}
-    for dense, (U, Q) in COMPACT.items():
-        if dense not in factors and U not in factors:
-            n = next((s for s in shape if s not in known), shape[0])
+def _both_sided(changes: Mapping[str, Change], bases: Mapping[str, BaseTensor]) -> dict[str, Change]:
+    """The same with an identity of rank 1 on every side that has no rotation.
+
+    Raises:
+        PatchError: its width, which only the record claims, would take much more than all that the patches hold.
+    """
+    held = sum(c.nbytes for c in changes.values())
+    missing: dict[str, dict[str, int]] = {}  # width by the name of its side, by module
+    for module, change in changes.items():
+        known, shape = set(change.widths().values()), bases[module].shape
+        n = next((s for s in shape if s not in known), shape[0])
+        missing[module] = {dense: n for dense, (U, _) in COMPACT.items() if not {dense, U} & set(change.factors)}
+    claimed = 4 * sum(n for widths in missing.values() for n in widths.values())
+    if claimed > max(held, SMALL):
+        what = (
+            f"weights as wide as the records say would take {claimed / 1e9:.3g} GB, the patches hold {held / 1e9:.3g}"
+        )
+        raise PatchError(what, fix="do not use these patches")
+    out = {}
+    for module, change in changes.items():
+        factors = dict(change.factors)
+        for dense, n in missing[module].items():
+            U, Q = COMPACT[dense]
             factors |= {U: torch.eye(n, 1), Q: torch.ones(1, 1)}
-    return Change(factors)
+        out[module] = Change(factors)
+    return out
 
 
 def _same_chat(patches: Sequence[Patch]) -> bool:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mosectl import __version__
@@ -19,12 +18,30 @@ from mosectl.errors import BaseMismatch, Notice, PatchError
 from mosectl.files import write_tensors
 from mosectl.fingerprint import fingerprint, match
 from mosectl.hypernet import METHODS, Hypernet
-from mosectl.patch import EDITOR_KEY as KEY
+from mosectl.inputs import opened
 from mosectl.patch import KEY as PATCH
-from mosectl.patch import BaseTensor, canonical, content_id, metadata
+from mosectl.patch import BaseTensor, canonical, content_id
+from mosectl.patch_reader import BASES, SHA256, SIZE, record_of
+from mosectl.patch_reader import EDITOR_KEY as KEY
+from mosectl.schema import anything, integer, listed, number, one_of, optional, text
+from mosectl.schema import record as fields
+from mosectl.tensor_file import MAX_TENSORS, header_of, layout, metadata, read
 
 FORMAT = 1
 _FIX = "give a file made by mosectl train-editor"
+_COUNTS = ("facts", "validated_on", "batch_size", "steps")
+_LOSSES = ("step", "validation", "edit", "generalization", "locality", "reached")
+RECORD = fields(
+    {
+        "format": one_of(FORMAT), "id": SHA256, "method": one_of(*METHODS), "modules": listed(text, 1, MAX_TENSORS),
+        "base": BASES, "model": text, "revision": optional(text), "model_type": text,
+        "options": fields(
+            {**dict.fromkeys(("p", "d", "rank", "blocks"), SIZE), **dict.fromkeys(_COUNTS, integer)}, others=anything
+        ),
+        "history": listed(fields(dict.fromkeys(_LOSSES, number), {"training": number}, others=number), 1),
+        "facts": text, "version": text,
+    }
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -72,25 +89,12 @@ class Editor:
         Raises:
             PatchError: it cannot be read, or something in it is not as it must be.
         """
-        path = Path(path)
-        try:
-            with safe_open(path, "pt") as file:
-                record = json.loads((file.metadata() or {})[KEY])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except FileNotFoundError as e:
-            fix = "check the path, or make one: mosectl train-editor FACTS --method … --model MODEL -o FILE"
-            raise PatchError("no such editor file", where=str(path), fix=fix) from e
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as e:
-            found = metadata(path)
-            what = "a patch, not a trained editor" if PATCH in found else "not an editor file"
-            what = "cut short or damaged" if KEY in found else what
-            raise PatchError(what, where=str(path), fix=_FIX) from e
-        try:
-            return _checked(record, tensors)
-        except PatchError as e:
-            raise PatchError(e.what, where=f"{path}: {e.where}" if e.where else str(path), fix=e.fix or _FIX) from e
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError, MemoryError) as e:
-            raise PatchError("its record is damaged", where=str(path), fix=_FIX) from e
+        fix = "check the path, or make one: mosectl train-editor FACTS --method … --model MODEL -o FILE"
+        with opened(path, PatchError, fix) as file:
+            try:
+                return _parsed(file)
+            except PatchError as e:
+                raise PatchError(e.what, where=f"{path}: {e.where}" if e.where else str(path), fix=e.fix or _FIX) from e
 
     def check(self, weights: Mapping[str, Tensor]) -> None:
         """Does the editor fit this model? Other weights of the same shapes are warned of.
@@ -119,36 +123,24 @@ def is_editor(path: str | Path) -> bool:
     return KEY in metadata(Path(path))
 
 
-def _checked(record: dict[str, Any], tensors: Mapping[str, Tensor]) -> Editor:
-    if record.get("format") != FORMAT:
-        raise PatchError(f"unknown editor format {record.get('format')!r}", where="record", fix="update mosectl")
-    kinds: dict[str, Any] = {
-        "method": str, "modules": list, "base": dict, "model": str, "revision": (str, type(None)), "model_type": str,
-        "options": dict, "history": list, "facts": str, "version": str, "id": str, "format": int,
-    }  # fmt: skip
-    if set(record) != set(kinds) or not all(isinstance(record[k], kind) for k, kind in kinds.items()):
-        raise PatchError("fields missing, unknown or of the wrong type", where="record", fix="update mosectl")
-    if record["method"] not in METHODS:
-        raise PatchError(f"method '{record['method']}' is not known", where="record.method", fix="update mosectl")
+def _parsed(file: BinaryIO) -> Editor:
+    entries, metadata, start = header_of(file)
+    if set(metadata) != {KEY}:
+        raise PatchError("a patch, not a trained editor" if PATCH in metadata else "not an editor file", fix=_FIX)
+    record = record_of(metadata[KEY], RECORD, FORMAT, "editor")
     modules, options = record["modules"], record["options"]
-    for entry in record["base"].values():
-        BaseTensor.of(entry)  # as they must be, or a TypeError
-    if not modules or set(record["base"]) != set(modules) or len(set(modules)) != len(modules):
+    if set(record["base"]) != set(modules) or len(set(modules)) != len(modules):
         raise PatchError("modules and base do not match", where="record.base")
-    p, d, rank, blocks = (int(options[k]) for k in ("p", "d", "rank", "blocks"))
-    if not all(0 < n < 2**20 for n in (p, d, rank, blocks, len(modules))):
-        raise PatchError("sizes are out of range", where="record.options")
+    p, d, rank, blocks = (options[k] for k in ("p", "d", "rank", "blocks"))
     with torch.device("meta"):  # nothing of a stranger's sizes is allocated before the file is seen to hold it
         bones = Hypernet(len(modules), p, d, rank, blocks, spread=record["method"] == "horse")
+    spans = layout(entries, file.seek(0, os.SEEK_END) - start)
     for name, bone in bones.state_dict().items():
-        found = tensors.get(name)
-        if found is None or found.shape != bone.shape or found.dtype != torch.float32:
+        if name not in spans or spans[name].shape != tuple(bone.shape):
             raise PatchError(f"must be an F32 tensor of shape {list(bone.shape)}", where=name)
-        if not bool(torch.isfinite(found).all()):
-            raise PatchError("holds NaN or infinite numbers", where=name, fix="do not use this editor")
-    if unknown := sorted(set(tensors) - set(bones.state_dict())):
-        raise PatchError(f"unknown tensor '{unknown[0]}'", where="header", fix="do not use this editor")
-    bones.load_state_dict(dict(tensors), assign=True)
+    if unknown := sorted(set(spans) - set(bones.state_dict())):
+        raise PatchError(f"unknown tensor '{unknown[0][:80]}'", where="header", fix="do not use this editor")
+    bones.load_state_dict(dict(read(file, start, spans)), assign=True)
     content = {k: v for k, v in record.items() if k not in ("format", "id")}
     editor = Editor(net=bones.requires_grad_(False), **{**content, "modules": tuple(modules)})
     if editor.id != record["id"]:

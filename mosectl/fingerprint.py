@@ -39,7 +39,7 @@ def _sample(weight: Tensor) -> tuple[float, ...]:
 
 def distance(base: BaseTensor, weight: Tensor) -> float:
     """‖sample of weight − the base's sample‖ / ‖the base's sample‖."""
-    ours, theirs = torch.tensor(_sample(_first(weight))), torch.tensor(base.sample)
+    ours, theirs = (torch.tensor(x, dtype=torch.float64) for x in (_sample(_first(weight)), base.sample))
     return float((ours - theirs).norm() / theirs.norm().clamp_min(1e-30))
 
 

@@ -8,10 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mosectl.errors import HubError, ModelError, PatchError
+from mosectl.inputs import MAX_JSON
 
 # Weights as safetensors, and what loads them; no pickles, no code.
 _SMALL = ["*.json", "*.txt", "*.model", "*.jinja"]
 _WEIGHTS = ["*.safetensors"]
+_FIRST = 100_000  # bytes of a file asked for at first: most headers are shorter
 
 
 def looks_like_repo(name: str) -> bool:
@@ -55,6 +57,33 @@ def remote_tensors(repo: str, revision: str | None = None) -> dict[str, tuple[st
         for file in found.files_metadata.values()
         for name, t in file.tensors.items()
     }
+
+
+def remote_header(repo: str, file: str, revision: str | None = None) -> tuple[bytes, int]:
+    """The beginning of a safetensors file on the Hub, its header at least, and the size of the whole file in bytes.
+
+    Raises:
+        the client's own errors, for :func:`hub_errors`. PatchError: the header is larger than safetensors allows.
+    """
+    from huggingface_hub import constants, hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status  # type: ignore[attr-defined]
+
+    url, headers = hf_hub_url(repo, file, revision=revision), build_hf_headers(library_name="mosectl")
+
+    def part(start: int, stop: int) -> tuple[bytes, int]:
+        asked = {**headers, "Range": f"bytes={start}-{stop - 1}"}
+        answer = get_session().get(url, headers=asked, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
+        hf_raise_for_status(answer)
+        whole = re.fullmatch(r"bytes .*/(\d{1,18})", answer.headers.get("Content-Range", ""))
+        return answer.content, int(whole[1]) if whole else start + len(answer.content)
+
+    data, size = part(0, _FIRST)
+    needed = 8 + int.from_bytes(data[:8], "little")
+    if needed > 8 + MAX_JSON:
+        raise PatchError("not a safetensors file", where=f"{repo}/{file}", fix="give a file made by mosectl edit")
+    if len(data) < min(needed, size):
+        data += part(len(data), needed)[0]
+    return data, size
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from mosectl.errors import MosectlError
 MAX_JSON = 100_000_000  # bytes; also what safetensors allows a header
 MAX_DEPTH = 64  # nesting of JSON; what is written later needs a stack frame or two a level
 MAX_DIGITS = 20  # of an integer: 64 bits
+MAX_VALUES = 5_000_000  # in one JSON text: two bytes of it can take a hundred of memory
 OUT_OF_REACH = {
     "FileNotFoundError": "no such file",
     "PermissionError": "may not be read",
@@ -45,9 +46,9 @@ def opened(path: str | Path, error: type[MosectlError], fix: str, limit: int | N
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode) or (limit is not None and status.st_size > limit):
         os.close(descriptor)
-        what = f"has {status.st_size:,} bytes, at most {limit:,} are read"
-        if not stat.S_ISREG(status.st_mode):
-            what = "is a folder" if stat.S_ISDIR(status.st_mode) else "is not a regular file (a pipe, device or socket)"
+        what = "is a folder" if stat.S_ISDIR(status.st_mode) else "is not a regular file (a pipe, device or socket)"
+        if stat.S_ISREG(status.st_mode):
+            what = f"has {status.st_size:,} bytes, at most {limit:,} are read"
         raise error(what, where=str(path), fix=fix)
     with os.fdopen(descriptor, "rb") as file:
         yield file
@@ -76,7 +77,8 @@ def read_json(path: str | Path, error: type[MosectlError], fix: str, *, special:
 
 
 def parse_json(raw: bytes | str, *, special: bool = False) -> Any:
-    """Strict JSON: UTF-8, no name twice in an object, nesting up to MAX_DEPTH, integers of 64 bits, no half characters.
+    """Strict JSON: UTF-8, no name twice in an object, nesting up to MAX_DEPTH, integers of 64 bits, no half characters,
+    MAX_VALUES values.
 
     Args:
         special: allow NaN and infinite numbers, which some models' configurations hold.
@@ -109,6 +111,8 @@ def parse_json(raw: bytes | str, *, special: bool = False) -> Any:
 
     try:
         text = raw.decode("utf-8") if isinstance(raw, bytes) else raw
+        if sum(map(text.count, ",[{")) > MAX_VALUES:
+            raise ValueError(f"holds more than {MAX_VALUES:,} values")
         value = json.loads(
             text, object_pairs_hook=unique, parse_constant=constant, parse_float=finite, parse_int=integer
         )
@@ -146,7 +150,7 @@ def read_header(file: BinaryIO) -> tuple[dict[str, Any], int]:
     Raises:
         ValueError: not a safetensors file, or cut short; with the reason.
     """
-    size = os.fstat(file.fileno()).st_size
+    size = file.seek(0, os.SEEK_END)
     file.seek(0)
     length = int.from_bytes(file.read(8), "little")
     if size < 8 or not 2 <= length <= min(MAX_JSON, size - 8):

@@ -16,7 +16,7 @@ from mosectl.errors import BaseMismatch
 from mosectl.fingerprint import match
 from mosectl.metrics import Stability, stability
 from mosectl.patch import Patch
-from mosectl.rotation import Compact, angles, orthogonality_error
+from mosectl.rotation import Compact, angles, orthogonality_error, product_svd
 from mosectl.share import local
 
 RANK_TOLERANCE = 1e-3  # share of the largest singular value of R − I that still counts as a direction
@@ -69,7 +69,7 @@ def _factors(patch: Patch, module: str, base: str, drift: Stability | None) -> I
     change = patch.changes[module]
     f = change.factors
     if "A" in f:
-        strengths = torch.linalg.svdvals(f["B"].double() @ f["A"].double())
+        strengths = product_svd(f["B"].double(), f["A"].double())[1]
         shape = (len(f["B"]), f["A"].shape[1])
         yield FactorReport(
             module,
@@ -104,7 +104,7 @@ def _factors(patch: Patch, module: str, base: str, drift: Stability | None) -> I
             largest_angle=float(turned[0]),
             median_angle=float(turned.median()),
             rank=_rank(chords),
-            left_out=left_out if isinstance(left_out, float) else None,
+            left_out=left_out,
             distance=float(chords.norm() / n**0.5),
             base=base,
             stability=drift,

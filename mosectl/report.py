@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from mosectl.grid import Grid
     from mosectl.run import OnStep
 
+LONGEST, DRAWN = 2_000, 200_000  # characters of a cell, and of a table, on a terminal
+
 
 def _out() -> Console:
     return Console(highlight=False, soft_wrap=True)
@@ -81,9 +83,25 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     )
     for column, name in zip(columns, names, strict=True):
         table.add_column(escape(name), justify="right" if column.startswith(">") else "left", overflow="fold")
-    for row in rows:
+    drawn = _drawable(rows)
+    for row in drawn:
         table.add_row(*map(escape, row))
     console.print(table, soft_wrap=False)
+    if more := len(rows) - len(drawn):
+        console.print(f"… and {more} more (all of them in a pipe, or with --json)")
+
+
+def _drawable(rows: Sequence[Sequence[str]]) -> list[list[str]]:
+    """As many rows as a terminal draws in a second or two, none of their cells longer than a screen."""
+    out: list[list[str]] = []
+    room = DRAWN
+    for row in rows:
+        cut = [cell if len(cell) <= LONGEST else f"{cell[:LONGEST]}…" for cell in row]
+        room -= sum(map(len, cut))
+        if room < 0:
+            break
+        out.append(cut)
+    return out
 
 
 def line(text: str) -> None:

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from mosectl.errors import Notice
 
+TILE = 1024  # rows or columns worked on at once where a copy in float64 would be large
+
 
 def nearest_rotation(M: Tensor) -> Tensor:
     """The rotation that maximises tr(RᵀM): R = U Zᵀ of M = U Σ Zᵀ (Schönemann 1966), with det R = +1 (Kabsch 1976).
@@ -65,10 +67,16 @@ def polar(M: Tensor, steps: int = 20) -> Tensor | None:
 
 
 def orthogonality_error(R: Tensor) -> float:
-    """‖RᵀR − I‖_F / √r of the columns of R (n, r), computed in float64."""
-    R = R.double()
-    eye = torch.eye(R.shape[1], dtype=R.dtype, device=R.device)
-    return float(torch.linalg.norm(R.T @ R - eye) / len(eye) ** 0.5)
+    """‖RᵀR − I‖_F / √r of the columns of R (n, r), computed in float64, a tile of RᵀR at a time."""
+    columns, square = R.split(TILE, 1), 0.0
+    for i, left in enumerate(columns):
+        for j, right in enumerate(columns[i:]):
+            rows = zip(left.split(8 * TILE), right.split(8 * TILE), strict=True)
+            G = sum((a.double().T @ b.double() for a, b in rows), torch.zeros(()).to(R.device))
+            if j == 0:
+                G.diagonal().sub_(1)
+            square += float(G.square().sum()) * (1 if j == 0 else 2)  # RᵀR is symmetric
+    return (square / R.shape[1]) ** 0.5
 
 
 def orthogonality_tolerance(d: int) -> float:
@@ -80,7 +88,8 @@ def is_rotation(R: Tensor) -> bool:
     """Finite, orthogonal to 10·d·eps and of determinant +1 (not a reflection)."""
     if not bool(torch.isfinite(R).all()) or orthogonality_error(R) > orthogonality_tolerance(len(R)):
         return False
-    return bool(torch.linalg.slogdet(R.double())[0] > 0)
+    # In float32: next to a matrix with singular values 1 there is none of another sign.
+    return bool(torch.linalg.slogdet(R.float())[0] > 0)
 
 
 def thin_svd(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -209,6 +218,20 @@ def times(A: Tensor | Compact, B: Tensor | Compact) -> Tensor | Compact:
         assert isinstance(B, Tensor)
         return A.left(B)
     return B.right(A) if isinstance(B, Compact) else A @ B
+
+
+def apart(A: Tensor | Compact | None, B: Tensor | Compact | None) -> float:
+    """‖A − B‖_F / √n of two rotations of size n, None being the identity; no (n, n) matrix where both are compact."""
+    if isinstance(A, Compact) and isinstance(B, Compact):
+        U = widened(A.U, B.U)  # nothing happens outside the span of both
+        return float(torch.linalg.norm(U.T @ (A.left(U) - B.left(U)))) / len(U) ** 0.5
+    if A is not None and B is not None:
+        a, b = (X.dense() if isinstance(X, Compact) else X for X in (A, B))
+        return float(torch.linalg.norm(a - b)) / len(a) ** 0.5
+    R = B if A is None else A
+    if isinstance(R, Compact):
+        return float(torch.linalg.norm(R.turn)) / len(R.U) ** 0.5
+    return 0.0 if R is None else float(torch.linalg.norm(R - torch.eye(len(R)).to(R))) / len(R) ** 0.5
 
 
 def commutator(A: Tensor | Compact, B: Tensor | Compact) -> float:

@@ -4,23 +4,30 @@ without a download.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from mosectl.editor_file import Editor, is_editor
 from mosectl.errors import PatchError, UsageError
 from mosectl.grid import Grid, cell
-from mosectl.hub import hub_errors
-from mosectl.patch import KEY, Patch
+from mosectl.hub import hub_errors, remote_header
+from mosectl.patch import Patch
+from mosectl.patch_reader import described
+from mosectl.tensor_file import header_of
 
 FILE = "patch.safetensors"
 EDITOR_FILE = "editor.safetensors"
 SCHEME = "hf://"
-_PLACE = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+?))?(?:/([\w./-]+\.safetensors))?", re.ASCII)
+_PART = r"(?!\.\.?(?:/|$))[\w.-]+"  # of a path: not empty, "." or ".."
+_REVISION = rf"refs/[\w-]+/{_PART}|{_PART}(?:/{_PART})*?"
+_FILE = rf"{_PART}(?:/{_PART})*(?<=\.safetensors)"
+_PLACE = re.compile(rf"hf://({_PART}/{_PART})(?:@({_REVISION}))?(?:/({_FILE}))?", re.ASCII)
+_LONGEST = 250  # characters of a place: neither a file system nor the Hub takes longer names
 ROWS = 100  # facts shown in a card
 
 
@@ -51,10 +58,22 @@ class Pushed:
 
 def place_of(text: str, file: str = FILE) -> Place:
     """``file`` where none is named. Raises UsageError where ``text`` is not hf://user/repo[@revision][/file.safetensors]."""
-    found = _PLACE.fullmatch(text)
-    if not found or ".." in text:
-        raise UsageError(f"'{text}' is no place on the Hub", fix="write hf://user/repo, hf://user/repo@revision")
+    found = _PLACE.fullmatch(text) if len(text) <= _LONGEST else None
+    if not found or not is_repo(found[1]):
+        fix = "write hf://user/repo, hf://user/repo@revision, or either with /FILE.safetensors"
+        raise UsageError(f"'{text[:_LONGEST]}' is no place on the Hub", fix=fix)
     return Place(found[1], found[2], found[3] or file)
+
+
+def is_repo(name: str) -> bool:
+    """Is this user/name, as the Hub allows it?"""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    with suppress(HFValidationError):
+        validate_repo_id(name)
+        return name.count("/") == 1
+    return False
 
 
 def local(path: str | Path, file: str = FILE) -> Path:
@@ -86,29 +105,26 @@ def local(path: str | Path, file: str = FILE) -> Path:
 def remote_record(path: str) -> tuple[dict[str, Any], dict[str, tuple[str, tuple[int, ...]]]]:
     """A patch's record and its tensors' (dtype, shape) by name, from the file's header alone (range requests).
 
-    The id in it is the file's own claim: only a download can check it.
+    All is checked but the tensors' numbers: the id in it is the file's own claim until a download.
 
     Raises:
         as :func:`local`.
     """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import EntryNotFoundError, SafetensorsParsingError
+    from huggingface_hub.errors import EntryNotFoundError
 
     place = place_of(path)
     with hub_errors(place.repo, place.revision, "patch"):
         try:
-            api = HfApi(library_name="mosectl")
-            found = api.parse_safetensors_file_metadata(place.repo, place.file, revision=place.revision)
-        except (EntryNotFoundError, SafetensorsParsingError) as e:
-            raise PatchError(
-                f"no patch '{place.file}' there", where=str(place), fix="name it: hf://user/repo/FILE"
-            ) from e
+            raw, size = remote_header(place.repo, place.file, place.revision)
+        except EntryNotFoundError as e:
+            fix = "name it: hf://user/repo/FILE"
+            raise PatchError(f"no patch '{place.file}' there", where=str(place), fix=fix) from e
     try:
-        record = json.loads((found.metadata or {})[KEY])
-        record["facts"], record["method"]
-    except (KeyError, TypeError, ValueError) as e:
-        raise PatchError("not a mosectl patch", where=str(place), fix="give a file made by mosectl edit") from e
-    return record, {name: (str(t.dtype), tuple(t.shape)) for name, t in found.tensors.items()}
+        entries, metadata, start = header_of(BytesIO(raw))
+        record, spans = described(entries, metadata, size - start)
+    except PatchError as e:
+        raise PatchError(e.what, where=f"{place}: {e.where}" if e.where else str(place), fix=e.fix) from e
+    return record, {name: ("F32", span.shape) for name, span in spans.items()}
 
 
 def remote_tables(place: str, record: dict[str, Any], tensors: dict[str, tuple[str, tuple[int, ...]]]) -> list[Grid]:
@@ -139,7 +155,7 @@ def push(
     Raises:
         PatchError: neither of them. UsageError: no "user/name". HubError: no token, no right to write, unreachable.
     """
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo, re.ASCII):
+    if not is_repo(repo):
         raise UsageError(f"'{repo}' is no repository", fix="write user/name")
     content = opened(file)
     size, patch = Path(file).stat().st_size, isinstance(content, Patch)

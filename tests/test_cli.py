@@ -262,7 +262,7 @@ BAD: dict[str, Case] = {
     "wrong base": (other_base, 6, "sha256 differs"),
     "truncated patch": (lambda w, _: w.spoilt(lambda d: d[:-9]), 5, "its header says"),
     "patch is text": (lambda w, _: w.spoilt(lambda d: b"hello"), 5, "not a safetensors file"),
-    "missing patch": (lambda w, _: w.apply(w.folder / "none"), 5, "no such patch file"),
+    "missing patch": (lambda w, _: w.apply(w.folder / "none"), 5, "no such file"),
     "NaN in R": (lambda w, _: w.with_R(lambda R: R.index_fill(0, torch.tensor([0]), torch.nan)), 5, "NaN"),
     "R not orthogonal": (lambda w, _: w.with_R(lambda R: R * 1.01), 5, "not a rotation"),
     "tensor name with ../": (lambda w, _: w.spoilt(lambda d: d.replace(NAME, b'"../el' + NAME[6:])), 5, "not allowed"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random as chance
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from mosectl.checkpoint import open_checkpoint
 from mosectl.compose import conflicts, diff, merge
 from mosectl.conflicts import before_applying
 from mosectl.errors import BaseMismatch, ModelError, PatchError, UsageError
+from mosectl.fingerprint import fingerprint
 from mosectl.history import blame, history, verify
 from mosectl.patch import Patch, PatchFact
 from mosectl.rotation import Compact, commutator, nearest_rotation
@@ -400,3 +402,90 @@ def test_patches_of_different_sides_are_compared(tmp_path: Path) -> None:
     ((_, apart),) = diff(a, b).modules
     assert apart == pytest.approx(float((R_in - torch.eye(48)).norm()) / 48**0.5, rel=1e-5)
     assert diff(a, replace(added(a, base, 1))).modules[0][1] is None
+
+
+# Small files of large claims, and what does not belong together
+
+
+def wide(n: int, name: str = "a", shape: tuple[int, int] | None = None) -> Patch:
+    """A compact patch for a weight of n rows, or of the ``shape`` that its record claims."""
+    U = torch.zeros(n, 1)
+    U[ord(name) % n] = 1
+    module = f"layers.{name}"
+    made_for = replace(fingerprint(f"{module}.weight", torch.zeros(8, 8)), shape=shape or (n, n))
+    changes = {module: Change({"U": U, "Q": torch.ones(1, 1)})}
+    return Patch(changes, "mose", "output", {}, "m", None, "llama", {module: made_for}, (GRAPE,), {}, 0, {})
+
+
+def test_wide_compact_patches_are_compared_in_their_own_size() -> None:
+    a, b = wide(60_000), replace(wide(60_000), seed=1, side="both")
+    assert diff(a, b).modules == (("layers.a", 0.0),) and not [c for c in diff(a, b).conflicts if c.kind == "order"]
+    tall = {"A": torch.ones(1, 60_000), "B": torch.ones(60_000, 1)}
+    c = replace(a, changes={"layers.a": Change(tall)}, side="additive")
+    half = replace(a, changes={"layers.a": Change({**tall, "B": tall["B"] / 2})}, side="additive")
+    assert diff(c, half).modules[0][1] == pytest.approx(0.5)
+
+
+def test_a_claimed_width_takes_no_more_than_the_patches_hold() -> None:
+    one = wide(16, "a", (16, 2**18))
+    names = [f"layers.{i}" for i in range(100)]
+    base = {name: replace(one.base["layers.a"], tensor=f"{name}.weight") for name in names}
+    many = replace(one, changes=dict.fromkeys(names, one.changes["layers.a"]), base=base)
+    other = wide(16, "z", (16, 16))
+    turned = Change({"U_in": torch.eye(16, 1), "Q_in": torch.ones(1, 1)})
+    other = replace(other, changes={"layers.z": turned}, side="input")
+    with pytest.raises(PatchError, match=r"would take 0\.105 GB"):
+        merge([many, other])
+    small = merge([wide(16, "a", (16, 2000)), other])
+    assert small.side == "both" and small.changes["layers.a"].factors["U_in"].shape == (2000, 1)
+
+
+def test_patches_of_two_sizes(tmp_path: Path) -> None:
+    a, b = patch_for(save(tmp_path / "a")), patch_for(save(tmp_path / "b", hidden_size=64, head_dim=16))
+    small(a, 2, 1).save(tmp_path / "compact")
+    for work in (merge, conflicts, lambda pair: diff(*pair)):
+        for first, second in ((a, b), (small(a, 2, 1), small(b, 2, 1)), (a, small(b, 2, 1))):
+            with pytest.raises(BaseMismatch, match="different sizes"):
+                work([first, second])
+    swapped = replace(a, changes={m: Change({"R": torch.eye(48)}) for m in a.changes})  # fits (d, p) stored as (p, d)
+    with pytest.raises(BaseMismatch, match="different sizes"):
+        diff(a, swapped)
+
+
+def test_additions_and_rotations_of_different_layers_are_not_merged(tmp_path: Path) -> None:
+    base = save(tmp_path / "base")
+    with pytest.raises(PatchError, match="cannot become one change"):
+        merge([patch_for(base, (0,)), added(patch_for(base, (1,)), base, 0)])
+
+
+def test_a_merge_that_could_not_be_read_is_told_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = wide(16, "a"), wide(16, "b")
+    deep = a
+    for seed in range(25):
+        try:
+            deep = merge([deep, replace(b, seed=seed)])
+        except PatchError as e:
+            assert "nested deeper" in str(e) and "at once" in e.fix
+            break
+    else:
+        pytest.fail("merges of merges without end")
+
+    def never(_: object) -> Change:
+        raise AssertionError("too late")
+
+    monkeypatch.setattr("mosectl.compose.combined", never)
+    monkeypatch.setattr("mosectl.patch.MAX_JSON", 2000)
+    with pytest.raises(PatchError, match="a patch file holds"):
+        merge([a, b])
+
+
+def test_many_facts_and_wordings_take_no_time() -> None:
+    many = tuple(
+        replace(GRAPE, subject="x" * 10_000, prompt=f"{i} is", wordings=tuple(f"{i} {j}" for j in range(100)))
+        for i in range(200)
+    )
+    a = replace(wide(16), facts=many)
+    b = replace(a, facts=tuple(replace(f, target_new="Plum") for f in many), seed=1)
+    start = time.perf_counter()
+    assert len([c for c in conflicts([a, b]) if c.kind == "fact"]) == 200
+    assert time.perf_counter() - start < 5

@@ -22,6 +22,7 @@ from mosectl.forward import keys_at
 from mosectl.guard import canaries, harm, health
 from mosectl.live import Loaded, load
 from mosectl.options import EditOptions, default_options, options_from
+from mosectl.patch import Patch
 from mosectl.rotation import is_rotation
 from mosectl.solvers import NAMES, LayerProblem, method
 from mosectl.stats import Corpus, _keys, read_corpus, second_moments
@@ -253,7 +254,7 @@ def test_defaults_follow_the_method() -> None:
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "isospectral" and not method(n).trained])
-def test_every_method_edits_and_ships_what_it_measured(name: str, corpus: str) -> None:
+def test_every_method_edits_and_ships_what_it_measured(name: str, corpus: str, tmp_path: Path) -> None:
     """Through the whole path: the patch alone gives the weights that were measured, and the answer changes."""
     model, tokenizer = pico("llama"), make_tokenizer()
     solver = {k: v for k, v in {"preserve": 1e-4, "rate": 0.02, "keep": 0.9}.items() if k in method(name).defaults}
@@ -263,6 +264,8 @@ def test_every_method_edits_and_ships_what_it_measured(name: str, corpus: str) -
     )
     result = mosectl.edit(FACTS[:1], model, tokenizer, options=options)
     assert result.facts[0].status == "changed" and result.patch.side == method(name).side
+    result.patch.save(tmp_path / "p")
+    assert Patch.load(tmp_path / "p").id == result.patch.id, "the reader's schema takes what an edit writes"
     drift = max(s.spectrum_drift for s in result.stability)
     assert (drift > 1e-4) if result.patch.side == "additive" else (drift < 1e-5)
     with mosectl.patched(model, result.patch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -33,22 +34,22 @@ def test_spoilt_editor_files_are_refused(trained: Path, tmp_path: Path) -> None:
         return tmp_path / "e"
 
     for path, message in (
-        (tmp_path / "nowhere", "no such editor"),
+        (tmp_path / "nowhere", "no such file"),
         (ROOT / "patches" / "demo.safetensors", "a patch, not a trained editor"),
-        (ROOT / "README.md", "not an editor file"),
+        (ROOT / "README.md", "not a safetensors file"),
         (spoilt(format=2), "unknown editor format"),
     ):
         with pytest.raises(PatchError, match=message):
             Editor.load(path)
     for changed, message in (
         ({"method": "rome"}, "not known"),
-        ({"facts": 3}, "wrong type"),
+        ({"facts": 3}, "record.facts: must be a text, found 3"),
         ({"more": 1}, "unknown"),
-        ({"modules": []}, "do not match"),
+        ({"modules": []}, "record.modules: must be a list"),
         ({"options": {**record["options"], "rank": 9}}, "F32 tensor"),
-        ({"options": {**record["options"], "rank": 10**9}}, "out of range"),
-        ({"options": {}}, "damaged"),
-        ({"base": {"model.layers.2.mlp.down_proj": {"shape": [1, 2]}}}, "damaged"),
+        ({"options": {**record["options"], "rank": 10**9}}, "record.options.rank: must be a whole number from 1 to"),
+        ({"options": {}}, "record.options: fields missing"),
+        ({"base": {"model.layers.2.mlp.down_proj": {"shape": [1, 2]}}}, "record.base.*missing"),
         ({"model": "another"}, "not what its id says"),
     ):
         with pytest.raises(PatchError, match=message):
@@ -62,7 +63,7 @@ def test_spoilt_editor_files_are_refused(trained: Path, tmp_path: Path) -> None:
         with pytest.raises(PatchError, match=message):
             Editor.load(spoilt({name: value}))
     (tmp_path / "cut").write_bytes(trained.read_bytes()[:-7])
-    with pytest.raises(PatchError, match="cut short or damaged"):
+    with pytest.raises(PatchError, match="its header says"):
         Editor.load(tmp_path / "cut")
     assert is_editor(tmp_path / "cut") and is_editor(trained) and not is_editor(ROOT / "patches" / "demo.safetensors")
 
@@ -72,3 +73,37 @@ def _record(path: Path) -> dict[str, Any]:
 
     with safe_open(path, "pt") as file:
         return json.loads(file.metadata()[KEY])
+
+
+def test_every_field_of_an_editor_is_checked(trained: Path, tmp_path: Path) -> None:
+    tensors, record = load_file(trained), _record(trained)
+    (module,) = record["modules"]
+    last = record["history"][-1]
+    for changed, message in (
+        ({"history": []}, "history: must be a list that is not empty"),
+        ({"history": {}}, "history: must be a list"),
+        ({"history": [{**last, "validation": None}]}, r"history\[0\].validation: must be a number, found null"),
+        ({"history": [{"step": 1}]}, r"history\[0\]: fields missing"),
+        ({"history": [{**last, "training": "x"}]}, r"history\[0\].training: must be a number"),
+        ({"options": {**record["options"], "facts": None}}, "options.facts: must be a whole number"),
+        ({"options": {**record["options"], "p": 1.5}}, "options.p: must be a whole number"),
+        ({"modules": [None]}, r"modules\[0\]: must be a text"),
+        ({"modules": [module, module]}, "modules and base do not match"),
+        ({"base": {module: None}}, "must be an object, found null"),
+        ({"base": {module: {**record["base"][module], "sample": ["a"]}}}, r"sample\[0\]: must be a number"),
+        ({"revision": 3}, "revision: must be a text"),
+        ({"options": {**record["options"], "x": 10**400}}, "401 digits"),
+        ({"model": "\ud800"}, "surrogates"),
+        ({"id": "0"}, "id: must be a sha256"),
+    ):
+        save_file(tensors, tmp_path / "e", {KEY: json.dumps({**record, **changed})})
+        with pytest.raises(PatchError, match=message):
+            Editor.load(tmp_path / "e")
+
+
+def test_pipes_and_nothing_are_no_editors(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("pipe", "/dev/zero"):
+        assert not is_editor(tmp_path / name)
+        with pytest.raises(PatchError, match="not a regular file"):
+            Editor.load(tmp_path / name)

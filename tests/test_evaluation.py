@@ -254,7 +254,7 @@ BAD: dict[str, tuple[tuple[str, ...], int, str]] = {
     "metric not measured": (("eval", "{p}", "{f}", "--protocol", "zsre", "--fail-under", "locality=1"), 2, "not measured"),
     "not a share": (("eval", "{p}", "{f}", "--fail-under", "locality=95"), 2, "from 0 to 1"),
     "patch of an unknown folder": (("eval", "{p}", "{f}"), 2, "say where by --model"),
-    "missing patch": (("eval", "{d}/no.safetensors", "{f}"), 5, "no such patch file"),
+    "missing patch": (("eval", "{d}/no.safetensors", "{f}"), 5, "no such file"),
     "missing model": (("eval", "{d}/no", "{f}"), 4, "no such model folder"),
     "wrong base": (("eval", "{p}", "{f}", "-m", "{d}/wide"), 6, "shape"),
     "--model with a model": (("eval", "{m}", "{f}", "-m", "{m}"), 2, "--base"),
@@ -296,7 +296,7 @@ def test_png(world: World) -> None:
 
 
 def test_patches_from_python_name_their_errors(world: World) -> None:
-    with pytest.raises(PatchError, match="no such patch file"):
+    with pytest.raises(PatchError, match="no such file"):
         mosectl.evaluate_edit(world.folder / "no.safetensors", FACTS)
     with pytest.raises(UsageError, match="no fact to evaluate"):
         mosectl.evaluate_edit(world.file, [], model=world.model)

@@ -230,7 +230,7 @@ def test_editors_that_do_not_fit(trained: Path, tmp_path: Path) -> None:
         ("horse", None, "needs a trained editor"),
         ("isospectral", trained, "takes no editor"),
         ("malmen", trained, "was trained for 'horse'"),
-        ("horse", tmp_path / "none", "no such editor"),
+        ("horse", tmp_path / "none", "no such file"),
     ):
         with pytest.raises((UsageError, PatchError), match=message):
             edited(name, editor)

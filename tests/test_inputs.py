@@ -26,6 +26,7 @@ from mosectl.inputs import MAX_DEPTH, opened, parse_json, read_bytes, read_heade
         (r'["\ud800"]', "surrogates"),
         (b"\xff", "not UTF-8"),
         ("{", "Expecting"),
+        ("[" + "[]," * 5_000_000 + "1]", "more than 5,000,000 values"),
     ],
 )
 def test_json_that_is_refused(text: str | bytes, reason: str) -> None:
@@ -60,6 +61,9 @@ def test_only_regular_files(tmp_path: Path) -> None:
             read_bytes(tmp_path / name, ModelError, "give another")
     with pytest.raises(ModelError, match="not a regular file"):
         read_json("/dev/zero", ModelError, "give another")
+    for name, what in (("pipe", "not a regular file"), (".", "is a folder")):
+        with pytest.raises(ModelError, match=what), opened(tmp_path / name, ModelError, "give another"):
+            pass
 
 
 def test_headers(tmp_path: Path) -> None:

@@ -7,9 +7,12 @@ import torch
 
 from mosectl import rotation
 from mosectl.change import Change, change_between, changed, restored
+from mosectl.errors import BaseMismatch
 from mosectl.metrics import Spectrum, stability
 from mosectl.rotation import (
+    Compact,
     angles,
+    apart,
     is_rotation,
     nearest_rotation,
     orthogonality_error,
@@ -159,3 +162,29 @@ def test_spectrum_of_wide_and_tall_large_matrices() -> None:
     reference = torch.linalg.svdvals(W)
     for M in (W, W.T):
         assert torch.allclose(Spectrum.of(M).singular_values, reference, rtol=1e-8)
+
+
+@pytest.mark.parametrize("shape", [(1030, 1030), (9000, 3), (1500, 1040)])
+def test_errors_of_large_matrices_tile_by_tile(shape: tuple[int, int]) -> None:
+    R = torch.linalg.qr(random(*shape))[0].float()
+    R[3, 2] += 0.01
+    expected = torch.linalg.norm(R.double().T @ R.double() - torch.eye(shape[1])) / shape[1] ** 0.5
+    assert orthogonality_error(R) == pytest.approx(float(expected), rel=1e-9)
+
+
+def test_distances_agree_in_every_form() -> None:
+    g = [torch.linalg.qr(random(30, r, seed=r))[0] for r in (4, 5)]
+    A, B = (Compact(U, nearest_rotation(random(U.shape[1], U.shape[1], seed=9))) for U in g)
+    a, b, eye = A.dense(), B.dense(), torch.eye(30).double()
+    for x, y, first, second in (
+        (A, B, a, b), (A, b, a, b), (a, B, a, b), (a, b, a, b), (A, None, a, eye), (None, b, eye, b), (a, None, a, eye),
+    ):  # fmt: skip
+        assert apart(x, y) == pytest.approx(float((first - second).norm()) / 30**0.5)
+    assert apart(A, A) == apart(a, a) == apart(None, None) == 0.0
+
+
+def test_a_change_of_another_size_is_refused() -> None:
+    W = random(5, 9)
+    for factors in ({"R": turn(9)}, {"R_in": turn(5)}, {"A": random(2, 5), "B": random(9, 2)}):
+        with pytest.raises(BaseMismatch, match=r"here is one of shape \[5, 9\]"):
+            changed([Change(factors)], W)

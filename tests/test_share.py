@@ -18,9 +18,9 @@ from hub_server import TOKEN, Hub, serving
 from test_compose import patches_of
 from test_stack import hashes, patch_for
 
-from mosectl.errors import UsageError
+from mosectl.errors import PatchError, UsageError
 from mosectl.patch import Patch, PatchFact
-from mosectl.share import FILE, card_of, place_of
+from mosectl.share import FILE, card_of, place_of, pull, push, remote_record
 
 FACT = PatchFact("The capital of | Avaland is", "Avaland", "Grape", "Brin", "Grape", 0.125, 0.875, "changed")
 
@@ -210,9 +210,90 @@ def test_places() -> None:
     assert place_of("hf://a/b@v1.0").revision == "v1.0"
     found = place_of("hf://a/b@v1/sub/c.safetensors")
     assert (found.revision, found.file) == ("v1", "sub/c.safetensors") and str(found) == "hf://a/b@v1/sub/c.safetensors"
+    found = place_of("hf://a/b@refs/pr/1/c.safetensors")
+    assert (found.revision, found.file) == ("refs/pr/1", "c.safetensors") and place_of(
+        "hf://a/b@refs/pr/1"
+    ).file == FILE
     for bad in ("hf://a", "hf://a/b/c.bin", "hf://a/b@", "hf://a/../b", "http://a/b"):
         with pytest.raises(UsageError, match="no place"):
             place_of(bad)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "me/x//y.safetensors", "a/b@rev//..", "a/b/./c.safetensors", "a/b@v1/", "./b", "a/..", "-a/b",
+        "a--b/c", "a/b.git", f"a/{'b' * 200}", f"a/b/{'c/' * 200}d.safetensors", f"a/b@{'c' * 5000}", "a/b\n", "",
+    ],
+)  # fmt: skip
+def test_odd_places(bad: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no place"):
+        remote_record(f"hf://{bad}")
+    with pytest.raises(UsageError, match="no place"):
+        pull(f"hf://{bad}", tmp_path / "p")
+    if "@" not in bad and bad.count("/") == 1:
+        with pytest.raises(UsageError, match="no repository"):
+            push("nothing", bad)
+
+
+def test_a_header_on_the_hub_is_checked_like_a_file(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = world.file.read_bytes()
+    n = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + n])
+    record = json.loads(header["__metadata__"]["mosectl"])
+
+    def served(record: Any, entries: dict[str, Any] | None = None, size: int = len(data) - n) -> None:
+        raw = json.dumps({"__metadata__": {"mosectl": json.dumps(record)}, **(entries or entries_of(header))}).encode()
+        found = len(raw).to_bytes(8, "little") + raw, size + len(raw)
+        monkeypatch.setattr("mosectl.share.remote_header", lambda *_: found)
+
+    served(record)
+    assert remote_record("hf://me/x")[0] == record
+    fact = record["facts"][0]
+    (name, entry), *rest = entries_of(header).items()
+    others = dict(rest)
+    for spoilt, message in (
+        (({**record, "facts": [None]},), r"hf://me/x: record.facts\[0\]: must be an object, found null"),
+        (({**record, "facts": "all"},), "facts: must be a list"),
+        (({**record, "facts": [{k: v for k, v in fact.items() if k != "status"}]},), "missing or unknown: status"),
+        (({k: v for k, v in record.items() if k != "method"},), "missing or unknown: method"),
+        (({**record, "seed": 10**400},), "401 digits"),
+        (({**record, "model": "\ud800"},), "surrogates"),
+        (({**record, "metrics": {"scores": []}},), "metrics.scores: must be an object"),
+        (([],), "must be an object"),
+        ((record, {**others, "../x.R": entry}), "is not allowed"),
+        ((record, {name: {**entry, "shape": None}}), "malformed tensor entry"),
+        ((record, None, 10), "its header says"),
+    ):
+        served(*spoilt)
+        with pytest.raises(PatchError, match=message):
+            remote_record("hf://me/x")
+    for raw, message in (
+        (b"", "cut short"), (b"\xff" * 50, "cut short"), (b"\x02" + bytes(7) + b"[]", "not a JSON object"),
+        ((100_000).to_bytes(8, "little") + b"[" * 100_000, "nested deeper"),
+    ):  # fmt: skip
+        monkeypatch.setattr("mosectl.share.remote_header", lambda *_, raw=raw: (raw, len(raw)))
+        with pytest.raises(PatchError, match=message):
+            remote_record("hf://me/x")
+
+
+def entries_of(header: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in header.items() if k != "__metadata__"}
+
+
+def test_headers_of_any_length_are_asked_for_in_parts(world: World) -> None:
+    """One longer than the first request, one that claims too much, one that is not there."""
+    fact = replace(FACT, before="x" * 300_000)
+    replace(world.patch, facts=(fact,)).save(world.file)
+    world.hub.repos["me/x"] = {}
+    world.hub.commit("me/x", {FILE: world.file.read_bytes()})
+    done = world.run("inspect", "hf://me/x", "--json")
+    assert done.returncode == 0 and json.loads(done.stdout)["facts"][0]["before"] == fact.before, done.stderr
+    ranges = [h.get("Range") or h.get("range") for m, p, h in world.hub.asked if "/resolve/" in p]
+    assert len(ranges) == 2 and all(ranges)
+    world.hub.commit("me/x", {FILE: b"\xff" * 200})
+    done = world.run("inspect", "hf://me/x")
+    assert done.returncode == 5 and "not a safetensors file" in done.stderr
 
 
 def test_the_card(world: World) -> None:
