@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from mosectl.errors import ModelError
 
@@ -50,6 +52,9 @@ _PLAIN = (
     "transformers.models.",
     "transformers.pytorch_utils",
 )  # where an unwrapped matrix is from
+MAX_COUNT = 100_000  # layers, heads or experts of one kind
+MAX_WEIGHTS = 20_000  # tensors of a model whose weight files are not at hand; the largest have some thousand
+_COUNT = re.compile(r"(?:layers?|heads?|experts|blocks|depth)$")
 _SUPPORTED = (
     "supported are models such as Llama, Mistral, Qwen, Gemma, Phi, GPT-2, GPT-NeoX, OPT, Falcon, BLOOM, Mixtral"
 )
@@ -268,9 +273,11 @@ def _projection(i: int, path: str, inside: str, layer: nn.Module, hidden: int, m
     return Projection(i, f"{path}.{inside}", d, p, type(module).__name__ == "Conv1D", module.bias is not None)
 
 
-def skeleton(config: Any) -> nn.Module:
+def skeleton(config: Any, tensors: int | None = None) -> nn.Module:
     """The model of a config.json (dict or PretrainedConfig) without any weight, on the meta device.
 
+    Args:
+        tensors: how many the weight files hold: a config that claims many more is refused before all of them are built.
     Raises:
         ModelError: transformers does not know the model type; remote code is never run.
     """
@@ -278,6 +285,7 @@ def skeleton(config: Any) -> nn.Module:
 
     if isinstance(config, Mapping):
         content = dict(config)
+        _check_counts(content)
         model_type = str(content.pop("model_type", None))
         try:
             config = AutoConfig.for_model(model_type, **content)
@@ -293,8 +301,10 @@ def skeleton(config: Any) -> nn.Module:
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError("an encoder-decoder model", where=str(config.model_type), fix=_SUPPORTED)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _at_most(MAX_WEIGHTS if tensors is None else 4 * tensors + 1000):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except ModelError:
+        raise
     except ValueError as e:
         raise ModelError(
             f"'{config.model_type}' is not a causal language model", where="config.json", fix=_SUPPORTED
@@ -303,6 +313,35 @@ def skeleton(config: Any) -> nn.Module:
         raise ModelError(f"cannot be built: {_first_line(e)}", where="config.json", fix="install that package") from e
     except Exception as e:  # building from a nonsensical config can fail anywhere
         raise ModelError(f"cannot be built: {_first_line(e)}", where="config.json", fix="fetch the model again") from e
+
+
+def _check_counts(content: Any) -> None:
+    """Refuse numbers of layers, heads or experts from which configs would make lists that fill the memory."""
+    for name, value in content.items():
+        if isinstance(value, Mapping):
+            _check_counts(value)
+        elif type(value) is int and value > MAX_COUNT and _COUNT.search(str(name)):
+            what = f"'{name}' is {value:,}: no model has as many"
+            raise ModelError(what, where="config.json", fix="fetch the model again")
+
+
+@contextmanager
+def _at_most(limit: int) -> Iterator[None]:
+    """Stop a model's building where it gets more weights than ``limit``. Raises ModelError."""
+    made = 0
+
+    def count(*_: Any) -> None:
+        nonlocal made
+        made += 1
+        if made > limit:
+            what = f"claims more weights than the model's files hold (stopped at {limit:,})"
+            raise ModelError(what, where="config.json", fix="fetch the model again")
+
+    handle = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _first_line(e: Exception) -> str:

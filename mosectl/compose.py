@@ -10,7 +10,7 @@ from itertools import combinations
 import torch
 
 from mosectl.change import COMPACT, Change, combined
-from mosectl.errors import PatchError, UsageError
+from mosectl.errors import BaseMismatch, PatchError, UsageError
 from mosectl.grid import Grid
 from mosectl.patch import Patch, PatchFact
 from mosectl.rotation import commutator
@@ -51,8 +51,26 @@ def question(fact: PatchFact) -> tuple[str, str]:
 
 def conflicts(patches: Sequence[Patch]) -> tuple[Conflict, ...]:
     """Facts that contradict each other, then rotations whose order matters, of every pair of ``patches``."""
+    check_sizes(patches)
     pairs = list(combinations(patches, 2))
     return tuple(c for a, b in pairs for c in _contradictions(a, b)) + tuple(c for a, b in pairs for c in _orders(a, b))
+
+
+def check_sizes(patches: Sequence[Patch]) -> None:
+    """Refuse patches for models of different sizes.
+
+    Raises:
+        BaseMismatch: they edit one weight in two shapes, or their models have no width in common.
+    """
+    for a, b in combinations(patches, 2):
+        pairs = [(a.base[m].shape, b.base[m].shape, m) for m in a.base if m in b.base]
+        wrong = next((pair for pair in pairs if pair[0] != pair[1]), None)
+        ours, theirs = ({n for t in p.base.values() for n in t.shape} for p in (a, b))
+        if wrong or ours.isdisjoint(theirs):
+            x, y, where = wrong or (max(t.shape for t in a.base.values()), max(t.shape for t in b.base.values()), "")
+            sizes = f"{a.id[:12]} ({a.model}) is for weights {list(x)}, {b.id[:12]} ({b.model}) for {list(y)}"
+            fix = "give patches for one model"
+            raise BaseMismatch(f"patches for models of different sizes: {sizes}", where=where, fix=fix)
 
 
 def _questions(fact: PatchFact) -> set[tuple[str, str]]:
@@ -135,11 +153,12 @@ def merge(patches: Sequence[Patch]) -> Patch:
     """One patch that does what ``patches`` do in their order; its record keeps all of theirs.
 
     Raises:
-        UsageError: fewer than two. PatchError: for different bases, in the wrong order, given twice, or rotations and
-        additions mixed.
+        UsageError: fewer than two. BaseMismatch: for models of different sizes. PatchError: for different bases, in the
+        wrong order, given twice, or rotations and additions mixed.
     """
     if len(patches) < 2:
         raise UsageError("there is nothing to merge", fix="give two patches or more")
+    check_sizes(patches)
     first = patches[0]
     below = list(first.parents)
     for i, p in enumerate(patches):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mosectl.errors import HubError, ModelError, PatchError
@@ -33,6 +33,15 @@ def fetch_model(repo: str, revision: str | None = None, *, weights: bool = True)
     with hub_errors(repo, revision):
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, library_name="mosectl"))
     return folder, folder.name
+
+
+def cached_model(repo: str, revision: str) -> Path | None:
+    """The folder of a hub model in the local cache; None where it is not there. Never asks the Hub."""
+    from huggingface_hub import snapshot_download
+
+    with suppress(OSError, ValueError):  # the client's own errors are kinds of these
+        return Path(snapshot_download(repo, revision=revision, local_files_only=True))
+    return None
 
 
 def remote_tensors(repo: str, revision: str | None = None) -> dict[str, tuple[str, tuple[int, ...]]]:
