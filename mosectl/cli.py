@@ -364,16 +364,17 @@ def _shown(message: Warning | str, category: type[Warning], *where: Any, **more:
 
 def _own_output() -> None:
     """Keep standard output for results: what libraries in C print there (LAPACK's messages) goes to standard error."""
-    out: Any = sys.stdout  # None where it was closed
+    out: Any = sys.stdout
+    theirs: Any = sys.__stdout__
     try:
-        if out is None or out is not sys.__stdout__ or out.fileno() != 1:
+        if out is None or out is not theirs or out.fileno() != 1:
             return
         kept = os.dup(1)
         os.dup2(2, 1)
     except (OSError, ValueError):  # closed, or not a file
         return
     # Python's own print goes where it went.
-    sys.stdout = open(kept, "w", encoding=out.encoding, errors=out.errors, closefd=False)  # noqa: PTH123, SIM115
+    sys.stdout = open(kept, "w", encoding=out.encoding, errors=out.errors, closefd=False)  # noqa: SIM115
 
 
 def main() -> None:

@@ -386,7 +386,7 @@ def test_a_journal_that_has_lost_a_patch_does_not_pass(edited: Edited) -> None:
     lost = [c for c in verify(edited.out) if c.ok is False]
     assert [c.what for c in lost] == ["mosectl.json"] and "no stored patch edits it" in lost[0].note
     outside = [{**journal["patches"][0], "file": "../a.safetensors"}]
-    for spoilt in ({"patches": []}, {"base_path": None}, {"model": 3}, {"tensors": []}, {"patches": [{}]}, {"patches": outside}):
+    for spoilt in ({"base_path": None}, {"model": 3}, {"tensors": []}, {"patches": [{}]}, {"patches": outside}):
         path.write_text(json.dumps({**journal, **spoilt}))
         with pytest.raises(ModelError, match="damaged journal") as e:
             history(edited.out)
