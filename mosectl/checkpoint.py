@@ -197,12 +197,12 @@ def _shards(index: Path) -> list[str]:
         what = "damaged index: its weight_map does not name a file for each tensor"
         raise ModelError(what, where=str(index), fix="fetch the model again")
     names = sorted(set(names))
-    if bad := next((n for n in names if Path(n).name != n), None):
-        raise ModelError(f"shard name {bad!r:.80} leaves the folder", where=str(index), fix="fetch the model again")
-    if bad := next((n for n in names if not n.endswith(SUFFIX)), None):
-        raise ModelError(f"shard {bad!r:.80} is not a safetensors file", where=str(index), fix="fetch the model again")
-    if bad := next((n for n in names if not (index.parent / n).is_file()), None):
-        raise ModelError(f"shard {bad!r:.80} is missing", where=str(index.parent), fix="fetch the model again")
+    for name in names:
+        what = "" if (index.parent / name).is_file() else "is missing"
+        what = what if name.endswith(SUFFIX) else "is not a safetensors file"
+        what = what if Path(name).name == name else "leaves the folder"
+        if what:
+            raise ModelError(f"shard {name!r:.80} {what}", where=str(index), fix="fetch the model again")
     return names
 
 
