@@ -16,7 +16,11 @@ _WEIGHTS = ["*.safetensors"]
 
 def looks_like_repo(name: str) -> bool:
     """ "user/model" or "gpt2", as opposed to a path."""
-    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name, re.ASCII) is not None and not name.startswith(".")
+    return (
+        len(name) <= 200
+        and not name.startswith(".")
+        and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name, re.ASCII) is not None
+    )
 
 
 def fetch_model(repo: str, revision: str | None = None, *, weights: bool = True) -> tuple[Path, str]:

@@ -56,6 +56,6 @@ def stability(name: str, before: Tensor, after: Tensor) -> Stability:
         condition_before=a.condition,
         condition_after=b.condition,
         norm_drift=abs(b.norm / max(a.norm, 1e-300) - 1),
-        condition_drift=abs(b.condition / a.condition - 1),
+        condition_drift=abs(b.condition / max(a.condition, 1e-300) - 1),
         spectrum_drift=float(drift),
     )

@@ -245,7 +245,7 @@ def test_shapes_are_as_the_config_says(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"shape \[32, 48\], its config.json says \[32, 64\]") as e:
         layout(open_checkpoint(folder))
     assert NAME in e.value.where
-    with pytest.raises(ModelError, match="its config.json says"):
+    with pytest.raises(ModelError, match="config"):
         diagnose(folder)
 
 

@@ -401,3 +401,33 @@ def test_patches_of_different_sides_are_compared(tmp_path: Path) -> None:
     ((_, apart),) = diff(a, b).modules
     assert apart == pytest.approx(float((R_in - torch.eye(48)).norm()) / 48**0.5, rel=1e-5)
     assert diff(a, replace(added(a, base, 1))).modules[0][1] is None
+
+
+def test_patches_of_two_model_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = save(tmp_path / "base")
+    wide = save(tmp_path / "wide", hidden_size=64, intermediate_size=96, head_dim=16)
+    ours, theirs = patch_for(base), patch_for(wide)
+    elsewhere = patch_for(wide, layers=(2,))  # no layer in common
+    for i, other in enumerate((theirs, elsewhere, small(theirs, 3, 0), added(theirs, wide, 1))):
+        files = tmp_path / "a", tmp_path / f"b{i}"
+        for patch, file in zip((ours, other), files, strict=True):
+            patch.save(file)
+        for command in (
+            ("diff", *files),
+            ("diff", *files[::-1]),
+            ("merge", *files, "-o", tmp_path / "m"),
+            ("merge", *files, "-o", tmp_path / "m", "--allow-conflicts"),
+            ("apply", *files, "-m", base, "-o", tmp_path / "out"),
+            ("export", *files, "-m", base, "-o", tmp_path / "out"),
+        ):
+            assert run(*command) == 6, command
+            told = capsys.readouterr().err
+            assert "models of different sizes" in told and "[32, 48]" in told and other.id[:12] in told
+    assert not (tmp_path / "out").exists() and not (tmp_path / "m").exists()
+    apply([ours], base, tmp_path / "edited")
+    theirs.save(tmp_path / "b")
+    assert run("apply", tmp_path / "b", "-m", tmp_path / "edited", "-o", tmp_path / "out") == 6, (
+        "with what is there too"
+    )
+    with pytest.raises(BaseMismatch, match="different sizes"):
+        merge([ours, elsewhere])
