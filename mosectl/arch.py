@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from mosectl.claims import at_most, check_counts
 from mosectl.errors import ModelError
 
 # model_type -> (path of the projection inside a layer, path of a norm after the FFN)
@@ -52,9 +51,6 @@ _PLAIN = (
     "transformers.models.",
     "transformers.pytorch_utils",
 )  # where an unwrapped matrix is from
-MAX_COUNT = 100_000  # layers, heads or experts of one kind
-MAX_WEIGHTS = 20_000  # tensors of a model whose weight files are not at hand; the largest have some thousand
-_COUNT = re.compile(r"(?:layers?|heads?|experts|blocks|depth)$")
 _SUPPORTED = (
     "supported are models such as Llama, Mistral, Qwen, Gemma, Phi, GPT-2, GPT-NeoX, OPT, Falcon, BLOOM, Mixtral"
 )
@@ -285,7 +281,7 @@ def skeleton(config: Any, tensors: int | None = None) -> nn.Module:
 
     if isinstance(config, Mapping):
         content = dict(config)
-        _check_counts(content)
+        check_counts(content)
         model_type = str(content.pop("model_type", None))
         try:
             config = AutoConfig.for_model(model_type, **content)
@@ -301,7 +297,7 @@ def skeleton(config: Any, tensors: int | None = None) -> nn.Module:
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError("an encoder-decoder model", where=str(config.model_type), fix=_SUPPORTED)
     try:
-        with torch.device("meta"), _at_most(MAX_WEIGHTS if tensors is None else 4 * tensors + 1000):
+        with torch.device("meta"), at_most(tensors):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except ModelError:
         raise
@@ -313,35 +309,6 @@ def skeleton(config: Any, tensors: int | None = None) -> nn.Module:
         raise ModelError(f"cannot be built: {_first_line(e)}", where="config.json", fix="install that package") from e
     except Exception as e:  # building from a nonsensical config can fail anywhere
         raise ModelError(f"cannot be built: {_first_line(e)}", where="config.json", fix="fetch the model again") from e
-
-
-def _check_counts(content: Any) -> None:
-    """Refuse numbers of layers, heads or experts from which configs would make lists that fill the memory."""
-    for name, value in content.items():
-        if isinstance(value, Mapping):
-            _check_counts(value)
-        elif type(value) is int and value > MAX_COUNT and _COUNT.search(str(name)):
-            what = f"'{name}' is {value:,}: no model has as many"
-            raise ModelError(what, where="config.json", fix="fetch the model again")
-
-
-@contextmanager
-def _at_most(limit: int) -> Iterator[None]:
-    """Stop a model's building where it gets more weights than ``limit``. Raises ModelError."""
-    made = 0
-
-    def count(*_: Any) -> None:
-        nonlocal made
-        made += 1
-        if made > limit:
-            what = f"claims more weights than the model's files hold (stopped at {limit:,})"
-            raise ModelError(what, where="config.json", fix="fetch the model again")
-
-    handle = register_module_parameter_registration_hook(count)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _first_line(e: Exception) -> str:

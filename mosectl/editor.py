@@ -25,7 +25,7 @@ from mosectl.errors import EditFailed, ModelError, UsageError
 from mosectl.evaluate import Interview, Scores, answer, compare, interview, says
 from mosectl.facts import Fact, as_facts
 from mosectl.fingerprint import fingerprint
-from mosectl.finite import check_weight
+from mosectl.finite import all_zeros, check_weight
 from mosectl.guard import Health, canaries
 from mosectl.journal import read_journal
 from mosectl.layers import LayerScore, choose_layers, parse_layers, score_layers
@@ -119,14 +119,13 @@ def edit(
         if loaded.checkpoint:
             stored_patches(loaded.checkpoint)  # on top of which the patch will be
         arch = resolve(loaded.model)
-        for p in arch.projections:
-            _check_weights(loaded, p, zeros=True)
+        empty = {p.layer: p for p in arch.projections if _all_zeros(loaded, p)}
         corpus = read_corpus(options.corpus)
     with turns(loaded.model, arch) as turned:
         with clock("layers"):
             projections, scores = _choose(loaded, turned, checked, options, trained)
-            for p in projections:
-                _check_weights(loaded, p, zeros=False)
+            if found := next((empty[p.layer] for p in projections if p.layer in empty), None):
+                raise all_zeros(found.weight_name, _where(loaded))
         with clock("statistics") as step:
             moments = Moments({}, {}, 0, False, math.inf)
             if solver.needs_moments(options.form):
@@ -158,9 +157,16 @@ def edit(
     return EditResult(patch, results, scored, drifts, tuple(scores), *done)
 
 
-def _check_weights(loaded: Loaded, p: Projection, zeros: bool) -> None:
-    for weight in weights_of(loaded.model, p):
-        check_weight(p.weight_name, weight, loaded.checkpoint.model if loaded.checkpoint else "the model", zeros=zeros)
+def _all_zeros(loaded: Loaded, p: Projection) -> bool:
+    """Is one of its weights nothing but zeros? Raises ModelError where one is not finite."""
+    weights = weights_of(loaded.model, p)
+    for weight in weights:
+        check_weight(p.weight_name, weight, _where(loaded), zeros=True)
+    return not all(bool(weight.any()) for weight in weights)
+
+
+def _where(loaded: Loaded) -> str:
+    return loaded.checkpoint.model if loaded.checkpoint else "the model"
 
 
 def _choose(

@@ -28,8 +28,13 @@ def check_weight(name: str, W: Tensor, where: str, *, zeros: bool = False) -> No
         fix = "fetch the model again; in float16 try --dtype bfloat16"
         raise ModelError(f"'{name}' holds NaN or infinite numbers", where=where, fix=fix)
     if not zeros and not bool(W.any()):
-        fix = "is the model whole? If it is, edit other --layers"
-        raise ModelError(f"'{name}' holds nothing but zeros", where=where, fix=fix)
+        raise all_zeros(name, where)
+
+
+def all_zeros(name: str, where: str) -> ModelError:
+    """The error for a weight in which an edit has nothing to turn."""
+    fix = "is the model whole? If it is, edit other --layers"
+    return ModelError(f"'{name}' holds nothing but zeros", where=where, fix=fix)
 
 
 def check_changed(name: str, W: Tensor, result: Tensor, changes: Sequence[Change], ids: Sequence[str] = ()) -> None:
