@@ -97,17 +97,21 @@ def locate(model: str | Path, revision: str | None = None, *, weights: bool = Tr
     Raises:
         ModelError, HubError: as :func:`open_checkpoint`. UsageError: a revision of a folder.
     """
-    path = Path(model)
-    if path.is_dir():
+    path, fix = Path(model), "give a folder with config.json, or a hub id such as user/model"
+    try:
+        folder_here, here = path.is_dir(), path.exists()
+    except OSError as e:  # a name too long
+        raise ModelError(f"no such model folder: {e.strerror}", where=f"{str(model)[:80]}…", fix=fix) from e
+    if folder_here:
         if revision is not None:
             what = f"--revision {revision}: is for hub models, {model} is a folder"
             raise UsageError(what, fix="leave it out, or give the hub id")
         return path, path.resolve().name or "model", None
     from mosectl.hub import fetch_model, looks_like_repo
 
-    if path.exists() or not looks_like_repo(str(model)):
-        what = "is a file, not a model folder" if path.exists() else "no such model folder"
-        raise ModelError(what, where=str(model), fix="give a folder with config.json, or a hub id such as user/model")
+    if here or not looks_like_repo(str(model)):
+        what = "is a file, not a model folder" if here else "no such model folder"
+        raise ModelError(what, where=str(model), fix=fix)
     folder, commit = fetch_model(str(model), revision, weights=weights)
     return folder, str(model), commit
 
@@ -171,7 +175,7 @@ def _chosen(folder: Path) -> Path:
         raise ModelError(what, where=str(folder), fix="load it and save it with save_pretrained(new_folder)")
     if named is not None:
         plain = isinstance(named, str) and Path(named).name == named
-        if not plain or not named.endswith((SUFFIX, INDEX_SUFFIX)) or not (folder / named).is_file():
+        if not plain or not named.endswith((SUFFIX, INDEX_SUFFIX)) or not _is_file(folder / named):
             what = f"transformers_weights {named!r:.60} is not a safetensors file, or an index, of this folder"
             raise ModelError(what, where=str(folder / CONFIG), fix="fetch the model again")
         return folder / named
@@ -188,6 +192,12 @@ def _chosen(folder: Path) -> Path:
     raise ModelError(what, where=str(folder), fix="check the model folder")
 
 
+def _is_file(path: Path) -> bool:
+    with suppress(OSError):  # a name too long
+        return path.is_file()
+    return False
+
+
 def _shards(index: Path) -> list[str]:
     """The files an index names, in the order in which transformers reads them."""
     content = _object(index)
@@ -198,7 +208,7 @@ def _shards(index: Path) -> list[str]:
         raise ModelError(what, where=str(index), fix="fetch the model again")
     names = sorted(set(names))
     for name in names:
-        what = "" if (index.parent / name).is_file() else "is missing"
+        what = "" if _is_file(index.parent / name) else "is missing"
         what = what if name.endswith(SUFFIX) else "is not a safetensors file"
         what = what if Path(name).name == name else "leaves the folder"
         if what:

@@ -123,7 +123,14 @@ def test_weights_that_transformers_would_take_and_mosectl_does_not_know(tmp_path
         open_checkpoint(folder)
     part.unlink()
     config = json.loads((folder / "config.json").read_text())
-    for named in ("../m/model.safetensors", "gone.safetensors", "model.bin", 3, ["model.safetensors"]):
+    for named in (
+        "../m/model.safetensors",
+        "gone.safetensors",
+        "model.bin",
+        "x" * 5000 + ".safetensors",
+        3,
+        ["model.safetensors"],
+    ):
         (folder / "config.json").write_text(json.dumps({**config, "transformers_weights": named}))
         with pytest.raises(ModelError, match="transformers_weights"):
             open_checkpoint(folder)
@@ -131,6 +138,12 @@ def test_weights_that_transformers_would_take_and_mosectl_does_not_know(tmp_path
     (folder / SINGLE).rename(folder / "model.fp16.safetensors")
     with pytest.raises(ModelError, match=r"only model\.fp16\.safetensors, which transformers does not load"):
         open_checkpoint(folder)
+
+
+def test_a_name_that_is_too_long() -> None:
+    for name in ("x" * 300, "me/" + "x" * 300):
+        with pytest.raises(ModelError, match="no such model folder"):
+            open_checkpoint(name)
 
 
 # Files that are none
@@ -186,6 +199,7 @@ def test_files_that_are_none(name: str, make: Callable[[Path], None], tmp_path: 
         ({"weight_map": {"a": ""}}, "not a safetensors file"),
         ({"weight_map": {"a": "gone.safetensors"}}, "is missing"),
         ({"weight_map": {"a": "x\0.safetensors"}}, "is missing"),
+        ({"weight_map": {"a": "x" * 5000 + ".safetensors"}}, "is missing"),
     ],
 )
 def test_an_index_that_names_no_shards(index: Any, what: str, tmp_path: Path) -> None:
