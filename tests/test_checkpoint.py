@@ -123,7 +123,8 @@ def test_weights_that_transformers_would_take_and_mosectl_does_not_know(tmp_path
         open_checkpoint(folder)
     part.unlink()
     config = json.loads((folder / "config.json").read_text())
-    for named in (
+    names = "../m/model.safetensors", "gone.safetensors", "model.bin", "x" * 5000 + ".safetensors"
+    for named in (*names, 3, ["model.safetensors"]):
         "../m/model.safetensors",
         "gone.safetensors",
         "model.bin",
