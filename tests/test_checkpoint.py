@@ -125,13 +125,6 @@ def test_weights_that_transformers_would_take_and_mosectl_does_not_know(tmp_path
     config = json.loads((folder / "config.json").read_text())
     names = "../m/model.safetensors", "gone.safetensors", "model.bin", "x" * 5000 + ".safetensors"
     for named in (*names, 3, ["model.safetensors"]):
-        "../m/model.safetensors",
-        "gone.safetensors",
-        "model.bin",
-        "x" * 5000 + ".safetensors",
-        3,
-        ["model.safetensors"],
-    ):
         (folder / "config.json").write_text(json.dumps({**config, "transformers_weights": named}))
         with pytest.raises(ModelError, match="transformers_weights"):
             open_checkpoint(folder)
