@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mosectl.claims import at_most, check_counts
 from mosectl.errors import ModelError
 
 # model_type -> (path of the projection inside a layer, path of a norm after the FFN)
@@ -268,9 +269,11 @@ def _projection(i: int, path: str, inside: str, layer: nn.Module, hidden: int, m
     return Projection(i, f"{path}.{inside}", d, p, type(module).__name__ == "Conv1D", module.bias is not None)
 
 
-def skeleton(config: Any) -> nn.Module:
+def skeleton(config: Any, tensors: int | None = None) -> nn.Module:
     """The model of a config.json (dict or PretrainedConfig) without any weight, on the meta device.
 
+    Args:
+        tensors: how many the weight files hold: a config that claims many more is refused before all of them are built.
     Raises:
         ModelError: transformers does not know the model type; remote code is never run.
     """
@@ -278,6 +281,7 @@ def skeleton(config: Any) -> nn.Module:
 
     if isinstance(config, Mapping):
         content = dict(config)
+        check_counts(content)
         model_type = str(content.pop("model_type", None))
         try:
             config = AutoConfig.for_model(model_type, **content)
@@ -293,8 +297,10 @@ def skeleton(config: Any) -> nn.Module:
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError("an encoder-decoder model", where=str(config.model_type), fix=_SUPPORTED)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), at_most(tensors):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except ModelError:
+        raise
     except ValueError as e:
         raise ModelError(
             f"'{config.model_type}' is not a causal language model", where="config.json", fix=_SUPPORTED

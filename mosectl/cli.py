@@ -362,8 +362,24 @@ def _shown(message: Warning | str, category: type[Warning], *where: Any, **more:
         sys.stderr.write(warnings.formatwarning(message, category, *where[:2]))  # type: ignore[arg-type]
 
 
+def _own_output() -> None:
+    """Keep standard output for results: what libraries in C print there (LAPACK's messages) goes to standard error."""
+    out: Any = sys.stdout
+    theirs: Any = sys.__stdout__
+    try:
+        if out is None or out is not theirs or out.fileno() != 1:
+            return
+        kept = os.dup(1)
+        os.dup2(2, 1)
+    except (OSError, ValueError):  # closed, or not a file
+        return
+    # Python's own print goes where it went.
+    sys.stdout = open(kept, "w", encoding=out.encoding, errors=out.errors, closefd=False)  # noqa: SIM115
+
+
 def main() -> None:
     """Run a command; every error becomes one message and a documented exit code."""
+    _own_output()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary files are cleaned up
     warnings.showwarning = _shown
     pressed: list[int] = []

@@ -174,6 +174,7 @@ def verify(
 def blame(
     prompt: Annotated[str, typer.Argument(help="The prompt.")],
     folder: Folder,
+    base: Annotated[str | None, typer.Option(help="The unedited model, if its tensors were not kept.")] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: Json = False,
@@ -186,7 +187,7 @@ def blame(
     if not Path(folder).exists() and Path(prompt).is_dir():
         raise UsageError(f"'{prompt}' is a folder, not a prompt", fix="mosectl blame PROMPT DIR")
     with report.progress() as on_step:
-        ids, (found,) = run([prompt], folder, device=device, dtype=dtype, on_step=named("blame", on_step))
+        ids, (found,) = run([prompt], folder, base=base, device=device, dtype=dtype, on_step=named("blame", on_step))
     steps = zip(["the base", *(f"+ {i[:12]}" for i in ids)], found.answers, strict=True)
     moved = ["", *("moved it" if i in found.moved_by else "" for i in ids)]
     rows = tuple((step, said, mark) for (step, said), mark in zip(steps, moved, strict=True))

@@ -61,22 +61,32 @@ def conflicts(patches: Sequence[Patch]) -> tuple[Conflict, ...]:
     Raises:
         BaseMismatch: they are for weights of different sizes.
     """
+    check_sizes(patches)
     pairs = list(combinations([(p.id, p) for p in patches], 2))  # an id is a hash of all that a patch holds
-    for (_, a), (_, b) in pairs:
-        _check_sizes(a, b)
     return tuple(c for a, b in pairs for c in _contradictions(*a, *b)) + tuple(
         c for a, b in pairs for c in _orders(*a, *b)
     )
 
 
-def _check_sizes(a: Patch, b: Patch) -> None:
-    """Raises BaseMismatch where two patches change one weight, and it has not the same shape for both."""
-    for module in (m for m in a.changes if m in b.changes):
-        ours, theirs = (p.changes[module].widths() for p in (a, b))
-        if a.base[module].shape != b.base[module].shape or any(ours[k] != theirs.get(k, ours[k]) for k in ours):
-            sizes = " and ".join(f"{p.model}, {list(p.base[module].shape)}" for p in (a, b))
-            what = f"patches {a.id[:12]} and {b.id[:12]} are for weights of different sizes ({sizes})"
-            raise BaseMismatch(what, where=module, fix="give patches for one model")
+def check_sizes(patches: Sequence[Patch]) -> None:
+    """Refuse patches for models of different sizes.
+
+    Raises:
+        BaseMismatch: they edit one weight in two shapes, or their models have no width in common.
+    """
+    for a, b in combinations(patches, 2):
+        pairs = [(a.base[m].shape, b.base[m].shape, m) for m in a.base if m in b.base]
+        wrong = next((pair for pair in pairs if pair[0] != pair[1]), None)
+        for module in (m for m in a.changes if m in b.changes):  # in factors, whatever the records claim
+            x, y = (p.changes[module].widths() for p in (a, b))
+            if any(x[k] != y.get(k, x[k]) for k in x):
+                wrong = wrong or (a.base[module].shape, b.base[module].shape, module)
+        ours, theirs = ({n for t in p.base.values() for n in t.shape} for p in (a, b))
+        if wrong or ours.isdisjoint(theirs):
+            x, y, where = wrong or (max(t.shape for t in a.base.values()), max(t.shape for t in b.base.values()), "")
+            sizes = f"{a.id[:12]} ({a.model}) is for weights {list(x)}, {b.id[:12]} ({b.model}) for {list(y)}"
+            fix = "give patches for one model"
+            raise BaseMismatch(f"patches for models of different sizes: {sizes}", where=where, fix=fix)
 
 
 def _questions(fact: PatchFact) -> tuple[str, set[str]]:
@@ -161,11 +171,12 @@ def merge(patches: Sequence[Patch]) -> Patch:
     """One patch that does what ``patches`` do in their order; its record keeps all of theirs.
 
     Raises:
-        UsageError: fewer than two. PatchError: for different bases, in the wrong order, given twice, rotations and
+        UsageError: fewer than two. BaseMismatch: for models of different sizes. PatchError: for different bases, in the wrong order, given twice, rotations and
         additions mixed, or more facts than one patch file can hold.
     """
     if len(patches) < 2:
         raise UsageError("there is nothing to merge", fix="give two patches or more")
+    check_sizes(patches)
     if len({p.side == "additive" for p in patches}) > 1:
         fix = "apply them one after the other instead"
         raise PatchError("rotations and additive changes cannot become one change", fix=fix)

@@ -8,10 +8,9 @@ from pathlib import Path
 from mosectl.checkpoint import open_checkpoint
 from mosectl.compose import Conflict, conflicts
 from mosectl.evaluate import answer, generate, says
-from mosectl.journal import read_journal
 from mosectl.live import load, patched
 from mosectl.patch import Patch
-from mosectl.sides import stored_patches
+from mosectl.source import stored_patches
 from mosectl.stack import check_stack
 
 OnStep = Callable[[int, int], None]
@@ -33,8 +32,7 @@ def before_applying(
         PatchError, BaseMismatch, ModelError, HubError: as :func:`mosectl.stack.apply`.
     """
     checkpoint = open_checkpoint(model, revision)
-    journal = read_journal(checkpoint.folder)
-    there = stored_patches(checkpoint, journal) if journal else []
+    there = stored_patches(checkpoint)
     stack = [*there, *patches]
     new = {p.id for p in patches}
     found = tuple(c for c in conflicts(stack) if c.second in new)  # those among the old ones were told before

@@ -25,6 +25,7 @@ from mosectl.errors import EditFailed, ModelError, UsageError
 from mosectl.evaluate import Interview, Scores, answer, compare, interview, says
 from mosectl.facts import Fact, as_facts
 from mosectl.fingerprint import fingerprint
+from mosectl.finite import all_zeros, check_weight
 from mosectl.guard import Health, canaries
 from mosectl.journal import read_journal
 from mosectl.layers import LayerScore, choose_layers, parse_layers, score_layers
@@ -36,6 +37,7 @@ from mosectl.patch import BaseTensor, Patch, PatchFact
 from mosectl.progress import Progress
 from mosectl.run import Clock, OnStep, Run
 from mosectl.solvers import method
+from mosectl.source import stored_patches
 from mosectl.stats import Corpus, Moments, read_corpus, second_moments
 from mosectl.targets import build_contexts
 from mosectl.wordings import own_wordings
@@ -114,11 +116,16 @@ def edit(
         if away := next((n for n, p in loaded.model.named_parameters() if p.is_meta), ""):
             fix = "use more GPUs (--device balanced) or --dtype bfloat16; patches apply on disk whatever the size"
             raise ModelError("is offloaded: the model does not fit", where=away, fix=fix)
+        if loaded.checkpoint:
+            stored_patches(loaded.checkpoint)  # on top of which the patch will be
         arch = resolve(loaded.model)
+        empty = {p.layer: p for p in arch.projections if _all_zeros(loaded, p)}
         corpus = read_corpus(options.corpus)
     with turns(loaded.model, arch) as turned:
         with clock("layers"):
             projections, scores = _choose(loaded, turned, checked, options, trained)
+            if found := next((empty[p.layer] for p in projections if p.layer in empty), None):
+                raise all_zeros(found.weight_name, _where(loaded))
         with clock("statistics") as step:
             moments = Moments({}, {}, 0, False, math.inf)
             if solver.needs_moments(options.form):
@@ -148,6 +155,18 @@ def edit(
         patch = _patch(loaded, arch, edited, run, changes, results, scored, drifts, options, corpus)
     done = (run.stopped, moments.tokens, clock.seconds, (before, after), tuple(run.curve), remedy)
     return EditResult(patch, results, scored, drifts, tuple(scores), *done)
+
+
+def _all_zeros(loaded: Loaded, p: Projection) -> bool:
+    """Is one of its weights nothing but zeros? Raises ModelError where one is not finite."""
+    weights = weights_of(loaded.model, p)
+    for weight in weights:
+        check_weight(p.weight_name, weight, _where(loaded), zeros=True)
+    return not all(bool(weight.any()) for weight in weights)
+
+
+def _where(loaded: Loaded) -> str:
+    return loaded.checkpoint.model if loaded.checkpoint else "the model"
 
 
 def _choose(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mosectl.arch import Architecture, disk_names, resolve, skeleton
-from mosectl.change import Change, combined
+from mosectl.arch import Architecture
+from mosectl.change import Change, changed, combined
 from mosectl.checkpoint import JOURNAL, SIDECAR, Checkpoint, open_checkpoint
-from mosectl.errors import ModelError, UsageError
+from mosectl.errors import EditFailed, ModelError, UsageError
 from mosectl.files import new_folder, output_errors, write_bytes, write_tensors
+from mosectl.finite import check_changed, check_weight, is_finite
 from mosectl.grid import cell
 from mosectl.patch import Patch
 from mosectl.rotation import Compact, product_svd
+from mosectl.source import layout
 from mosectl.stack import apply, check_stack
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # those vLLM takes (--max-lora-rank)
@@ -65,6 +67,7 @@ def export(
         force: skip the check that the patches are for this model.
     Raises:
         UsageError: no such form, or a rank above 512 would be needed. BaseMismatch, ModelError, HubError, OutputError.
+        EditFailed: the changed weights would not be finite.
     """
     if form not in FORMS:
         raise UsageError(f"--to {form}: no such form", fix=f"choose one of: {', '.join(FORMS)}")
@@ -73,10 +76,12 @@ def export(
         return _merged(patches, checkpoint, model, Path(out), revision, force, on_step)
     if not force:
         check_stack(checkpoint, patches)
-    arch = resolve(skeleton(checkpoint.config))
-    factors, left_out = _adapter(patches, checkpoint, arch, rank, on_step)
+    arch, names = layout(checkpoint)
+    factors, left_out = _adapter(patches, checkpoint, arch, names, rank, on_step)
     r = len(next(iter(factors.values()))[1])
     tensors = {m: (B.to(dtype), A.to(dtype)) for m, (B, A) in factors.items()}
+    if wide := next((m for m, pair in tensors.items() if not all(map(is_finite, pair))), ""):
+        raise EditFailed(f"the adapter's numbers are too large for {dtype}", where=wide, fix="--to merged")
     write = _write_peft if form == "lora" else _write_gguf
     write(Path(out), tensors, r, patches, checkpoint, arch)
     return Exported(Path(out), form, r, left_out, tuple(factors), str(dtype).removeprefix("torch."))
@@ -100,10 +105,14 @@ def low_rank(change: Change, W: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _adapter(
-    patches: Sequence[Patch], checkpoint: Checkpoint, arch: Architecture, rank: int | None, on_step: OnStep | None
+    patches: Sequence[Patch],
+    checkpoint: Checkpoint,
+    arch: Architecture,
+    names: Mapping[str, tuple[str, ...]],
+    rank: int | None,
+    on_step: OnStep | None,
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
     """B (d, r) and A (r, p) of every changed module, float64, zero-padded to one rank; and the largest share left out."""
-    names = disk_names(arch, checkpoint.tensors)
     projections = {p.name: p for p in arch.projections}
     modules = sorted({m for p in patches for m in p.changes}, key=lambda m: projections[m].layer)
     if mixed := next((m for m in modules if projections[m].experts), ""):
@@ -111,9 +120,11 @@ def _adapter(
         raise UsageError(what, where=mixed, fix="--to merged writes a checkpoint")
     found: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
     for i, module in enumerate(modules):
-        W = projections[module].oriented(checkpoint.read(names[module][0]))
-        change = combined([p.changes[module] for p in patches if module in p.changes])
-        found[module] = product_svd(*low_rank(change, W))
+        name, own = names[module][0], [p for p in patches if module in p.changes]
+        W, changes = projections[module].oriented(checkpoint.read(name)), [p.changes[module] for p in own]
+        check_weight(name, W, str(checkpoint.folder))
+        check_changed(name, W, changed(changes, W), changes, [p.id for p in own])
+        found[module] = product_svd(*low_rank(combined(changes), W))
         if on_step:
             on_step(i + 1, len(modules))
     needed = max(int((EXACT * S.norm() < S).sum()) for _, S, _ in found.values())

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from mosectl.arch import disk_names, resolve
 from mosectl.change import changed
-from mosectl.checkpoint import Checkpoint, open_checkpoint
+from mosectl.checkpoint import JOURNAL, Checkpoint, open_checkpoint
 from mosectl.compose import Conflict, conflict_table, conflicts
-from mosectl.errors import BaseMismatch, HubError, ModelError, MosectlError
+from mosectl.errors import BaseMismatch, ModelError, MosectlError, Notice, PatchError
 from mosectl.evaluate import answer, generate
 from mosectl.fingerprint import sha256
 from mosectl.grid import Grid
 from mosectl.journal import Journal, read_journal
 from mosectl.live import as_live, load, weights_of
 from mosectl.patch import Patch
-from mosectl.sides import originals, stored_patches
-from mosectl.source import KEPT_BASE, find_base, same_bytes
+from mosectl.sides import originals
+from mosectl.source import KEPT_BASE, Source, find_base, given_base, kept_base, out_of_reach, same_bytes, unlike
 from mosectl.stack import replayed
 
 OnStep = Callable[[int, int], None]
@@ -58,8 +57,9 @@ def history(folder: str | Path) -> History:
     Raises:
         ModelError: nothing was applied here, or the journal is damaged. PatchError: a patch is missing or damaged.
     """
-    checkpoint, journal = _edited(folder)
-    patches = stored_patches(checkpoint, journal)
+    source, journal = _source(folder)
+    _told(source)
+    patches = source.stack
     entries = [
         Entry(p.id, a.file, p.method, p.parents, tuple(f"{f.prompt} → {f.target_new}" for f in p.facts), len(p.changes))
         for p, a in zip(patches, journal.patches, strict=True)
@@ -73,6 +73,17 @@ def _edited(folder: str | Path) -> tuple[Checkpoint, Journal]:
     if journal is None:
         raise ModelError("no mosectl.json: nothing was applied here", where=str(folder), fix="give an edited folder")
     return checkpoint, journal
+
+
+def _source(folder: str | Path, base: str | Path | None = None) -> tuple[Source, Journal]:
+    checkpoint, journal = _edited(folder)
+    return Source(checkpoint, base), journal
+
+
+def _told(source: Source) -> None:
+    """What cannot be believed of a folder that is looked at only."""
+    for name, why in source.mismatches():
+        warnings.warn(f"{name}: {why}; see mosectl verify", Notice, stacklevel=3)
 
 
 def history_tables(h: History) -> list[Grid]:
@@ -115,13 +126,15 @@ class Check:
 def verify(folder: str | Path, *, base: str | Path | None = None, on_step: OnStep | None = None) -> tuple[Check, ...]:
     """Check every patch, every edited tensor and, where the base is in reach, every other tensor of an edited folder.
 
-    Edited tensors must have the journal's sha256, and be what the patches make of the base, bit for bit. Tensors that no
-    patch touches must be the base's: the same file on disk, or the same bytes.
+    The journal must name just the tensors that the patches edit, with the bases they were made for. Edited tensors must
+    have the journal's sha256, and be what the patches make of the base, bit for bit. Tensors that no patch touches must be
+    the base's: the same file on disk, or the same bytes. A base that is given must have what the journal says it had.
 
     Args:
-        base: where the unedited model is; default: where the journal says.
+        base: where the unedited model is; default: where the journal says, if it is on this disk.
     Raises:
-        ModelError: nothing was applied here. What is wrong with the folder's content is returned, not raised.
+        ModelError: nothing was applied here, the journal is damaged, or ``base`` cannot be opened. HubError. What is wrong
+        with the folder's content is returned, not raised.
     """
     checkpoint, journal = _edited(folder)
     checks = [_patch_check(checkpoint, a.id, a.file) for a in journal.patches]
@@ -132,9 +145,12 @@ def verify(folder: str | Path, *, base: str | Path | None = None, on_step: OnSte
             on_step(i + 1, len(known) + 1)
     if journal.kept_base:
         checks += _kept_checks(checkpoint, journal)
-    if all(c.ok is not False for c in checks):
-        checks += _replay_checks(checkpoint, journal, base)
-    checks += _untouched_checks(checkpoint, journal, base)
+    given = given_base(journal, base) if base else None
+    if given:
+        checks.append(_given_check(given, checkpoint, journal))
+    if all(c.ok for c in checks[: len(journal.patches)]):
+        checks += _source_checks(checkpoint, journal, base, replay=all(c.ok is not False for c in checks))
+    checks.append(_untouched_check(checkpoint, journal, given or find_base(checkpoint, journal)))
     if on_step:
         on_step(len(known) + 1, len(known) + 1)
     return tuple(checks)
@@ -160,48 +176,50 @@ def _tensor_check(checkpoint: Checkpoint, journal: Journal, name: str) -> Check:
 
 
 def _kept_checks(checkpoint: Checkpoint, journal: Journal) -> Iterator[Check]:
-    kept = checkpoint.folder / KEPT_BASE
-    try:
-        with safe_open(kept, framework="pt") as file:
-            found = {name: sha256(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118  (not a dict)
-    except Exception as e:  # safetensors raises its own and OSError kinds alike
-        yield Check(KEPT_BASE, False, f"cannot be read: {e}")
+    kept = kept_base(checkpoint)
+    if kept is None:
+        yield Check(KEPT_BASE, False, "cannot be read")
         return
-    wrong = sorted(n for n, t in journal.tensors.items() if found.get(n) != t.base_sha256)
-    yield Check(
-        KEPT_BASE, not wrong, f"wrong: {', '.join(wrong)}" if wrong else f"{len(found)} base tensors as they were"
+    wrong = sorted(unlike(kept, checkpoint, journal))
+    good = f"{len(journal.tensors)} base tensors as they were"
+    yield Check(KEPT_BASE, not wrong, f"wrong: {', '.join(wrong)}" if wrong else good)
+
+
+def _given_check(given: Checkpoint, checkpoint: Checkpoint, journal: Journal) -> Check:
+    wrong = unlike(given, checkpoint, journal)
+    note = f"not what the journal says they were: {', '.join(wrong[:5])}" if wrong else "as the journal says they were"
+    return Check(f"{len(journal.tensors)} edited tensors in {given.folder}", not wrong, note)
+
+
+def _source_checks(checkpoint: Checkpoint, journal: Journal, base: str | Path | None, replay: bool) -> Iterator[Check]:
+    try:
+        source = Source(checkpoint, base if replay else None)  # a given base that is wrong is told already
+    except (ModelError, PatchError) as e:
+        yield Check(JOURNAL, False, e.what)
+        return
+    wrong = source.mismatches()
+    note = (
+        f"{wrong[0][0]}: {wrong[0][1]}" if wrong else "it names what the patches edit, and the bases they were made for"
     )
-
-
-def _replay_checks(checkpoint: Checkpoint, journal: Journal, base: str | Path | None) -> Iterator[Check]:
-    made = replayed(checkpoint, base)
-    for name, tensor in journal.tensors.items():
-        if name not in made:
-            same = tensor.sha256 == tensor.base_sha256
-            yield Check(f"{name} from the base", same, "no patch touches it" + ("" if same else ", and it is another"))
-    for name, weight in made.items():
+    yield Check(JOURNAL, not wrong, note)
+    for name, weight in replayed(source).items() if replay else ():
         if weight is None:
-            yield Check(f"{name} from the base", None, "the base is out of reach")
-        else:
-            same = sha256(weight) == journal.tensors[name].sha256
-            yield Check(
-                f"{name} from the base", same, "the patches give just this" if same else "the patches give another"
-            )
+            yield Check(f"{name} from the base", None, out_of_reach(journal))
+            continue
+        same = sha256(weight) == journal.tensors[name].sha256
+        note = "the patches give just this" if same else "the patches give another"
+        yield Check(f"{name} from the base", same, note)
 
 
-def _untouched_checks(checkpoint: Checkpoint, journal: Journal, base: str | Path | None) -> Iterator[Check]:
+def _untouched_check(checkpoint: Checkpoint, journal: Journal, original: Checkpoint | None) -> Check:
     rest = [n for n in checkpoint.tensors if n not in journal.tensors]
     what = f"{len(rest)} other tensors"
-    original = None
-    with suppress(ModelError, HubError):
-        original = find_base(journal, base)
     if original is None:
-        yield Check(what, None, "the base is out of reach")
-        return
+        return Check(what, None, out_of_reach(journal))
     wrong = [n for n in rest if not same_bytes(checkpoint, original, n)]
     wrong += [n for n in original.tensors if n not in checkpoint.tensors]
     note = f"differ from {original.folder}: {', '.join(wrong[:5])}" if wrong else f"as in {original.folder}"
-    yield Check(what, not wrong, note)
+    return Check(what, not wrong, note)
 
 
 # blame
@@ -220,6 +238,7 @@ def blame(
     prompts: Sequence[str],
     folder: str | Path,
     *,
+    base: str | Path | None = None,
     device: str = "auto",
     dtype: str = "auto",
     max_new_tokens: int = 12,
@@ -228,23 +247,23 @@ def blame(
     """Ids of the folder's patches in order, and each prompt's greedy answer under the first 0, 1, 2, … of them.
 
     Raises:
-        ModelError: nothing was applied here. BaseMismatch: the base tensors are out of reach.
+        ModelError: nothing was applied here, or its record is damaged. BaseMismatch: the base tensors are out of reach, or
+        ``base`` is another model.
     """
-    checkpoint, journal = _edited(folder)
-    patches = stored_patches(checkpoint, journal)
-    found = originals(checkpoint, journal)
-    if found is None:
-        raise BaseMismatch("the base tensors are out of reach", where=str(folder), fix="apply with --keep-base")
-    bases = found[0]
+    source, journal = _source(folder, base)
+    _told(source)
+    patches, bases = source.stack, originals(source)
+    if bases is None:
+        raise BaseMismatch(out_of_reach(journal), where=str(folder), fix="give --base, or apply with --keep-base")
     loaded = load(folder, device=device, dtype=dtype)
     arch = resolve(loaded.model)
-    names = disk_names(arch, checkpoint.tensors)
+    names = disk_names(arch, source.checkpoint.tensors)
     edited = [(p, as_live(p, [bases[n] for n in names[p.name]])) for p in arch.projections if names[p.name][0] in bases]
     said: list[list[str]] = []
     for n in range(len(patches) + 1):
-        for p, base in edited:
+        for p, W0s in edited:
             changes = [q.changes[p.name] for q in patches[:n] if p.name in q.changes]
-            for weight, W in zip(weights_of(loaded.model, p), base, strict=True):
+            for weight, W in zip(weights_of(loaded.model, p), W0s, strict=True):
                 with torch.no_grad():
                     weight.copy_(p.stored(changed(changes, p.oriented(W))))
         said.append(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mosectl.errors import HubError, ModelError, PatchError
@@ -18,7 +18,11 @@ _FIRST = 100_000  # bytes of a file asked for at first: most headers are shorter
 
 def looks_like_repo(name: str) -> bool:
     """ "user/model" or "gpt2", as opposed to a path."""
-    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name, re.ASCII) is not None and not name.startswith(".")
+    return (
+        len(name) <= 200
+        and not name.startswith(".")
+        and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name, re.ASCII) is not None
+    )
 
 
 def fetch_model(repo: str, revision: str | None = None, *, weights: bool = True) -> tuple[Path, str]:
@@ -35,6 +39,15 @@ def fetch_model(repo: str, revision: str | None = None, *, weights: bool = True)
     with hub_errors(repo, revision):
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, library_name="mosectl"))
     return folder, folder.name
+
+
+def cached_model(repo: str, revision: str) -> Path | None:
+    """The folder of a hub model in the local cache; None where it is not there. Never asks the Hub."""
+    from huggingface_hub import snapshot_download
+
+    with suppress(OSError, ValueError):  # the client's own errors are kinds of these
+        return Path(snapshot_download(repo, revision=revision, local_files_only=True))
+    return None
 
 
 def remote_tensors(repo: str, revision: str | None = None) -> dict[str, tuple[str, tuple[int, ...]]]:

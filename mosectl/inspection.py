@@ -9,15 +9,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mosectl.arch import disk_names, resolve, skeleton
 from mosectl.change import COMPACT, changed
 from mosectl.checkpoint import Checkpoint, open_checkpoint
 from mosectl.errors import BaseMismatch
 from mosectl.fingerprint import match
+from mosectl.finite import check_changed, check_weight
 from mosectl.metrics import Stability, stability
 from mosectl.patch import Patch
 from mosectl.rotation import Compact, angles, orthogonality_error, product_svd
 from mosectl.share import local
+from mosectl.source import layout
 
 RANK_TOLERANCE = 1e-3  # share of the largest singular value of R − I that still counts as a direction
 
@@ -54,6 +55,7 @@ def inspect(path: str | Path, *, model: str | Path | None = None, revision: str 
 
     Raises:
         PatchError: the file is not a valid patch. BaseMismatch: the model has no such modules. ModelError, HubError.
+        EditFailed: the changed weights would not be finite.
     """
     path = local(path)
     patch = Patch.load(path)
@@ -126,8 +128,7 @@ def _rank(strengths: Tensor) -> int:
 
 
 def _effects(patch: Patch, checkpoint: Checkpoint) -> Iterator[tuple[str, tuple[str, Stability | None]]]:
-    arch = resolve(skeleton(checkpoint.config))
-    names = disk_names(arch, checkpoint.tensors)
+    arch, names = layout(checkpoint)
     projections = {p.name: p for p in arch.projections}
     for module, change in patch.changes.items():
         if module not in projections:
@@ -142,5 +143,8 @@ def _effects(patch: Patch, checkpoint: Checkpoint) -> Iterator[tuple[str, tuple[
         drift = None
         if found.same:
             W = projections[module].oriented(W)
-            drift = stability(first, W, changed([change], W))
+            check_weight(first, W, str(checkpoint.folder))
+            result = changed([change], W)
+            check_changed(first, W, result, [change], [patch.id])
+            drift = stability(first, W, result)
         yield module, (found.note, drift)

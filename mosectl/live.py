@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mosectl.arch import Projection, resolve
+from mosectl.arch import Projection, resolve, skeleton
 from mosectl.change import Change, changed
-from mosectl.checkpoint import Checkpoint, open_checkpoint
+from mosectl.checkpoint import Checkpoint, check_generation_config, open_checkpoint
 from mosectl.errors import BaseMismatch, ModelError, UsageError
 from mosectl.evaluate import generate
 from mosectl.fingerprint import match
+from mosectl.finite import check_changed, check_weight
 from mosectl.patch import Patch
 from mosectl.share import local
 from mosectl.stack import check_stack
@@ -47,6 +47,8 @@ def load(model: str | Path, *, revision: str | None = None, device: str = "auto"
     from transformers.utils import logging
 
     checkpoint = open_checkpoint(model, revision)
+    skeleton(checkpoint.config, len(checkpoint.tensors))  # what config.json claims is built by transformers otherwise
+    check_generation_config(checkpoint.folder)
     device = pick_device(device)
     kind = pick_dtype(dtype, device)
     placed = {"device_map": device if device == "balanced" else {"": device}}
@@ -63,7 +65,7 @@ def load(model: str | Path, *, revision: str | None = None, device: str = "auto"
             ignore_mismatched_sizes=True,  # told apart below
             **placed,
         )
-    except (OSError, ValueError, KeyError, ImportError, json.JSONDecodeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RecursionError) as e:
         first = str(e).strip().split("\n")[0]
         raise ModelError(f"cannot be loaded: {first}", where=str(model), fix="run: mosectl doctor MODEL") from e
     finally:
@@ -154,10 +156,11 @@ def patched(model: nn.Module, *patches: Patch, force: bool = False) -> Iterator[
     Args:
         force: skip the check that the patches were made for this model.
     Raises:
-        BaseMismatch: a patch was made for other weights.
+        BaseMismatch: a patch was made for other weights. ModelError, EditFailed: as :func:`changes_on`.
     """
     projections = {p.name: p for p in resolve(model).projections}  # type: ignore[arg-type]
     changes: dict[str, list[Change]] = {}
+    ids: dict[str, list[str]] = {}
     for patch in patches:
         for module, change in patch.changes.items():
             if module not in projections:
@@ -166,19 +169,39 @@ def patched(model: nn.Module, *patches: Patch, force: bool = False) -> Iterator[
                 weight = weights_of(model, projections[module])[0]
                 _check(patch, module, weight if not patch.parents else None)
             changes.setdefault(module, []).append(change)
-    with changes_on(model, [(projections[module], stacked) for module, stacked in changes.items()]):
+            ids.setdefault(module, []).append(patch.id)
+    with changes_on(model, [(projections[module], stacked) for module, stacked in changes.items()], ids):
         yield model
 
 
 @contextmanager
-def changes_on(model: nn.Module, changes: Sequence[tuple[Projection, Sequence[Change]]]) -> Iterator[None]:
-    """The model with each projection's weights changed inside the block, rounded once from what they were."""
+def changes_on(
+    model: nn.Module,
+    changes: Sequence[tuple[Projection, Sequence[Change]]],
+    ids: Mapping[str, Sequence[str]] | None = None,
+) -> Iterator[None]:
+    """The model with each projection's weights changed inside the block, rounded once from what they were.
+
+    Args:
+        ids: by module path, of the patches that its changes are from.
+    Raises:
+        ModelError: a weight is not finite. EditFailed: it would not be so any more.
+    """
+    known = ids or {}
     with exchanged(
-        (weight, p.stored(changed(stacked, p.oriented(weight.detach()))))
+        (weight, p.stored(_changed(p, weight.detach(), stacked, known.get(p.name, ()))))
         for p, stacked in changes
         for weight in weights_of(model, p)
     ):
         yield
+
+
+def _changed(p: Projection, weight: Tensor, changes: Sequence[Change], ids: Sequence[str]) -> Tensor:
+    W = p.oriented(weight)
+    check_weight(p.weight_name, W, "the loaded model", zeros=True)
+    result = changed(changes, W)
+    check_changed(p.weight_name, W, result, changes, ids)
+    return result
 
 
 @contextmanager

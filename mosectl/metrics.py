@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mosectl.errors import EditFailed
+
 
 @dataclass(frozen=True)
 class Spectrum:
@@ -18,6 +20,8 @@ class Spectrum:
 
     @staticmethod
     def of(W: Tensor) -> Spectrum:
+        if not bool(torch.isfinite(W).all()):  # LAPACK would write about it to the standard output
+            raise EditFailed("a weight became NaN or infinite", fix="try --dtype float32, or fewer facts at once")
         W = W.double()
         W = W.transpose(0, 1).flatten(1) if W.dim() == 3 else W  # experts side by side: (d, experts · p)
         W = W if W.shape[0] <= W.shape[1] else W.T
@@ -51,7 +55,7 @@ def stability(name: str, before: Tensor, after: Tensor) -> Stability:
         norm_after=b.norm,
         condition_before=a.condition,
         condition_after=b.condition,
-        norm_drift=abs(b.norm / a.norm - 1),
-        condition_drift=abs(b.condition / a.condition - 1),
+        norm_drift=abs(b.norm / max(a.norm, 1e-300) - 1),
+        condition_drift=abs(b.condition / max(a.condition, 1e-300) - 1),
         spectrum_drift=float(drift),
     )

@@ -13,7 +13,7 @@ import torch
 
 from mosectl.arch import Architecture, Projection, disk_names, resolve, skeleton
 from mosectl.change import SIDES
-from mosectl.checkpoint import index_tensors, locate, read_config
+from mosectl.checkpoint import check_generation_config, locate, open_checkpoint, read_config, twins
 from mosectl.errors import ModelError, MosectlError
 from mosectl.facts import Fact
 from mosectl.layers import parse_layers
@@ -22,6 +22,7 @@ from mosectl.memory import logit_bytes, token_bytes, work_bytes
 from mosectl.mixture import patch_side
 from mosectl.options import EditOptions, trained_editor
 from mosectl.solvers import method
+from mosectl.source import layout
 from mosectl.stats import BATCH_TOKENS, BLOCK, MAX_TOKENS, read_corpus
 from mosectl.wordings import SAMPLES, TOKENS
 
@@ -223,15 +224,20 @@ def diagnose(model: str | Path, revision: str | None = None) -> Diagnosis:
         ModelError: unknown or quantised model, or no safetensors. HubError.
     """
     folder, name, commit = locate(model, revision, weights=False)
-    bones = skeleton(read_config(folder))
-    arch = resolve(bones)
-    if Path(model).is_dir():
-        found = {n: (e.dtype, e.shape) for n, e in index_tensors(folder).items()}
+    checkpoint = open_checkpoint(model) if Path(model).is_dir() else None
+    if checkpoint:
+        found = {n: (e.dtype, e.shape) for n, e in checkpoint.tensors.items()}
     else:
         from mosectl.hub import remote_tensors
 
         found = remote_tensors(str(model), revision)
-    on_disk = disk_names(arch, found)
+    bones = skeleton(read_config(folder), len(found))
+    check_generation_config(folder)
+    if checkpoint:
+        arch, on_disk = layout(checkpoint, bones)
+    else:
+        arch = resolve(bones)
+        on_disk = disk_names(arch, found)
     parameters = sum(p.numel() for p in bones.parameters())
     tensors = tuple((n, *found[n]) for p in arch.projections for n in on_disk[p.name][:1])
     return Diagnosis(
@@ -242,7 +248,7 @@ def diagnose(model: str | Path, revision: str | None = None) -> Diagnosis:
         tensors=tensors,
         memory={kind: parameters * d.itemsize for kind, d in DTYPES.items()},
         problems=tuple(_problems(tensors, folder)),
-        notes=tuple(_notes(arch, folder)),
+        notes=tuple(_notes(arch, folder, twins(checkpoint) if checkpoint else [])),
     )
 
 
@@ -259,7 +265,7 @@ def _problems(tensors: Sequence[tuple[str, str, tuple[int, ...]]], folder: Path)
     return out
 
 
-def _notes(arch: Architecture, folder: Path) -> list[str]:
+def _notes(arch: Architecture, folder: Path, others: Sequence[str]) -> list[str]:
     from mosectl.journal import read_journal
     from mosectl.tokens import check_tokenizer
 
@@ -276,6 +282,9 @@ def _notes(arch: Architecture, folder: Path) -> list[str]:
         out.append(f"only {len(arch.projections)} layers: an edit has little room here and may not reach its targets")
     if arch.tied_embeddings:
         out.append("input and output embeddings are tied (they are not edited)")
+    if others:
+        some = ", ".join(others)
+        out.append(f"holds the weights once more for other programs, not edited and not copied by apply: {some}")
     if journal := read_journal(folder):
         out.append(f"already edited: {len(journal.patches)} patches are applied (mosectl.json)")
     with suppress(MosectlError, OSError, ValueError):  # reported as a problem

@@ -19,13 +19,14 @@ from torch import Tensor
 
 from mosectl.change import changed, restored
 from mosectl.checkpoint import JOURNAL, SIDECAR, Entry, tensor_bytes
-from mosectl.errors import OutputError
+from mosectl.errors import EditFailed, OutputError
 from mosectl.files import DONE, clone, link_or_copy, output_errors, stream_tensors
 from mosectl.fingerprint import sha256
+from mosectl.finite import check_changed, check_weight, is_finite
 from mosectl.journal import Applied, EditedTensor, Journal
 from mosectl.metrics import Stability, stability
 from mosectl.patch import Patch
-from mosectl.source import KEPT_BASE, Source
+from mosectl.source import KEPT_BASE, Source, out_of_reach
 
 OnStep = Callable[[int, int], None]
 SPECTRUM_UP_TO = 2048  # hidden size up to which a spectrum takes no longer than copying the shard
@@ -63,6 +64,7 @@ class Writing:
     keep_base: bool = True
     copy: bool = False  # copy unchanged weight files instead of hard-linking them
     proof: bool | None = None  # compare spectra; None: where it takes little time
+    left_out: tuple[str, ...] = ()  # files of the source's folder that are not carried over
 
 
 def plan_of(source: Source, stack: Sequence[Patch], how: Writing) -> str:
@@ -83,7 +85,7 @@ def rebuild(
     """Write the checkpoint with exactly ``stack`` applied into ``folder`` (which becomes ``final``).
 
     Raises:
-        OutputError: no space, or no right to write.
+        OutputError: no space, or no right to write. ModelError, EditFailed: as in mosectl.finite.
     """
     checkpoint = source.checkpoint
     touching = {n for p in [*source.stack, *stack] for m in p.changes for n in source.tensors_of(m)}
@@ -94,7 +96,7 @@ def rebuild(
     finished = _finished(folder)
     with output_errors(final):
         size = _check_space(source, stack, names, folder, final, how)
-        _others(source, folder, {f.name for f in shards}, how.copy)
+        _others(source, folder, {f.name for f in shards} | set(how.left_out), how.copy)
         for shard in shards:
             here = [n for n in names if checkpoint.entry(n).file == shard]
             known = finished.get(shard.name, {})
@@ -136,13 +138,20 @@ def _one(
         return TensorReport(name, entry.dtype, "written by the start before", bool(edit.base_sha256), None), edit
     W0 = source.base_tensor(name)
     weight = weight_under(source, name, W0, stack)
+    edits = [p for p in stack if module in p.changes]
+    if W0 is None and not is_finite(weight):
+        raise EditFailed("what is left after undoing is not finite", where=name, fix="start again from the base model")
+    if edits and W0 is not None:
+        check_weight(name, W0, f"{source.checkpoint.model}, {entry.file.name}")
+        W = projection.oriented(W0)
+        check_changed(name, W, weight, [p.changes[module] for p in edits], [p.id for p in edits])
     raw = tensor_bytes(weight, entry)
     file.seek(entry.start)
     file.write(raw)
     now = sha256(weight)
-    edits = any(module in p.changes for p in stack)
     if W0 is None:
-        note = note or "the base is out of reach: undone algebraically, exact up to rounding"
+        why = out_of_reach(source.journal) if source.journal else "the base is out of reach"
+        note = note or f"{why}; undone algebraically, exact up to rounding"
     elif not edits:
         note = f"restored bit for bit, sha256 {now[:12]}"
     drift = None

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mosectl.arch import disk_names, resolve
-from mosectl.checkpoint import Checkpoint, open_checkpoint
-from mosectl.errors import BaseMismatch, HubError, ModelError, UsageError
-from mosectl.fingerprint import sha256
-from mosectl.journal import Journal, read_journal
+from mosectl.checkpoint import open_checkpoint
+from mosectl.errors import Notice, UsageError
+from mosectl.journal import read_journal
 from mosectl.live import Loaded, as_live, exchanged, load, patched, weights_of
 from mosectl.patch import Patch, PatchFact
 from mosectl.share import SCHEME, local
-from mosectl.source import KEPT_BASE
-from mosectl.stack import check_stack
+from mosectl.source import Source, find_base, given_base, out_of_reach, stored_patches
+from mosectl.stack import check_stack, check_stored
 
 T = TypeVar("T")
 Ask = Callable[[Loaded, str], T]  # the model, and "before" or "after"
@@ -95,30 +94,37 @@ def _with_patch(patch: Patch, name: str, model: Any, how: How, ask: Ask[T]) -> t
     before = ask(loaded, "before")
     with patched(loaded.model, patch, force=how.force or checkpoint is not None):
         after = ask(loaded, "after")
-    journal = read_journal(checkpoint.folder) if checkpoint else None
-    earlier = stored_patches(checkpoint, journal) if checkpoint and journal else []
+    earlier = stored_patches(checkpoint) if checkpoint else []
     return _subject("patch", name, f"{_name(model)} without the patch", [*earlier, patch]), before, after
 
 
 def _of_model(what: Any, base: Any, how: How, ask: Ask[T]) -> tuple[Subject, T | None, T]:
     checkpoint = what.checkpoint if isinstance(what, Loaded) else open_checkpoint(what, how.revision)
     journal = read_journal(checkpoint.folder) if checkpoint else None
-    patches = stored_patches(checkpoint, journal) if checkpoint and journal else []
+    source = Source(checkpoint, None) if checkpoint and journal else None
+    patches = source.stack if source else []
+    if source and not how.force:
+        check_stored(source)
     kind, name = "edited model" if journal or base is not None else "model", _name(what)
     if base is not None:
-        if checkpoint and journal and not how.force and not isinstance(base, Loaded):
-            _check_base(open_checkpoint(base), journal)
-        before = ask(how.load(base, None), "before")  # one model in memory at a time
+        revision = None
+        if checkpoint and journal and not isinstance(base, Loaded):
+            revision = given_base(journal, base).revision
+            if not how.force:
+                find_base(checkpoint, journal, base)
+        before = ask(how.load(base, revision), "before")  # one model in memory at a time
         after = ask(how.load(what, how.revision), "after")
         return _subject(kind, name, _name(base), patches), before, after
-    unedited = originals(checkpoint, journal) if checkpoint and journal else None
+    unedited = originals(source) if source else None
     loaded = how.load(what, how.revision)
     if unedited is None:
+        if journal:
+            warnings.warn(out_of_reach(journal), Notice, stacklevel=2)
         return _subject(kind, name, None, patches), None, ask(loaded, "after")
     after = ask(loaded, "after")
-    with _unedited(loaded, unedited[0]):
+    with _unedited(loaded, unedited):
         before = ask(loaded, "before")
-    return _subject(kind, name, unedited[1], patches), before, after
+    return _subject(kind, name, f"{name}, its base tensors", patches), before, after
 
 
 def _subject(kind: str, name: str, base: str | None, patches: list[Patch]) -> Subject:
@@ -135,34 +141,15 @@ def _subject(kind: str, name: str, base: str | None, patches: list[Patch]) -> Su
     )
 
 
-def stored_patches(checkpoint: Checkpoint, journal: Journal) -> list[Patch]:
-    """The patches an edited folder keeps, in the order they were applied."""
-    return [Patch.load(checkpoint.folder / applied.file) for applied in journal.patches]
-
-
-def originals(checkpoint: Checkpoint, journal: Journal) -> tuple[dict[str, Tensor], str] | None:
-    """The edited tensors (by name on disk) as they were, checked by hash, and where they were found."""
-    hashes = {name: t.base_sha256 for name, t in journal.tensors.items()}
-    kept = checkpoint.folder / KEPT_BASE
-    with suppress(SafetensorError, OSError):  # none kept, or damaged: there may be another place
-        with safe_open(kept, framework="pt") as file:
-            found = {name: file.get_tensor(name) for name in file.keys() if name in hashes}  # noqa: SIM118
-        if {name: sha256(t) for name, t in found.items()} == hashes:
-            return found, f"{checkpoint.model}, its kept base tensors"
-    for place, revision in journal.places:
-        with suppress(ModelError, HubError, UsageError):
-            other = open_checkpoint(place, revision)
-            found = {name: other.read(name) for name in hashes}
-            if {name: sha256(t) for name, t in found.items()} == hashes:
-                return found, f"{place}, as its journal says"
-    return None
-
-
-def _check_base(base: Checkpoint, journal: Journal) -> None:
-    for name, tensor in journal.tensors.items():
-        if sha256(base.read(name)) != tensor.base_sha256:
-            fix = f"give {journal.model} as it was, or --force to compare with this one all the same"
-            raise BaseMismatch("is not the base this model was edited from", where=f"{base.folder}: {name}", fix=fix)
+def originals(source: Source) -> dict[str, Tensor] | None:
+    """An edited folder's tensors (by name on disk) as they were, checked by hash; None where the base is out of reach."""
+    found: dict[str, Tensor] = {}
+    for name in source.journal.tensors if source.journal else ():
+        W0 = source.base_tensor(name)
+        if W0 is None:
+            return None
+        found[name] = W0
+    return found
 
 
 @contextmanager

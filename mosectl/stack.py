@@ -6,6 +6,7 @@ when the base tensors are gone is a patch undone algebraically (Rᵀ, or − B A
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,13 +14,13 @@ from pathlib import Path
 from torch import Tensor
 
 from mosectl.change import restored
-from mosectl.checkpoint import JOURNAL, Checkpoint, open_checkpoint
-from mosectl.errors import BaseMismatch, ModelError, OutputError, PatchError
+from mosectl.checkpoint import JOURNAL, Checkpoint, open_checkpoint, twins
+from mosectl.errors import BaseMismatch, ModelError, Notice, OutputError, PatchError
 from mosectl.files import new_folder
 from mosectl.fingerprint import distance, match
 from mosectl.patch import Patch
 from mosectl.rebuild import ApplyReport, Writing, plan_of, rebuild, weight_under
-from mosectl.source import Source
+from mosectl.source import Source, out_of_reach
 
 OnStep = Callable[[int, int], None]
 
@@ -45,8 +46,9 @@ def apply(
         proof: compare the spectra before and after; None: where it takes little time (hidden size up to 2048).
         force: skip the check that each patch was made for this base.
     Raises:
-        BaseMismatch: a patch was made for another base. ModelError, HubError. OutputError: no space, no right to write, or
-        another process is writing there.
+        BaseMismatch: a patch was made for another base. ModelError: among others, a weight that is not finite, or all zeros.
+        EditFailed: a changed weight would not be finite. HubError. OutputError: no space, no right to write, or another
+        process is writing there.
     """
     source = Source(open_checkpoint(model, revision), base)
     _check_new(source, patches)
@@ -54,7 +56,11 @@ def apply(
     if not force:
         _check_intact(source)
     notes = {} if force else _check_bases(source, patches)
-    how = Writing(keep_base, copy, proof)
+    left_out = tuple(twins(source.checkpoint))
+    if left_out:
+        what = f"not copied to {out}, they hold the unedited weights for other programs: {', '.join(left_out)}"
+        warnings.warn(what, Notice, stacklevel=2)
+    how = Writing(keep_base, copy, proof, left_out)
     with new_folder(Path(out), plan=plan_of(source, stack, how)) as folder:
         return rebuild(source, stack, folder, Path(out), how, notes, on_step)
 
@@ -75,7 +81,8 @@ def revert(
         base: where the unedited model is, if the edited folder has not kept its base tensors.
         force: undo algebraically although the result is not recognised as the patch's base.
     Raises:
-        PatchError: the patch is not in the folder's stack. ModelError, BaseMismatch, OutputError.
+        PatchError: the patch is not in the folder's stack. ModelError: the journal does not name just the tensors that the
+        stored patches edit. BaseMismatch: nor the base they were made for. EditFailed, OutputError.
     """
     checkpoint = open_checkpoint(model)
     if out is None and not Path(model).is_dir():
@@ -89,6 +96,8 @@ def revert(
         wanted = patch.id
     else:
         notes = {}
+        if not force:
+            check_stored(source)
         wanted = _find(patch if isinstance(patch, str) else patch.id, source.ids, str(model))
     if not force:
         _check_intact(source)
@@ -105,14 +114,14 @@ def revert(
         some = ", ".join(strangers[:3])
         warnings.append(f"{len(strangers)} other tensors are not the base's, no patch made them so: {some}")
     if how.keep_base and not all(t.exact for t in done.tensors):
-        lost = "the kept base tensors are damaged and the base is out of reach"
-        warnings.append(f"{lost}: undone algebraically, exact up to rounding")
+        assert source.journal is not None
+        lost = f"the kept base tensors are damaged, {out_of_reach(source.journal)}"
+        warnings.append(f"{lost}; undone algebraically, exact up to rounding")
     return replace(done, warnings=tuple(warnings))
 
 
-def replayed(checkpoint: Checkpoint, base: str | Path | None = None) -> dict[str, Tensor | None]:
+def replayed(source: Source) -> dict[str, Tensor | None]:
     """What an edited folder's patches make of its base, by tensor name; None where the base is out of reach."""
-    source = Source(checkpoint, base)
     out: dict[str, Tensor | None] = {}
     for name in dict.fromkeys(n for p in source.stack for m in p.changes for n in source.tensors_of(m)):
         W0 = source.base_tensor(name)
@@ -129,6 +138,18 @@ def check_stack(checkpoint: Checkpoint, patches: Sequence[Patch]) -> None:
     source = Source(checkpoint, None)
     _check_new(source, patches)
     _check_bases(source, patches)
+
+
+def check_stored(source: Source) -> None:
+    """Refuse an edited folder whose journal has another base than its own patches were made for.
+
+    Raises:
+        BaseMismatch.
+    """
+    if found := source.mismatches():
+        name, why = found[0]
+        fix = "start again from the base model; --force where it was applied with --force"
+        raise BaseMismatch(why, where=f"{source.checkpoint.folder}: {name}", fix=fix)
 
 
 def _check_intact(source: Source) -> None:
@@ -150,6 +171,7 @@ def _check_new(source: Source, patches: Sequence[Patch]) -> None:
 
 def _check_bases(source: Source, patches: Sequence[Patch]) -> dict[str, str]:
     """Refuse a patch made for other weights; otherwise say per tensor how the base was recognised."""
+    check_stored(source)
     notes: dict[str, str] = {}
     before = list(source.ids)
     for patch in patches:
@@ -167,7 +189,8 @@ def _check_bases(source: Source, patches: Sequence[Patch]) -> dict[str, str]:
                 continue
             weight = source.base_tensor(name)
             if weight is None:
-                raise BaseMismatch(f"the base of '{name}' is out of reach", fix="give --base, or --force to skip")
+                why = out_of_reach(source.journal) if source.journal else "the base is out of reach"
+                raise BaseMismatch(why, where=name, fix="give --base, or --force to skip")
             found = match(made_for, weight)
             if not found.same:
                 raise BaseMismatch(

@@ -59,6 +59,9 @@ def test_only_regular_files(tmp_path: Path) -> None:
     for name, what in cases:
         with pytest.raises(ModelError, match=what):
             read_bytes(tmp_path / name, ModelError, "give another")
+        if name != "sparse":
+            with pytest.raises(ModelError, match=what), opened(tmp_path / name, ModelError, "give another"):
+                pass
     with pytest.raises(ModelError, match="not a regular file"):
         read_json("/dev/zero", ModelError, "give another")
     for name, what in (("pipe", "not a regular file"), (".", "is a folder")):
