@@ -14,12 +14,13 @@ import torch
 from mosectl.arch import Architecture, Projection, disk_names, resolve, skeleton
 from mosectl.change import SIDES
 from mosectl.checkpoint import index_tensors, locate, read_config
-from mosectl.errors import ModelError, MosectlError
+from mosectl.errors import MosectlError
 from mosectl.facts import Fact
 from mosectl.layers import parse_layers
 from mosectl.live import DTYPES, pick_device, pick_dtype
 from mosectl.memory import logit_bytes, token_bytes, work_bytes
 from mosectl.mixture import patch_side
+from mosectl.model_files import read_tokenizer
 from mosectl.options import EditOptions, trained_editor
 from mosectl.solvers import method
 from mosectl.stats import BATCH_TOKENS, BLOCK, MAX_TOKENS, read_corpus
@@ -253,9 +254,9 @@ def _problems(tensors: Sequence[tuple[str, str, tuple[int, ...]]], folder: Path)
         if dtype not in ("F32", "F16", "BF16")
     ]
     try:
-        _tokenizer(folder)
-    except (MosectlError, OSError, ValueError) as e:
-        out.append(f"the tokenizer cannot be loaded: {str(e).splitlines()[0]}")
+        read_tokenizer(folder, "the model")
+    except MosectlError as e:
+        out.append(str(e).splitlines()[0])
     return out
 
 
@@ -278,8 +279,8 @@ def _notes(arch: Architecture, folder: Path) -> list[str]:
         out.append("input and output embeddings are tied (they are not edited)")
     if journal := read_journal(folder):
         out.append(f"already edited: {len(journal.patches)} patches are applied (mosectl.json)")
-    with suppress(MosectlError, OSError, ValueError):  # reported as a problem
-        out += check_tokenizer(_tokenizer(folder))
+    with suppress(MosectlError):  # reported as a problem
+        out += check_tokenizer(read_tokenizer(folder, "the model"))
     return out
 
 
@@ -290,14 +291,4 @@ def load_tokenizer(model: str | Path, revision: str | None = None) -> Any:
         ModelError: there is none that can be loaded. HubError.
     """
     folder, name, _ = locate(model, revision, weights=False)
-    try:
-        return _tokenizer(folder)
-    except (OSError, ValueError, KeyError, ImportError) as e:
-        first = str(e).strip().split("\n")[0]
-        raise ModelError(f"its tokenizer cannot be loaded: {first}", where=name, fix="check the model folder") from e
-
-
-def _tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return read_tokenizer(folder, name)
