@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import resources
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ BATCH_TOKENS = 4096  # run at once; fewer where gradients would not fit in memor
 # Tokens of texts taken at random, in which those of like length then go together. G is taken over the first block: it has
 # fewer rows than C, and a gradient costs three forwards.
 BLOCK = 32_768
+GRADIENT = 4  # what a batch of the first block takes, a batch of the others being 1
 ENOUGH = 0.1  # relative error of C at which no more text is read
 SKETCH = 64  # directions in which that error is judged
 
@@ -200,6 +202,8 @@ def _accumulate(
         sums |= {(p.name, "C"): place.new_zeros(p.p, p.p), (p.name, "G"): place.new_zeros(p.d, p.d)}
     halves = {p.name: _Halves(sums[p.name, "C"]) for p in projections}
     tokens = torch.zeros(2, dtype=torch.long, device=device)  # of C, of G
+    stops = 0.0 if distributed else enough
+    work = _Work(mine, stops)
     with frozen(model):
         for done, (number, block, sequences) in enumerate(mine, 1):
             batch = Batch.of(sequences, device)
@@ -216,10 +220,12 @@ def _accumulate(
             second = (text[batch.attention_mask.bool()] + done) % 2 == 1
             for name, k in found["C"].items():
                 halves[name].add(k, second)
+            full = done == len(mine) or mine[done][1] > block
+            if stops and (full or done & (done - 1) == 0):  # now and then in the first block: it is not free
+                work.foresee(done, max(h.error() for h in halves.values()))
             if on_step:
-                on_step(done, len(mine))
-            full = done < len(mine) and mine[done][1] > block
-            if full and enough and not distributed and max(h.error() for h in halves.values()) <= enough:
+                on_step(*work.so_far(done))
+            if work.end == done:
                 break
     error = max(h.error() for h in halves.values())
     if distributed:
@@ -233,6 +239,25 @@ def _accumulate(
         for key, n in zip("CG", tokens.clamp_min(1).tolist(), strict=True)
     )
     return C, G, int(tokens[0]), error
+
+
+class _Work:
+    """How many of the batches will be run, as far as one can tell, for a bar whose end and pace can be believed."""
+
+    def __init__(self, batches: Sequence[tuple[int, int, list[list[int]]]], enough: float) -> None:
+        self.enough, self.end = enough, len(batches)
+        blocks = [block for _, block, _ in batches]
+        self.ends = [i for i in range(1, len(blocks) + 1) if i == len(blocks) or blocks[i] > blocks[i - 1]]
+        self.tokens = [0, *accumulate(sum(map(len, sequences)) for _, _, sequences in batches)]
+        self.costs = [0, *accumulate(GRADIENT if block == 0 else 1 for block in blocks)]  # in forward passes
+
+    def foresee(self, done: int, error: float) -> None:
+        """The error of C falls with the root of the tokens read; whole blocks are read."""
+        needed = self.tokens[done] * (error / self.enough) ** 2
+        self.end = next((i for i in self.ends if i >= done and self.tokens[i] >= needed), self.ends[-1])
+
+    def so_far(self, done: int) -> tuple[int, int]:
+        return self.costs[done], self.costs[self.end]
 
 
 class _Halves:

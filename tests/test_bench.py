@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
+import random
 import xml.etree.ElementTree as ET
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
 from conftest import ROOT, make_tokenizer, pico, save
+from hypothesis import given
+from hypothesis import strategies as st
 from test_cli import run
 from test_editor import CORPUS, FACTS, few
+from test_state_file import FUZZ, flipped, mutated
 
 import mosectl
 from mosectl import bench
-from mosectl.bench_config import cells, read_bench
+from mosectl.bench_config import RunKind, cells, read_bench
 from mosectl.bench_report import svg_abilities, svg_norms, tables
 from mosectl.errors import EditFailed, FactsError, UsageError
 from mosectl.evaluate import interview, judge
@@ -72,6 +78,18 @@ class World:
 def world(tmp_path: Path) -> World:
     return World(tmp_path)
 
+
+SHARE = {"value": 0.5, "low": 0.25, "high": 0.75, "units": 2}
+RECORD: dict[str, Any] = {
+    "key": "a", "status": "done", "reason": "", "stopped": "", "seconds": {"all": 9.0, "solve": 0.5}, "seed": 0,
+    "scores": {n: SHARE for n in ("reliability", "generalization", "locality")}, "harmonic": 0.5, "kept": None,
+    "drift": {"norm": None, "condition": 2.0, "spectrum": 1.0}, "label": "x", "model": "m", "dataset": "d", "edits": 2,
+    "tallies": {n: [[1.0, 1.0], [0.0, 1.0]] for n in ("reliability", "generalization", "locality")}, "batch_size": 1,
+    "text_loss": {"before": SHARE, "after": None}, "perplexity": {"before": SHARE, "after": SHARE}, "unseen": None,
+    "curve": [
+        {"edits": i, "loss": 3.0 + i, "norm": {"a": 1.0 + i, "b": 2.0}, "condition": {"a": 2.0, "b": None}} for i in range(3)
+    ],
+}  # fmt: skip
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "unknown key": ({"method": []}, "bench.yaml: unknown key 'method'"),
@@ -193,10 +211,15 @@ def test_a_second_start_does_what_is_missing(world: World, monkeypatch: pytest.M
     (world.out / "results.jsonl").write_text(whole[0] + "\n" + whole[1][: len(whole[1]) // 2])
     assert world.run("--json") == 0 and edited == ["mose"]
     shown = capsys.readouterr()
-    assert "line 2 cannot be read" in shown.err and [json.loads(x)["method"] for x in world.lines()] == [
-        "isospectral",
-        "mose",
-    ]
+    assert (
+        "results.jsonl:2: " in shown.err
+        and "left out" in shown.err
+        and [json.loads(x)["method"] for x in world.lines()]
+        == [
+            "isospectral",
+            "mose",
+        ]
+    )
     assert [c["method"] for c in json.loads(shown.out)["cells"]] == ["isospectral", "mose"]
     edited.clear()
 
@@ -208,6 +231,64 @@ def test_a_second_start_does_what_is_missing(world: World, monkeypatch: pytest.M
     assert "1 results are of other settings" in capsys.readouterr().err
     assert world.run(seeds=[0, 1]) == 0 and edited == ["isospectral", "mose"] and len(world.lines()) == 4
     assert "Student's t" in (world.out / "tables.md").read_text()
+
+
+def test_damaged_lines_are_named_and_stay(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    assert world.run() == 0
+    first, second = (json.loads(x) for x in world.lines())
+    odd = {
+        "{": "Expecting", "[" * 100_000: "nested deeper", "[]": "not an object", '{"key": "x"}': "status is missing",
+        json.dumps({**first, "harmonic": None}): "harmonic is not a number",
+        json.dumps({**first, "scores": {"reliability": {"low": 1}}}): "scores.reliability.value is missing",
+        json.dumps({**first, "curve": [{"edits": 1, "norm": {"a": "x"}, "condition": {}}]}): r"curve[0].norm.a is not",
+        json.dumps({**first, "tallies": {**first["tallies"], "locality": [[1.0]]}}): "tallies.locality is not a pair",
+        json.dumps({**first, "edits": 10**30}): "an integer of 31 digits",
+    }  # fmt: skip
+    file = world.out / "results.jsonl"
+    file.write_text("\n".join([*odd, json.dumps(second), json.dumps(first)]) + "\n")
+    kept = file.read_bytes()
+    for more in (("--report-only",), ()):
+        capsys.readouterr()
+        assert world.run(*more) == 0 and file.read_bytes() == kept, "nothing is lost, and nothing done again"
+        shown = capsys.readouterr().err
+        for number, what in enumerate(list(odd.values())[:5], 1):
+            assert f"results.jsonl:{number}: " in shown and what in shown
+        assert "4 more lines" in shown
+    found, bad = bench.read_results(file)
+    assert list(found) == [second["key"], first["key"]]
+    assert all(what in bad[number] for number, what in enumerate(odd.values(), 1))
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda f: f.symlink_to("/dev/zero"), Path.mkdir])
+def test_results_that_are_no_file(make: Any, world: World) -> None:
+    world.out.mkdir()
+    make(world.out / "results.jsonl")
+    assert world.run() == 7 and world.run("--report-only") == 7
+
+
+def test_a_sparse_results_file(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    world.out.mkdir()
+    with (world.out / "results.jsonl").open("wb") as file:
+        file.truncate(20 * 10**9)
+    assert world.run("--report-only") == 7 and "20,000,000,000 bytes" in capsys.readouterr().err
+
+
+@FUZZ
+@given(st.integers(0, 2**32))
+def test_damaged_records(tmp_path_factory: pytest.TempPathFactory, seed: int) -> None:
+    """Of what is read, tables and pictures can be made."""
+    chance, path = random.Random(seed), tmp_path_factory.getbasetemp() / "results.jsonl"
+    dataset, how = SimpleNamespace(name="d"), RunKind(2, 1)
+    wanted: Any = [SimpleNamespace(key=k, label=k, model="m", dataset=dataset, run=how) for k in "ab"]
+    records = [RECORD | {"key": k} for k in "ab"]
+    path.write_text("\n".join(json.dumps(mutated(r, chance) if chance.random() < 0.8 else r) for r in records))
+    if chance.random() < 0.2:
+        path.write_bytes(flipped(path.read_bytes(), chance))
+    found, _ = bench.read_results(path)
+    tables(wanted, found)
+    records = bench.records_of(wanted, found)
+    for draw in (svg_norms, svg_abilities):
+        ET.fromstring(draw(records))
 
 
 def test_ctrl_c_loses_only_the_running_cell(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
