@@ -43,11 +43,11 @@ Record = dict[str, Any]  # one cell as results.jsonl has it
 COMMON = {"key": str, "status": str, "reason": str, "edits": int, "batch_size": int, "seed": int}
 NUMBER = (float, type(None))  # null was not finite
 MEASURE = {"value": NUMBER, "low?": float, "high?": float}
+_TALLIES = {name: [[float]] for name in ("reliability", "generalization", "locality")}
 DONE = {  # what tables and pictures use of a cell that did not fail; see schema.py
     "scores": {"reliability?": MEASURE, "generalization?": MEASURE, "locality?": MEASURE}, "unseen?": MEASURE,
     "harmonic": float, "kept?": MEASURE, "stopped?": str, "seconds": {str: float}, "drift": {str: NUMBER},
-    "tallies?": {"reliability": [[float]], "generalization": [[float]], "locality": [[float]]},
-    **{name: {"before?": MEASURE, "after?": MEASURE} for name in ("text_loss", "perplexity")},
+    "tallies?": _TALLIES, **{name: {"before?": MEASURE, "after?": MEASURE} for name in ("text_loss", "perplexity")},
     "curve?": [{"edits": int, "loss?": float, "norm": {str: NUMBER}, "condition": {str: NUMBER}}],
 }  # fmt: skip
 
@@ -230,10 +230,10 @@ def read_results(path: Path) -> tuple[dict[str, Record], dict[int, str]]:
 def _misfit(record: Any) -> str:
     """What in a record is not as tables and pictures need it; empty if nothing."""
     what = misfit(record, COMMON) or (misfit(record, DONE) if record["status"] == "done" else "")
-    for name, tallies in record.get("tallies", {}).items() if not what and record["status"] == "done" else ():
-        if len(tallies) != record["edits"] or any(len(t) != 2 for t in tallies):
-            what = f"tallies.{name} is not a pair a fact"
-    return what
+    tallies = (record.get("tallies") or {}) if not what and record["status"] == "done" else {}
+    pairs = {name: tallies[name] for name in _TALLIES if tallies}
+    wrong = [n for n, of_facts in pairs.items() if len(of_facts) != record["edits"] or {*map(len, of_facts)} != {2}]
+    return f"tallies.{wrong[0]} is not a pair a fact" if wrong else what
 
 
 def unusable(path: Path, bad: Mapping[int, str]) -> list[str]:

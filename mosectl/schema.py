@@ -1,7 +1,7 @@
 """Does a value from a file have the form that is worked with later? One small language for it.
 
-A form is a type, a tuple of types, ``[form]`` for a list of such, ``{str: form}`` for an object of any names, or an object
-of names and forms, where a name that ends in "?" may be missing or null; other names are allowed.
+A form is a type, a tuple of types, ``[form]`` for a list of such, or an object of names and forms, where a name that ends in
+"?" may be missing or null and ``str`` stands for all other names; without it they may be of any form.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ def misfit(value: Any, form: Any, where: str = "") -> str:
     parts: list[tuple[str, Any, Any]] = []
     if isinstance(form, list):
         parts = [(f"{where}[{i}]", x, form[0]) for i, x in enumerate(value)]
-    elif isinstance(form, dict) and str in form:
-        parts = [(f"{where}.{name}", x, form[str]) for name, x in value.items()]
     elif isinstance(form, dict):
-        for asked, below in form.items():
-            name = asked.removesuffix("?")
+        named = {asked.removesuffix("?"): (asked, below) for asked, below in form.items() if asked is not str}
+        for name, (asked, below) in named.items():
             if name not in value and name == asked:
                 return f"{f'{where}.{name}'.lstrip('.')} is missing"
             if value.get(name) is not None or name == asked:
                 parts.append((f"{where}.{name}", value[name], below))
+        if str in form:
+            parts += [(f"{where}.{name}", x, form[str]) for name, x in value.items() if name not in named]
     return next((found for at, x, below in parts if (found := misfit(x, below, at.lstrip(".")))), "")

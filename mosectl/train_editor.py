@@ -39,7 +39,8 @@ from mosectl.targets import leads, token_nll
 STATE = "training"
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what Adam keeps of each parameter
 NUMBERS = ("step", "validation", "edit", "generalization", "locality", "reached")  # of each validation
-RECORD = {"step": int, "waited": int, "belongs": str, "history": [{name: float for name in NUMBERS}]}
+HISTORY: dict[Any, type] = {**dict.fromkeys(NUMBERS, float), str: float}
+RECORD = {"step": int, "waited": int, "belongs": str, "history": [HISTORY]}
 UNITS = 256  # facts from which the network's units are taken
 MATRICES, SCALARS = 0.1, 10.0  # of the rate
 WORDS = 8  # of ordinary text before, and after, the place where predictions are compared

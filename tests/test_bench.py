@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import random
+import time
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ import mosectl
 from mosectl import bench
 from mosectl.bench_config import RunKind, cells, read_bench
 from mosectl.bench_report import svg_abilities, svg_norms, tables
-from mosectl.errors import EditFailed, FactsError, UsageError
+from mosectl.errors import EditFailed, FactsError, MosectlError, UsageError
 from mosectl.evaluate import interview, judge
 from mosectl.intervals import measure
 from mosectl.jsonable import jsonable
@@ -40,24 +41,26 @@ OTHERS = [
 class World:
     """A pico model, four facts, a corpus and a configuration with two methods and one run."""
 
+    CONFIG: ClassVar[dict[str, Any]] = {
+        "models": ["model"],
+        "datasets": [{"name": "pico", "facts": "facts.jsonl"}],
+        "corpus": "corpus.txt",
+        "text": "corpus.txt",
+        "runs": [{"edits": 2, "batch_size": 1}],
+        "seeds": [0],
+        "layers": "0,1,2",
+        "methods": [
+            {"name": "isospectral", "set": EASY, "rounds": 4, "label": "isospectral"},
+            {"name": "mose", "set": EASY, "rounds": 4, "label": "mose, first"},
+        ],
+    }
+
     def __init__(self, folder: Path) -> None:
         self.folder, self.out = folder, folder / "results"
         save(folder / "model")
         (folder / "facts.jsonl").write_text("".join(json.dumps(f) + "\n" for f in [*FACTS, *OTHERS]))
         (folder / "corpus.txt").write_text(CORPUS)
-        self.config: dict[str, Any] = {
-            "models": ["model"],
-            "datasets": [{"name": "pico", "facts": "facts.jsonl"}],
-            "corpus": "corpus.txt",
-            "text": "corpus.txt",
-            "runs": [{"edits": 2, "batch_size": 1}],
-            "seeds": [0],
-            "layers": "0,1,2",
-            "methods": [
-                {"name": "isospectral", "set": EASY, "rounds": 4, "label": "isospectral"},
-                {"name": "mose", "set": EASY, "rounds": 4, "label": "mose, first"},
-            ],
-        }
+        self.config = dict(self.CONFIG)
 
     def write(self, **changes: Any) -> Path:
         path = self.folder / "bench.yaml"
@@ -97,6 +100,14 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "unknown method": ({"methods": [{"name": "magic"}]}, r"methods\[0\]: name: unknown method 'magic'"),
     "unknown setting": ({"methods": [{"name": "memit", "set": ["x=1"]}]}, r"methods\[0\]: set: --set x=1"),
     "a setting that is a mapping": ({"methods": [{"name": "memit", "set": {"x": 1}}]}, r"set\[0\]: .* is not a text"),
+    "a seed beyond all": ({"seeds": [2**63]}, r"seeds\[0\]: 9223372036854775808 is not"),
+    "a number of 19 digits": ({"runs": [{"edits": 10**19}]}, "is not a whole number"),
+    "too many seeds": ({"seeds": list(range(1001))}, "seeds: holds 1001"),
+    "too many runs": ({"runs": [{"edits": 1}] * 1001}, "runs: holds 1001 entries"),
+    "too many cells": (
+        {"seeds": list(range(1000)), "models": [f"m{i}" for i in range(100)]},
+        "bench.yaml: asks for 200,000 cells",
+    ),
     "methods missing": ({"methods": None}, "'methods' is missing"),
     "no methods": ({"methods": []}, "methods: is not a list"),
     "methods are names": ({"methods": ["memit"]}, r"methods\[0\]: is not a mapping"),
@@ -131,6 +142,91 @@ def test_files_that_are_not_there_or_not_yaml(world: World, capsys: pytest.Captu
     assert world.run(models=["nowhere/at/all"]) == 4 and not world.out.exists()
     (world.folder / "results").write_text("precious")
     assert world.run() == 7
+
+
+BOMB = "a0: &a0 [x]\n" + "".join(f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 9)}]\n" for i in range(12))
+TEXTS = {
+    "an alias bomb": (BOMB, r"bench.yaml:\d+: .*more than 50,000 values"),
+    "a bomb of merged mappings": (
+        "a0: &a0 {x: 1}\n" + "".join(f"a{i + 1}: &a{i + 1} {{<<: [{', '.join([f'*a{i}'] * 9)}]}}\n" for i in range(12)),
+        "more than 50,000 values",
+    ),
+    "a chain of aliases": (
+        "a0: &a0 [x]\n" + "".join(f"a{i + 1}: &a{i + 1} [*a{i}]\n" for i in range(70)),
+        "nested deeper than 64",
+    ),
+    "an alias of itself": ("seeds: &a [*a]", "bench.yaml:1: .*an alias of what it stands in"),
+    "brackets": ("seeds: " + "[" * 100_000, "nested deeper"),
+    "mappings": ("{a: " * 50_000, "nested deeper"),
+    "a name twice": ("seeds: [0]\nruns: []\nseeds: [1]", "bench.yaml:3: .*'seeds' stands twice"),
+    "a name twice below": ("runs:\n- edits: 2\n  edits: 3", "bench.yaml:3: .*'edits' stands twice"),
+    "5,000 digits": ("seeds: [" + "9" * 5000 + "]", "bench.yaml:1: .*an integer of 5000 digits"),
+    "code": ("seeds: !!python/object/apply:os.system [true]", "bench.yaml:1: .*a tag"),
+    "a set": ("seeds: !!set {a, b}", "a tag"),
+    "a name that is a list": ("[a]: 1", "a name that is not a text"),
+    "a name that is a number": ("1: 1", "a name that is not a text"),
+    "infinite": ("seeds: .inf", ".inf is not a number"),
+    "half a character": ('seeds: "\\ud800"', "half a character"),
+    "a control character": ("seeds: \x01", "special characters are not allowed"),
+    "two documents": ("a: 1\n---\nb: 2", "another document"),
+    "nothing": ("", "is not a mapping"),
+    "too large": ("#" * 10**6, "1,000,000 bytes"),
+    "a date for a model": ("models: [2024-01-01]", "'datasets' is missing"),
+}
+
+
+@pytest.mark.parametrize("kind", TEXTS)
+def test_yaml_that_is_refused(kind: str, tmp_path: Path) -> None:
+    text, message = TEXTS[kind]
+    path, start = tmp_path / "bench.yaml", time.perf_counter()
+    path.write_text(text, "utf-8")
+    with pytest.raises(UsageError, match=message) as told:
+        read_bench(path)
+    assert str(path) in told.value.where and told.value.fix and time.perf_counter() - start < 5
+
+
+def test_dates_are_texts_and_aliases_are_taken(world: World) -> None:
+    config = yaml.safe_dump({k: v for k, v in world.config.items() if k not in ("models", "methods")})
+    config += """
+models: [2024-01-01]
+methods:
+  - &first {name: isospectral, set: &easy [preserve=1, fisher=0], label: 2024-01-02}
+  - {<<: *first, label: again}
+  - {name: mose, set: *easy, label: 12:30:45}
+"""
+    (world.folder / "bench.yaml").write_text(config.replace("12:30:45", "'12'"))
+    plan = read_bench(world.folder / "bench.yaml")
+    assert plan.models == ("2024-01-01",) and [m.label for m in plan.methods] == ["2024-01-02", "again", "12"]
+    assert plan.methods[0].options == plan.methods[1].options
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda f: f.symlink_to("/dev/zero"), Path.mkdir])
+def test_configurations_that_are_no_file(make: Any, tmp_path: Path) -> None:
+    make(tmp_path / "bench.yaml")
+    with pytest.raises(UsageError, match=r"not a regular file|is a folder"):
+        read_bench(tmp_path / "bench.yaml")
+
+
+@FUZZ
+@given(st.integers(0, 2**32))
+def test_damaged_configurations(tmp_path_factory: pytest.TempPathFactory, seed: int) -> None:
+    chance, folder = random.Random(seed), tmp_path_factory.getbasetemp() / "bench"
+    if not (folder / "facts.jsonl").exists():
+        folder.mkdir()
+        (folder / "facts.jsonl").write_text("".join(json.dumps(f) + "\n" for f in [*FACTS, *OTHERS]))
+        (folder / "corpus.txt").write_text(CORPUS)
+    config = {
+        **World.CONFIG,
+        "seeds": [0, 1],
+        "methods": [*World.CONFIG["methods"], {"name": "memit", "layers": [0, 1]}],
+    }
+    kind, path = chance.random(), folder / "bench.yaml"
+    text = yaml.safe_dump(mutated(config, chance) if kind < 0.7 else config)
+    path.write_bytes(text.encode() if kind < 0.7 else flipped(text.encode(), chance))
+    try:
+        assert cells(read_bench(path))
+    except MosectlError as e:
+        assert e.exit_code in (2, 3, 5) and str(folder) in str(e) and e.fix
 
 
 def test_cells_and_their_keys(world: World) -> None:

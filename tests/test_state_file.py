@@ -125,6 +125,8 @@ def test_what_is_no_file_of_ours(tmp_path: Path) -> None:
         ({"a": "x"}, {"a?": int}, "a is not a whole number"),
         ({"a": {"b": [1, None]}}, {"a": {str: [float]}}, "a.b[1] is not a number"),
         ({"a": [{"b": 1}]}, {"a": [{"c": int}]}, "a[0].c is missing"),
+        ({"a": 1, "b": "x"}, {"a": int, str: float}, "b is not a number"),
+        ({"a": "x", "b": 1}, {"a": str, str: float}, ""),
         ([], {}, "the whole is not an object"),
         ({"a": "x"}, {"a": (int, str)}, ""),
     ],
