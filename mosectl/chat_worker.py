@@ -14,7 +14,7 @@ import sys
 from contextlib import suppress
 from typing import Any
 
-SECONDS = 5  # for one prompt
+SECONDS = 3  # for one prompt
 MEMORY = 1_000_000_000  # bytes beside what the process has from the start
 LENGTH = 1_000_000  # characters of a rendered prompt
 

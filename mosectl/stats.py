@@ -172,11 +172,12 @@ def prepare(
     from mosectl.live import load
     from mosectl.mixture import turns
 
+    texts = read_corpus(corpus)
     loaded = load(model, revision=revision, device=processes.process_device(device), dtype=dtype)
     with turns(loaded.model, resolve(loaded.model)) as arch:
         chosen = parse_layers(layers, len(arch.projections), every="all")
         wanted = [p for p in arch.projections if chosen is None or p.layer in chosen]
-        return second_moments(loaded.model, loaded.tokenizer, wanted, read_corpus(corpus), strict=True, on_step=on_step)
+        return second_moments(loaded.model, loaded.tokenizer, wanted, texts, strict=True, on_step=on_step)
 
 
 def _accumulate(

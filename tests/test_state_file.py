@@ -97,6 +97,13 @@ def test_no_changed_byte_is_read(tmp_path_factory: pytest.TempPathFactory, seed:
         assert record["losses"] == [1.0, 2.5] and all(torch.equal(found[n], x) for n, x in tensors.items())
 
 
+def test_another_type_of_the_same_bytes(tmp_path: Path) -> None:
+    write_state(tmp_path / "x", "k", {}, {"a": torch.ones(2)})
+    (tmp_path / "x").write_bytes((tmp_path / "x").read_bytes().replace(b'"F32"', b'"I32"'))
+    with pytest.raises(OutputError, match="checksum"):
+        read_state(tmp_path / "x", "k", {}, "", 10**6)
+
+
 def test_what_is_no_file_of_ours(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with (tmp_path / "sparse").open("wb") as file:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import time
@@ -93,3 +94,23 @@ def test_a_long_text_is_not_tokenised_whole() -> None:
     assert blocks == stats._blocks(tokenizer, stats.Corpus("x", (text,)), 10_000, 4096)
     assert guard.canaries(counted, [text]) == guard.canaries(tokenizer, [text])
     assert max(asked) <= stats.BEGINNING
+
+
+def test_where_the_work_ends() -> None:
+    """Blocks of two, three and two batches of ten tokens: whole ones are read, the first takes longer."""
+    batches = [(i, block, [[0] * 5, [0] * 5]) for i, block in enumerate([0, 0, 1, 1, 1, 2, 2])]
+    work = stats._Work(batches, 0.1)
+    assert work.so_far(1) == (4, 13), "as if all were read"
+    for done, error, end in (
+        (1, 0.1, 2),
+        (2, 0.1, 2),
+        (2, 0.11, 5),
+        (1, 0.2, 5),
+        (2, 0.15, 5),
+        (2, 9.0, 7),
+        (1, math.inf, 7),
+    ):
+        work.foresee(done, error)
+        assert work.end == end, (done, error)
+    work.foresee(5, 0.1)
+    assert work.so_far(5) == (11, 11)
