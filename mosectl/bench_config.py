@@ -206,7 +206,8 @@ class _Table:
         wrong = not isinstance(value, kind) or isinstance(value, bool) or value == ""
         if wrong or (isinstance(value, int) and not 0 <= value < 2**63):
             name = {int: "a whole number, 0 or more", str: "a text"}[kind]
-            raise self.bad(f"{repr(value)[:60]} is not {name}", f"write {name}", key)
+            shown = f"a {type(value).__name__}" if isinstance(value, list | dict) else repr(value)[:60]
+            raise self.bad(f"{shown} is not {name}", f"write {name}", key)
         return value
 
     def items(self, key: str, kind: type, default: list[Any] | None = None) -> list[Any]:

@@ -1,120 +1,122 @@
-"""YAML from anywhere, taken as JSON would be: texts, numbers, true, false, null, lists and mappings with names once each.
-
-Dates stay texts, tags are refused, and aliases may repeat no more than a file of that size has any use for.
-"""
+"""YAML from strangers: plain values only, every key once, bounded in size, depth and what its aliases stand for."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
 from mosectl.errors import MosectlError
-from mosectl.inputs import MAX_DEPTH, MAX_DIGITS, read_bytes
+from mosectl.inputs import MAX_DEPTH, read_bytes
 
-MAX_BYTES = 256_000  # a megabyte takes PyYAML seconds
-MAX_VALUES = 50_000  # aliases counted as often as they stand for something
-_TAG = "tag:yaml.org,2002:"
-
-
-class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers = {  # noqa: RUF012  (as PyYAML has it)
-        first: [(tag, form) for tag, form in forms if tag != _TAG + "timestamp"]
-        for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-
-class _Refused(ValueError):
-    def __init__(self, what: str, node: yaml.Node) -> None:
-        super().__init__(what)
-        self.line = node.start_mark.line + 1
+MAX_YAML = 100_000  # bytes; the worst take PyYAML two seconds
+MAX_NODES = 100_000  # values, each counted as often as its aliases repeat it
+PLAIN = ("null", "bool", "int", "float", "str", "seq", "map")
+_CORE = "tag:yaml.org,2002:"
 
 
 def read_yaml(path: str | Path, error: type[MosectlError], fix: str) -> Any:
-    """A YAML file by the rules above; None of an empty one.
+    """The one document of a YAML file: None, bool, int of 64 bits, finite float, str, list and dict; dates stay text.
 
+    Args:
+        error: raised for whatever is wrong, with ``fix`` as the next step.
     Raises:
-        error: no such file, too large, or not by these rules: with the line where there is one; ``fix`` is the next step.
+        error: as :func:`mosectl.inputs.read_bytes`; not YAML, or a tag other than those of these types (nothing is ever
+            constructed or run), a key that stands twice, an alias of itself, too deep, too many values.
     """
+    raw = read_bytes(path, error, fix, MAX_YAML)
+    text, where = "", str(path)
+    cause: Exception
     try:
-        return parse_yaml(read_bytes(path, error, fix, MAX_BYTES))
-    except ValueError as e:
-        where = f"{path}:{e.line}" if isinstance(e, _Refused) else str(path)
-        raise error(f"not YAML that is taken here: {e}", where=where, fix=fix) from e
-    except yaml.YAMLError as e:
-        mark = getattr(e, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise error(f"not YAML: {getattr(e, 'problem', None) or e}", where=where, fix=fix) from e
+        text = raw.decode("utf-8-sig")
+        return yaml.load(text, Loader=_Loader)
+    except UnicodeDecodeError as e:
+        what, cause = f"not UTF-8 text (byte {e.start})", e
+    except yaml.MarkedYAMLError as e:
+        what, cause = f"{e.problem or e.context}", e
+        what = what if isinstance(e, yaml.constructor.ConstructorError) else f"not YAML: {what}"
+        where += f":{e.problem_mark.line + 1}" if e.problem_mark else ""
+    except yaml.reader.ReaderError as e:
+        what, cause = f"not YAML: the control character {e.character:#x}", e
+        where += ":" + str(text.count("\n", 0, e.position) + 1)
+    except (ValueError, OverflowError) as e:  # \U and a number beyond Unicode
+        what, cause = "not YAML: an escape of a character that does not exist", e
+    raise error(what, where=where, fix=fix) from cause
 
 
-def parse_yaml(raw: bytes | str) -> Any:
-    """YAML text by the rules above.
+class _Loader(yaml.SafeLoader):
+    """The safe loader without dates, sets and binary data, and with bounds that hold while it reads."""
 
-    Raises:
-        ValueError, yaml.YAMLError.
-    """
-    text = raw.decode("utf-8-sig") if isinstance(raw, bytes) else raw
-    loader = _Loader(text)
-    try:
-        node = loader.get_single_node()
-        if node is None:
-            return None
-        _weigh(node, {}, set())
-        return loader.construct_document(node)
-    except RecursionError as e:
-        raise ValueError(f"nested deeper than {MAX_DEPTH}") from e
-    finally:
-        loader.dispose()
+    yaml_constructors: ClassVar[dict[Any, Any]] = {}  # filled below
+    yaml_implicit_resolvers: ClassVar[dict[Any, Any]] = {
+        first: [(tag, pattern) for tag, pattern in found if tag.removeprefix(_CORE) in (*PLAIN, "merge")]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def __init__(self, text: str) -> None:
+        self.depth = self.nodes = 0
+        self.sizes: dict[Any, int] = {}  # values that a finished node stands for
+        super().__init__(text)
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        mark = self.peek_event().start_mark
+        before, alias = self.nodes, self.check_event(yaml.AliasEvent)
+        self.depth, self.nodes = self.depth + 1, self.nodes + 1
+        if self.depth > MAX_DEPTH:
+            raise _bad(f"nested deeper than {MAX_DEPTH}", mark)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        if alias:
+            if node not in self.sizes:
+                raise _bad("an alias stands inside what it stands for", mark)
+            self.nodes += self.sizes[node]
+        if self.nodes > MAX_NODES:
+            raise _bad(f"more than {MAX_NODES:,} values, counted as often as aliases repeat them", mark)
+        if not alias:
+            self.sizes[node] = self.nodes - before
+        return node
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        seen: set[Any] = set()  # here: later, merged keys stand among the mapping's own
+        for key, _ in node.value:
+            name = self.construct_object(key) if isinstance(key, yaml.ScalarNode) and "merge" not in key.tag else key
+            if name in seen:
+                raise _bad(f"the key '{str(name)[:60]}' stands twice", key.start_mark)
+            seen.add(name)
+        return node
+
+    def plain(self, node: Any) -> Any:
+        """A scalar as the safe loader has it, its failures with their place."""
+        made = yaml.SafeLoader.yaml_constructors[node.tag]
+        try:
+            if len(node.value) > 100 and not node.tag.endswith(":str"):
+                raise ValueError
+            value = made(self, node)
+            if (isinstance(value, int) and abs(value) >= 2**64) or (
+                isinstance(value, float) and not math.isfinite(value)
+            ):
+                raise ValueError
+            str(value).encode()  # half a character
+        except (ValueError, LookupError) as e:
+            half = isinstance(e, UnicodeEncodeError)
+            what = "holds half a character" if half else "is out of range, or not what its tag says"
+            raise _bad(f"'{ascii(str(node.value)[:40])[1:-1]}' {what}", node.start_mark) from e
+        return value
+
+    def unknown(self, node: Any) -> Any:
+        raise _bad(f"the tag {node.tag.replace(_CORE, '!!')[:60]} is refused", node.start_mark)
 
 
-def _weigh(node: yaml.Node, known: dict[int, tuple[int, int]], above: set[int]) -> tuple[int, int]:
-    """Values in a node and levels of it, aliases followed.
-
-    Raises:
-        ValueError: too many, or one that is not taken; with the line.
-    """
-    if id(node) in above:
-        raise _Refused("an alias of what it stands in", node)
-    if id(node) not in known:
-        below = [_weigh(x, known, above | {id(node)}) for x in _inside(node)]
-        known[id(node)] = 1 + sum(n for n, _ in below), 1 + max((levels for _, levels in below), default=0)
-    values, levels = known[id(node)]
-    if values > MAX_VALUES:
-        raise _Refused(f"more than {MAX_VALUES:,} values, aliases counted as what they stand for", node)
-    if levels > MAX_DEPTH:
-        raise _Refused(f"nested deeper than {MAX_DEPTH}", node)
-    return values, levels
+def _bad(what: str, mark: Any) -> yaml.MarkedYAMLError:
+    return yaml.constructor.ConstructorError(None, None, what, mark)
 
 
-def _inside(node: yaml.Node) -> list[yaml.Node]:
-    kind = node.tag.removeprefix(_TAG)
-    if isinstance(node, yaml.ScalarNode) and kind in ("str", "int", "float", "bool", "null", "merge"):
-        _check(node, kind)
-        return []
-    if isinstance(node, yaml.SequenceNode) and kind == "seq":
-        return list(node.value)
-    if not isinstance(node, yaml.MappingNode) or kind != "map":
-        raise _Refused(f"a tag: {node.tag[:60]}", node)
-    names = [key for key, _ in node.value]
-    if odd := next((key for key in names if key.tag not in (_TAG + "str", _TAG + "merge")), None):
-        raise _Refused("a name that is not a text", odd)
-    seen: set[str] = set()
-    for key in names:
-        if key.value in seen:
-            raise _Refused(f"the name '{key.value[:60]}' stands twice", key)
-        seen.add(key.value)
-    return [*names, *(value for _, value in node.value)]
-
-
-def _check(node: yaml.ScalarNode, kind: str) -> None:
-    text = node.value
-    try:
-        text.encode()
-    except UnicodeEncodeError as e:
-        raise _Refused("half a character", node) from e
-    if kind == "int" and len(text.lstrip("+-")) > MAX_DIGITS:
-        raise _Refused(f"an integer of {len(text)} digits", node)
-    if kind == "float" and not math.isfinite(_Loader("").construct_yaml_float(node)):
-        raise _Refused(f"{text[:30]} is not a number", node)
+for _kind in PLAIN:
+    _whole = _kind in ("seq", "map")
+    _Loader.add_constructor(
+        _CORE + _kind, yaml.SafeLoader.yaml_constructors[_CORE + _kind] if _whole else _Loader.plain
+    )
+_Loader.add_constructor(None, _Loader.unknown)

@@ -145,32 +145,21 @@ def test_files_that_are_not_there_or_not_yaml(world: World, capsys: pytest.Captu
 
 
 BOMB = "a0: &a0 [x]\n" + "".join(f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 9)}]\n" for i in range(12))
-TEXTS = {
-    "an alias bomb": (BOMB, r"bench.yaml:\d+: .*more than 50,000 values"),
-    "a bomb of merged mappings": (
-        "a0: &a0 {x: 1}\n" + "".join(f"a{i + 1}: &a{i + 1} {{<<: [{', '.join([f'*a{i}'] * 9)}]}}\n" for i in range(12)),
-        "more than 50,000 values",
-    ),
+TEXTS = {  # what YAML may hold at all: test_safe_yaml.py
+    "an alias bomb": (BOMB, r"bench.yaml:\d+: more than 100,000 values"),
     "a chain of aliases": (
-        "a0: &a0 [x]\n" + "".join(f"a{i + 1}: &a{i + 1} [*a{i}]\n" for i in range(70)),
-        "nested deeper than 64",
+        "models: m\ndatasets: [{facts: facts.jsonl}]\nmethods: [{name: memit}]\nruns:\n- edits: 1\n  batch_size: &a0 [x]\n"
+        + "".join(f"- edits: 1\n  batch_size: &a{i + 1} [*a{i}]\n" for i in range(300)),
+        "batch_size: a list is not a whole number",
     ),
-    "an alias of itself": ("seeds: &a [*a]", "bench.yaml:1: .*an alias of what it stands in"),
-    "brackets": ("seeds: " + "[" * 100_000, "nested deeper"),
-    "mappings": ("{a: " * 50_000, "nested deeper"),
+    "an alias of itself": ("seeds: &a [*a]", "bench.yaml:1: an alias stands inside"),
+    "brackets": ("seeds: " + "[" * 90_000, "nested deeper"),
     "a name twice": ("seeds: [0]\nruns: []\nseeds: [1]", "bench.yaml:3: .*'seeds' stands twice"),
     "a name twice below": ("runs:\n- edits: 2\n  edits: 3", "bench.yaml:3: .*'edits' stands twice"),
-    "5,000 digits": ("seeds: [" + "9" * 5000 + "]", "bench.yaml:1: .*an integer of 5000 digits"),
-    "code": ("seeds: !!python/object/apply:os.system [true]", "bench.yaml:1: .*a tag"),
-    "a set": ("seeds: !!set {a, b}", "a tag"),
-    "a name that is a list": ("[a]: 1", "a name that is not a text"),
-    "a name that is a number": ("1: 1", "a name that is not a text"),
-    "infinite": ("seeds: .inf", ".inf is not a number"),
-    "half a character": ('seeds: "\\ud800"', "half a character"),
-    "a control character": ("seeds: \x01", "special characters are not allowed"),
-    "two documents": ("a: 1\n---\nb: 2", "another document"),
+    "5,000 digits": ("seeds: [" + "9" * 5000 + "]", "bench.yaml:1: .*out of range"),
+    "code": ("seeds: !!python/object/apply:os.system [true]", "bench.yaml:1: the tag"),
+    "a name that is a number": ("1: 1", "unknown key '1'"),
     "nothing": ("", "is not a mapping"),
-    "too large": ("#" * 10**6, "1,000,000 bytes"),
     "a date for a model": ("models: [2024-01-01]", "'datasets' is missing"),
 }
 
