@@ -25,18 +25,31 @@ from mosectl.editor import EditResult, edit
 from mosectl.errors import EditFailed, OutputError
 from mosectl.evaluate import answer, generate, judge, unseen
 from mosectl.facts import Fact
-from mosectl.files import output_errors, write_bytes
+from mosectl.files import output_errors
 from mosectl.fluency import text_loss
 from mosectl.guard import Health
+from mosectl.inputs import opened, parse_json
 from mosectl.intervals import Tally, measure
 from mosectl.jsonable import jsonable
 from mosectl.live import Loaded, load, patched
 from mosectl.run import OnStep
+from mosectl.forms import misfit
 from mosectl.stats import read_corpus
 
 RESULTS = "results.jsonl"
+MAX_RESULTS = 1_000_000_000  # bytes; a cell of thousands of edits one by one may have two million
 BREAKDOWNS = (EditFailed, torch.linalg.LinAlgError)  # type: ignore[attr-defined]  # a collapsed weight may not decompose
 Record = dict[str, Any]  # one cell as results.jsonl has it
+COMMON = {"key": str, "status": str, "reason": str, "edits": int, "batch_size": int, "seed": int}
+NUMBER = (float, type(None))  # null was not finite
+MEASURE = {"value": NUMBER, "low?": float, "high?": float}
+_TALLIES = {name: [[float]] for name in ("reliability", "generalization", "locality")}
+DONE = {  # what tables and pictures use of a cell that did not fail; see schema.py
+    "scores": {"reliability?": MEASURE, "generalization?": MEASURE, "locality?": MEASURE}, "unseen?": MEASURE,
+    "harmonic": float, "kept?": MEASURE, "stopped?": str, "seconds": {str: float}, "drift": {str: NUMBER},
+    "tallies?": _TALLIES, **{name: {"before?": MEASURE, "after?": MEASURE} for name in ("text_loss", "perplexity")},
+    "curve?": [{"edits": int, "loss?": float, "norm": {str: NUMBER}, "condition": {str: NUMBER}}],
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -191,36 +204,57 @@ def _point(edits: int, health: Health) -> Record:
 # The results file.
 
 
-def read_results(path: Path) -> tuple[dict[str, Record], list[int]]:
-    """Records by key (the last one counts), and the numbers of lines that cannot be read.
+def read_results(path: Path) -> tuple[dict[str, Record], dict[int, str]]:
+    """Records by key (the last one counts), and what is wrong with each line that cannot be used, by its number.
 
     Raises:
         OutputError: the file cannot be read.
     """
     found: dict[str, Record] = {}
-    bad = []
-    try:
-        lines = path.read_bytes().split(b"\n") if path.exists() else []
-    except OSError as e:
-        raise OutputError(f"cannot be read: {e.strerror}", where=str(path), fix="check the path") from e
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line) if line.strip() else None
-            if record is not None:
-                found[record["key"]] = record
-        except (ValueError, KeyError, TypeError):  # ValueError: not UTF-8 as well
-            bad.append(number)
+    bad: dict[int, str] = {}
+    if not os.path.lexists(path):
+        return found, bad
+    with opened(path, OutputError, "move it away, or choose another -o", MAX_RESULTS) as file:
+        for number, line in enumerate(file, 1):
+            try:
+                record = parse_json(line) if line.strip() else None
+                if record is not None:
+                    if what := _misfit(record):
+                        raise ValueError(what)
+                    found[record["key"]] = record
+            except ValueError as e:
+                bad[number] = str(e)
     return found, bad
 
 
+def _misfit(record: Any) -> str:
+    """What in a record is not as tables and pictures need it; empty if nothing."""
+    what = misfit(record, COMMON) or (misfit(record, DONE) if record["status"] == "done" else "")
+    tallies = (record.get("tallies") or {}) if not what and record["status"] == "done" else {}
+    pairs = {name: tallies[name] for name in _TALLIES if tallies}
+    wrong = [n for n, of_facts in pairs.items() if len(of_facts) != record["edits"] or {*map(len, of_facts)} != {2}]
+    return f"tallies.{wrong[0]} is not a pair a fact" if wrong else what
+
+
+def unusable(path: Path, bad: Mapping[int, str]) -> list[str]:
+    """Lines to tell a user about lines of the results file that are left out."""
+    out = [f"{path}:{number}: {what}: left out, the cell counts as not run" for number, what in list(bad.items())[:5]]
+    return out + ([f"{path}: {len(bad) - 5} more lines are left out"] if len(bad) > 5 else [])
+
+
 def _mended(path: Path, notice: Callable[[str], None]) -> dict[str, Record]:
-    """What is done already; a line cut off by a crash is dropped, in the file too."""
+    """What is done already; a last line that was cut off is dropped, in the file too, other damaged ones stay there."""
     found, bad = read_results(path)
-    if bad:
-        lines = ", ".join(map(str, bad))
-        notice(f"{path}: line {lines} cannot be read (a run was cut off?): dropped, the cell is done again")
-    if bad or (found and not path.read_bytes().endswith(b"\n")):
-        write_bytes(path, b"".join(map(_line, found.values())))
+    for line in unusable(path, bad):
+        notice(line)
+    if not path.exists() or not (data := path.read_bytes()) or data.endswith(b"\n"):
+        return found
+    with output_errors(path):
+        if data.count(b"\n") + 1 in bad:
+            os.truncate(path, data.rfind(b"\n") + 1)
+        else:
+            with path.open("ab") as file:
+                file.write(b"\n")
     return found
 
 

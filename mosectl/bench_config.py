@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,9 +18,12 @@ from mosectl import __version__
 from mosectl.errors import MosectlError, UsageError
 from mosectl.facts import Fact, read_facts
 from mosectl.options import EditOptions, options_from, trained_editor
+from mosectl.safe_yaml import read_yaml
 from mosectl.share import SCHEME
 from mosectl.stats import read_corpus
 
+ENTRIES = 1000  # of a list, at most
+CELLS = 100_000
 OTHERS = 200  # facts after the edited ones that are asked before and after
 
 
@@ -149,7 +153,7 @@ def read_bench(path: str | Path, on_error: str = "fail") -> Bench:
     """
     path = Path(path)
     top = _Table(
-        _parse(path),
+        read_yaml(path, UsageError, "see examples/bench-small.yaml"),
         str(path),
         required=("models", "datasets", "runs", "methods"),
         optional=("corpus", "text", "seeds", "layers"),
@@ -169,25 +173,13 @@ def read_bench(path: str | Path, on_error: str = "fail") -> Bench:
         if twice := [str(n) for i, n in enumerate(names) if n in names[:i]]:
             fix = "give each its own label" if key == "methods" else "remove one, or give each its own name"
             raise top.bad(f"'{twice[0]}' stands twice", fix, key)
+    if (n := math.prod(map(len, (models, datasets, runs, seeds, methods)))) > CELLS:
+        raise top.bad(f"asks for {n:,} cells", f"ask for {CELLS:,} at most: split it into several")
     same = held_out is not None and held_out == statistics
     notes = ("the text for the text loss also served as statistics: it is not held out",) if same else ()
     return Bench(
         path.name, models, path.parent, datasets, statistics, text, held_out or "", runs, seeds, methods, notes
     )
-
-
-def _parse(path: Path) -> Any:
-    import yaml
-
-    try:
-        return yaml.safe_load(path.read_text("utf-8-sig"))
-    except OSError as e:
-        raise UsageError(f"cannot be read: {e.strerror}", where=str(path), fix="check the path") from e
-    except (UnicodeDecodeError, yaml.YAMLError) as e:
-        mark = getattr(e, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        what = getattr(e, "problem", None) or "not UTF-8 text"
-        raise UsageError(f"not YAML: {what}", where=where, fix="see examples/bench-small.yaml") from e
 
 
 class _Table:
@@ -212,9 +204,10 @@ class _Table:
 
     def checked(self, value: Any, kind: type, key: str) -> Any:
         wrong = not isinstance(value, kind) or isinstance(value, bool) or value == ""
-        if wrong or (isinstance(value, int) and value < 0):
+        if wrong or (isinstance(value, int) and not 0 <= value < 2**63):
             name = {int: "a whole number, 0 or more", str: "a text"}[kind]
-            raise self.bad(f"{value!r} is not {name}", f"write {name}", key)
+            shown = f"a {type(value).__name__}" if isinstance(value, list | dict) else repr(value)[:60]
+            raise self.bad(f"{shown} is not {name}", f"write {name}", key)
         return value
 
     def items(self, key: str, kind: type, default: list[Any] | None = None) -> list[Any]:
@@ -223,14 +216,15 @@ class _Table:
         if value is None and default is not None:
             return default
         values = value if isinstance(value, list) else [value]
-        if not values:
-            raise self.bad("is empty", "give at least one", key)
+        if not 0 < len(values) <= ENTRIES:
+            raise self.bad("is empty" if not values else f"holds {len(values)}", f"give 1 to {ENTRIES}", key)
         return [self.checked(v, kind, f"{key}[{i}]") for i, v in enumerate(values)]
 
     def tables(self, key: str, *, required: tuple[str, ...], optional: tuple[str, ...]) -> list[_Table]:
         value = self.values[key]
-        if not isinstance(value, list) or not value:
-            raise self.bad("is not a list", f"write a list of entries with: {', '.join(required)}", key)
+        if not isinstance(value, list) or not 0 < len(value) <= ENTRIES:
+            what = "is not a list" if not isinstance(value, list) or not value else f"holds {len(value)} entries"
+            raise self.bad(what, f"write a list of 1 to {ENTRIES} entries with: {', '.join(required)}", key)
         return [
             _Table(v, f"{self.where}: {key}[{i}]", required=required, optional=optional) for i, v in enumerate(value)
         ]

@@ -87,7 +87,7 @@ def _note(cells: int, records: Sequence[Record]) -> str:
 
 
 def _reached(records: Sequence[Record]) -> list[str]:
-    out = [_summary([r["scores"][name] for r in records], _percent) for name in SHARES]
+    out = [_summary([r["scores"].get(name) for r in records], _percent) for name in SHARES]
     out.append(_summary([r.get("unseen") for r in records], _percent))
     return [*out, _summary([{"value": r["harmonic"]} for r in records], _percent)]
 
@@ -102,7 +102,7 @@ def _lead(first: Sequence[Record], records: Sequence[Record]) -> str:
     if len(pairs) > 1:
         mean, half = over_seeds([a["harmonic"] - b["harmonic"] for a, b in pairs])
         low, high = mean - half, mean + half
-    elif all("tallies" in r for r in pairs[0]):
+    elif all(r.get("tallies") for r in pairs[0]) and pairs[0][0]["edits"] == pairs[0][1]["edits"]:
         mean, low, high = paired_lead(*([r["tallies"][name] for name in SHARES] for r in pairs[0]))
     else:
         return _percent(pairs[0][0]["harmonic"] - pairs[0][1]["harmonic"])
@@ -112,11 +112,11 @@ def _lead(first: Sequence[Record], records: Sequence[Record]) -> str:
 def _cost(records: Sequence[Record]) -> list[str]:
     out = []
     for name in ("text_loss", "perplexity"):
-        out += [_summary([r[name][side] for r in records], "{:.3f}".format, False) for side in ("before", "after")]
-    out.append(_summary([r["kept"] for r in records], _percent))
+        out += [_summary([r[name].get(side) for r in records], "{:.3f}".format, False) for side in ("before", "after")]
+    out.append(_summary([r.get("kept") for r in records], _percent))
     for name in ("norm", "condition", "spectrum"):
-        out.append(_summary([{"value": r["drift"][name]} for r in records], "{:.1e}".format))
-    out.append(_summary([{"value": r["seconds"]["all"]} for r in records], "{:.1f}".format))
+        out.append(_summary([{"value": r["drift"].get(name)} for r in records], "{:.1e}".format))
+    out.append(_summary([{"value": r["seconds"].get("all")} for r in records], "{:.1f}".format))
     return [*out, _summary([{"value": pace} for r in records if (pace := _pace(r))], "{:.2g}".format)]
 
 
@@ -202,7 +202,7 @@ def svg_abilities(records: Sequence[Record]) -> str:
     """The loss of ordinary text over edits, as the collapse guard measures it after each batch: on pieces of the corpus."""
 
     def loss(curve: Sequence[Record]) -> Points:
-        return [(p["edits"], p["loss"]) for p in curve if p["loss"] is not None]
+        return [(p["edits"], p["loss"]) for p in curve if p.get("loss") is not None]
 
     return _svg(records, {"loss on the guard's pieces of text, nats a token": loss}, "Text loss over edits")
 
@@ -212,8 +212,9 @@ def _ratio(name: str) -> Callable[[Sequence[Record]], Points]:
         base = curve[0][name]
         out = []
         for p in curve:
-            ratios = [p[name][k] / base[k] for k in base if p[name][k] and base[k]]
-            if len(ratios) == len(base):  # else a number was not finite
+            both = [(p[name].get(k) or 0, base[k] or 0) for k in base]
+            ratios = [now / before for now, before in both if now > 0 and before > 0]
+            if ratios and len(ratios) == len(base):  # else a number was not finite
                 out.append((p["edits"], math.exp(fmean(map(math.log, ratios)))))
         return out
 

@@ -32,7 +32,7 @@ def bench(
 
     if out.exists() and not out.is_dir():
         raise OutputError("is not a folder", where=str(out), fix="give a folder after -o")
-    from mosectl.bench import RESULTS, read_results, records_of, run_bench
+    from mosectl.bench import RESULTS, read_results, records_of, run_bench, unusable
     from mosectl.bench_config import cells, read_bench
     from mosectl.bench_report import tables, write_report
 
@@ -54,7 +54,9 @@ def bench(
             report.hint(f"finished cells are kept in {out / RESULTS}: the same command goes on from there")
             raise
     elif (out / RESULTS).is_file():
-        found, _ = read_results(out / RESULTS)
+        found, bad = read_results(out / RESULTS)
+        for line in unusable(out / RESULTS, bad):
+            report.hint(line)
     else:
         raise OutputError(f"no {RESULTS}", where=str(out), fix="run the bench first, without --report-only")
     if missing := sum(c.key not in found for c in wanted):

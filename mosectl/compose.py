@@ -211,7 +211,7 @@ def _check_fits(patches: Sequence[Patch], ids: Sequence[str], below: Sequence[st
     """Can the last of ``patches`` be merged with those before it, all made on top of ``below``? Raises PatchError."""
     first, (*before, p), (*sooner, own) = ids[0], patches, ids
     for q in before:
-        _check_sizes(q, p)
+        check_sizes([q, p])
     if own in sooner:
         raise PatchError(f"patch {own[:12]} is given twice", fix="leave one of the two out")
     if list(p.parents) not in (list(below), [*below, *sooner]):

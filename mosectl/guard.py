@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mosectl.metrics import Spectrum
 from mosectl.scoring import sequence_nll
+from mosectl.stats import BEGINNING
 
 CANARIES = 24
 CANARY_TOKENS = 64
@@ -33,7 +34,8 @@ class Health:
 def canaries(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of pieces of ``texts``, evenly spaced over them."""
     step = max(1, len(texts) // CANARIES)
-    pieces = [tokenizer(t, truncation=True, max_length=CANARY_TOKENS)["input_ids"] for t in texts[::step][:CANARIES]]
+    taken = [t[:BEGINNING] for t in texts[::step][:CANARIES]]
+    pieces = [tokenizer(t, truncation=True, max_length=CANARY_TOKENS)["input_ids"] for t in taken]
     return [ids for ids in pieces if len(ids) > 1]
 
 

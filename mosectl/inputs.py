@@ -81,7 +81,8 @@ def parse_json(raw: bytes | str, *, special: bool = False) -> Any:
     MAX_VALUES values.
 
     Args:
-        special: allow NaN and infinite numbers, which some models' configurations hold.
+        special: allow NaN, infinite numbers and integers of 40 digits, which models' configurations hold: in many,
+            model_max_length is int(1e30).
     Raises:
         ValueError: with the reason in few words.
     """
@@ -105,7 +106,7 @@ def parse_json(raw: bytes | str, *, special: bool = False) -> Any:
         return float(text)
 
     def integer(text: str) -> int:
-        if len(text.lstrip("-")) > MAX_DIGITS:
+        if len(text.lstrip("-")) > (2 * MAX_DIGITS if special else MAX_DIGITS):
             raise ValueError(f"an integer of {len(text)} digits")
         return int(text)
 

@@ -18,6 +18,7 @@ from mosectl.errors import BaseMismatch, ModelError, UsageError
 from mosectl.evaluate import generate
 from mosectl.fingerprint import match
 from mosectl.finite import check_changed, check_weight
+from mosectl.model_files import read_tokenizer
 from mosectl.patch import Patch
 from mosectl.share import local
 from mosectl.stack import check_stack
@@ -43,7 +44,7 @@ def load(model: str | Path, *, revision: str | None = None, device: str = "auto"
     Raises:
         ModelError, HubError, UsageError.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     checkpoint = open_checkpoint(model, revision)
@@ -52,9 +53,9 @@ def load(model: str | Path, *, revision: str | None = None, device: str = "auto"
     device = pick_device(device)
     kind = pick_dtype(dtype, device)
     placed = {"device_map": device if device == "balanced" else {"": device}}
+    tokenizer = read_tokenizer(checkpoint.folder, str(model))
     logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
         read: Any = AutoModelForCausalLM.from_pretrained  # its type does not know output_loading_info
         loaded, told = read(
             checkpoint.folder,

@@ -20,6 +20,7 @@ from mosectl.layers import parse_layers
 from mosectl.live import DTYPES, pick_device, pick_dtype
 from mosectl.memory import logit_bytes, token_bytes, work_bytes
 from mosectl.mixture import patch_side
+from mosectl.model_files import read_tokenizer
 from mosectl.options import EditOptions, trained_editor
 from mosectl.solvers import method
 from mosectl.source import layout
@@ -259,9 +260,9 @@ def _problems(tensors: Sequence[tuple[str, str, tuple[int, ...]]], folder: Path)
         if dtype not in ("F32", "F16", "BF16")
     ]
     try:
-        _tokenizer(folder)
-    except (MosectlError, OSError, ValueError) as e:
-        out.append(f"the tokenizer cannot be loaded: {str(e).splitlines()[0]}")
+        read_tokenizer(folder, "the model")
+    except MosectlError as e:
+        out.append(str(e).splitlines()[0])
     return out
 
 
@@ -287,8 +288,8 @@ def _notes(arch: Architecture, folder: Path, others: Sequence[str]) -> list[str]
         out.append(f"holds the weights once more for other programs, not edited and not copied by apply: {some}")
     if journal := read_journal(folder):
         out.append(f"already edited: {len(journal.patches)} patches are applied (mosectl.json)")
-    with suppress(MosectlError, OSError, ValueError):  # reported as a problem
-        out += check_tokenizer(_tokenizer(folder))
+    with suppress(MosectlError):  # reported as a problem
+        out += check_tokenizer(read_tokenizer(folder, "the model"))
     return out
 
 
@@ -299,14 +300,4 @@ def load_tokenizer(model: str | Path, revision: str | None = None) -> Any:
         ModelError: there is none that can be loaded. HubError.
     """
     folder, name, _ = locate(model, revision, weights=False)
-    try:
-        return _tokenizer(folder)
-    except (OSError, ValueError, KeyError, ImportError) as e:
-        first = str(e).strip().split("\n")[0]
-        raise ModelError(f"its tokenizer cannot be loaded: {first}", where=name, fix="check the model folder") from e
-
-
-def _tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return read_tokenizer(folder, name)

@@ -8,28 +8,35 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
+import torch
 from torch import Tensor
 
 from mosectl import __version__
 from mosectl.errors import OutputError
 from mosectl.facts import Fact
-from mosectl.files import write_tensors
 from mosectl.fingerprint import sha256
 from mosectl.forward import Batch, input_device
 from mosectl.guard import Health
+from mosectl.state_file import damaged, read_state, write_state
 from mosectl.targets import Contexts
 
 if TYPE_CHECKING:
     from mosectl.run import Run
 
-KEY = "mosectl-progress"
+KIND = "progress"
+RECORD = {
+    "belongs": {str: str}, "losses": [float], "failures": [int],
+    "curve": [{"edits": int, "loss": float, "norm": {str: float}, "condition": {str: float}}],
+}  # fmt: skip
+ROWS, WIDTH = 1000, 16_384  # of a fact, at most: its rows, and a row's bytes but for what is written there
 _ROWS = [f.name for f in fields(Contexts) if f.name != "batch"]
+_START = "give --overwrite to start again"
 _AGAIN = "finish it with what it was begun with, or give --overwrite to start again"
 
 
@@ -61,26 +68,22 @@ class Progress:
             "version of mosectl": __version__,
         }
 
-    def load(self, run: Run, ours: Mapping[str, str]) -> list[float]:
-        """Put a kept state into a run that has not begun; returns the losses of the facts it has edited.
+    def load(self, run: Run, ours: Mapping[str, str], facts: int) -> list[float]:
+        """Put a kept state into a run of so many facts that has not begun; returns the losses of those it has edited.
 
         Raises:
             OutputError: the state is of other facts, settings or weights, or damaged.
         """
-        if not self.resume or not self.path.is_file():
+        if not self.resume or not os.path.lexists(self.path):
             return []
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                record = json.loads(file.metadata()[KEY])
-                # Clones: the file's bytes lie unaligned in memory, where matrix products round differently.
-                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  (not a dict)
-            belongs = record["belongs"]
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as e:
-            fix = "give --overwrite to start again"
-            raise OutputError("the state of the interrupted run is damaged", where=str(self.path), fix=fix) from e
-        if other := [name for name in ours if ours[name] != belongs.get(name)]:
+        a_fact = ROWS * (8 * sum(W.shape[0] for W in run.W.values()) + WIDTH)
+        limit = 8 * sum(W.numel() for W in run.W.values()) + facts * a_fact + 10**7
+        record, tensors = read_state(self.path, KIND, RECORD, _START, limit)
+        if other := [name for name in ours if ours[name] != record["belongs"].get(name)]:
             what = f"the interrupted run was one with other {' and '.join(other)}"
             raise OutputError(what, where=str(self.path), fix=_AGAIN)
+        if what := _misfit(run, tensors, record, facts):
+            raise damaged(self.path, what, _START)
         _put(run, tensors, record)
         return [float(x) for x in record["losses"]]
 
@@ -98,13 +101,31 @@ class Progress:
             "belongs": dict(ours),
             "losses": list(losses),
             "failures": run.earlier.failures,
-            "curve": [(n, asdict(h)) for n, h in run.curve],
+            "curve": [{"edits": n, **asdict(health)} for n, health in run.curve],
         }
-        write_tensors(self.path, {n: t.cpu() for n, t in tensors.items()}, {KEY: json.dumps(record)})
+        write_state(self.path, KIND, record, tensors)
 
     def done(self) -> None:
         """The patch is written: nothing is left to continue."""
         self.path.unlink(missing_ok=True)
+
+
+def _misfit(run: Run, tensors: Mapping[str, Tensor], record: Mapping[str, Any], facts: int) -> str:
+    """What in a state that is meant for this run does not go with it; empty if nothing."""
+    done, rows, layers = len(record["losses"]), tensors.get("rows.fact", torch.empty(0)).numel(), set(run.W)
+    if not 0 < done <= facts or len(record["failures"]) != done:
+        return f"{done} losses of {facts} facts"
+    points = [h["edits"] for h in record["curve"]]
+    if points[-1:] != [done] or any({*h[name]} != layers for h in record["curve"] for name in ("norm", "condition")):
+        return "a curve of other layers or facts"
+    forms = {f"W.{name}": [*W.shape] for name, W in run.W.items()}
+    forms |= {f"V.{name}": [len(W), rows] for name, W in run.W.items()}
+    for name in (*_ROWS, *(f.name for f in fields(Batch))):
+        forms[f"rows.{name}"] = [rows, *tensors.get(f"rows.{name}", torch.empty(0)).shape[1:]]
+    if forms != {name: [*x.shape] for name, x in tensors.items()}:
+        return "tensors of other shapes"
+    fact = tensors["rows.fact"]
+    return "" if fact.unique().tolist() == list(range(done)) else "rows of other facts"
 
 
 def _put(run: Run, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
@@ -117,4 +138,4 @@ def _put(run: Run, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> 
     run.earlier.contexts = Contexts(batch=batch, **rows)
     run.earlier.values = {p.name: tensors[f"V.{p.name}"].to(place) for p in run.projections}
     run.earlier.failures = list(record["failures"])
-    run.curve = [(n, Health(**h)) for n, h in record["curve"]]
+    run.curve = [(h["edits"], Health(h["loss"], h["norm"], h["condition"])) for h in record["curve"]]

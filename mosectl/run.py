@@ -142,7 +142,7 @@ class Run:
         # Hashed once, and where there is something to keep or to go on with: statistics of large models take seconds.
         kept = progress if progress and (progress.resume or size < len(facts)) else None
         ours = kept.belongs(self, facts) if kept else {}
-        losses = kept.load(self, ours) if kept else []
+        losses = kept.load(self, ours, len(facts)) if kept else []
         for start in range(len(losses), len(facts), size):
             batch = facts[start : start + size]
             with clock("targets"):

@@ -10,36 +10,38 @@ drawn from the model's own predictions.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import os
 import random
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from importlib import resources
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mosectl import processes
 from mosectl.arch import Projection, resolve
-from mosectl.errors import OutputError, UsageError
-from mosectl.files import write_tensors
+from mosectl.errors import UsageError
 from mosectl.forward import Batch, by_length, by_row, frozen, hooked, input_device, run_until_stopped, stop
+from mosectl.inputs import parse_json, read_bytes
 from mosectl.memory import fitting, halving
+from mosectl.forms import misfit
+from mosectl.stats_cache import cached, check_writable, keep
 
 MAX_LENGTH = 512  # tokens a text: statistics do not need long contexts, and memory grows with them
 MAX_TOKENS = 200_000
+MAX_CORPUS = 256_000_000  # bytes of a file
+MAX_LINE = 10_000_000  # characters of one text
+BEGINNING = 100_000  # characters of a text that may hold the few tokens that are read of it
 BATCH_TOKENS = 4096  # run at once; fewer where gradients would not fit in memory
 # Tokens of texts taken at random, in which those of like length then go together. G is taken over the first block: it has
 # fewer rows than C, and a gradient costs three forwards.
 BLOCK = 32_768
+GRADIENT = 4  # what a batch of the first block takes, a batch of the others being 1
 ENOUGH = 0.1  # relative error of C at which no more text is read
 SKETCH = 64  # directions in which that error is judged
 
@@ -71,24 +73,46 @@ def read_corpus(path: str | Path | None) -> Corpus:
     """The embedded corpus, a text file (one text a line) or a .jsonl file with a "text" field.
 
     Raises:
-        UsageError: the file is missing, not UTF-8, or holds no text.
+        UsageError: the file is missing, too large, not UTF-8, or holds no text; with its line where there is one.
     """
     if path is None:
         text = resources.files("mosectl").joinpath("data/corpus.txt").read_text("utf-8")
         return Corpus("embedded", tuple(line for line in text.splitlines() if line.strip()))
     path = Path(path)
     try:
-        lines = [line for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
-        texts = [json.loads(line)["text"] for line in lines] if path.suffix == ".jsonl" else lines
-    except OSError as e:
-        raise UsageError(f"cannot read the corpus: {e.strerror}", where=str(path), fix="check the path") from e
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as e:
-        raise UsageError(
-            f"not a corpus ({e})", where=str(path), fix='give UTF-8 text, or .jsonl with a "text" field'
-        ) from e
-    if not texts or not all(isinstance(t, str) for t in texts):
+        data = read_bytes(path, UsageError, "give a text file, of which some 200,000 tokens are enough", MAX_CORPUS)
+    except UsageError as e:
+        raise UsageError(f"cannot read the corpus: {e.what}", where=e.where, fix=e.fix) from e
+    fix = 'give UTF-8 text, or .jsonl with a "text" field'
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        where = f"{path}:{data[: e.start].count(10) + 1}"
+        raise UsageError(f"not a corpus: not UTF-8 text (byte {e.start})", where=where, fix=fix) from e
+    if (at := data.find(b"\0")) >= 0:
+        where = f"{path}:{data[:at].count(10) + 1}"
+        raise UsageError(f"not a corpus: a binary file (byte {at} is 0)", where=where, fix=fix)
+    texts = _jsonl(path, text, fix) if path.suffix == ".jsonl" else [x for x in text.splitlines() if x.strip()]
+    if not any(map(str.strip, texts)):
         raise UsageError("the corpus holds no text", where=str(path), fix="give a file with one text a line")
+    if len(longest := max(texts, key=len)) > MAX_LINE:
+        what = f"a text of {len(longest):,} characters, '{longest[:30]}…'"
+        raise UsageError(what, where=str(path), fix="give one text a line: an article, a chapter")
     return Corpus(path.name, tuple(texts))
+
+
+def _jsonl(path: Path, text: str, fix: str) -> list[str]:
+    texts = []
+    for number, line in enumerate(text.split("\n"), 1):  # U+2028 and the like may stand in a JSON string
+        if line.strip():
+            try:
+                row = parse_json(line)
+                if what := misfit(row, {"text": str}):
+                    raise ValueError(what)
+            except ValueError as e:
+                raise UsageError(f"not a corpus: {e}", where=f"{path}:{number}", fix=fix) from e
+            texts.append(row["text"])
+    return texts
 
 
 def second_moments(
@@ -115,21 +139,17 @@ def second_moments(
         enough: ‖C_A − C_B‖_F / 2‖C‖_F at which to stop, seen in SKETCH random directions; 0 = read everything.
     """
     key = f"{model_hash(model)}-{corpus.sha256[:16]}-{max_tokens}-{enough:g}" if cache else ""
-    files = {p.name: cache_dir() / "stats" / f"{key}-{p.name}.safetensors" for p in projections}
-    found = {name: _load(file) for name, file in files.items()} if cache else {}
-    if found and all(found.values()):
-        loaded = {name: stored for name, stored in found.items() if stored}
-        C, G = ({name: stored[key] for name, stored in loaded.items()} for key in "CG")
-        error = max(float(stored["error"]) for stored in loaded.values())
-        return Moments(C, G, int(next(iter(loaded.values()))["tokens"]), True, error)
+    if cache and (found := cached(key, projections)):
+        C, G = ({name: entry[part] for name, entry in found.items()} for part in "CG")
+        error = max(float(entry["error"]) for entry in found.values())
+        return Moments(C, G, int(next(iter(found.values()))["tokens"]), True, error)
+    if cache and strict and processes.first():
+        check_writable()
     blocks = _blocks(tokenizer, corpus, max_tokens, batch_tokens)
     C, G, tokens, error = _accumulate(model, projections, blocks, enough, on_step)
     if cache and processes.first():
-        # A cache that cannot be written costs an edit time; those who only want to fill it must know.
-        with nullcontext() if strict else suppress(OutputError):
-            for name, file in files.items():
-                told = {"tokens": torch.tensor(tokens), "error": torch.tensor(error)}
-                write_tensors(file, {"C": C[name], "G": G[name], **told})
+        told = {"tokens": torch.tensor(tokens), "error": torch.tensor(error)}
+        keep(key, {name: {"C": C[name], "G": G[name], **told} for name in C}, strict)
     return Moments(C, G, tokens, False, error)
 
 
@@ -152,11 +172,12 @@ def prepare(
     from mosectl.live import load
     from mosectl.mixture import turns
 
+    texts = read_corpus(corpus)
     loaded = load(model, revision=revision, device=processes.process_device(device), dtype=dtype)
     with turns(loaded.model, resolve(loaded.model)) as arch:
         chosen = parse_layers(layers, len(arch.projections), every="all")
         wanted = [p for p in arch.projections if chosen is None or p.layer in chosen]
-        return second_moments(loaded.model, loaded.tokenizer, wanted, read_corpus(corpus), strict=True, on_step=on_step)
+        return second_moments(loaded.model, loaded.tokenizer, wanted, texts, strict=True, on_step=on_step)
 
 
 def _accumulate(
@@ -182,6 +203,8 @@ def _accumulate(
         sums |= {(p.name, "C"): place.new_zeros(p.p, p.p), (p.name, "G"): place.new_zeros(p.d, p.d)}
     halves = {p.name: _Halves(sums[p.name, "C"]) for p in projections}
     tokens = torch.zeros(2, dtype=torch.long, device=device)  # of C, of G
+    stops = 0.0 if distributed else enough
+    work = _Work(mine, stops)
     with frozen(model):
         for done, (number, block, sequences) in enumerate(mine, 1):
             batch = Batch.of(sequences, device)
@@ -198,10 +221,12 @@ def _accumulate(
             second = (text[batch.attention_mask.bool()] + done) % 2 == 1
             for name, k in found["C"].items():
                 halves[name].add(k, second)
+            full = done == len(mine) or mine[done][1] > block
+            if stops and (full or done & (done - 1) == 0):  # now and then in the first block: it is not free
+                work.foresee(done, max(h.error() for h in halves.values()))
             if on_step:
-                on_step(done, len(mine))
-            full = done < len(mine) and mine[done][1] > block
-            if full and enough and not distributed and max(h.error() for h in halves.values()) <= enough:
+                on_step(*work.so_far(done))
+            if work.end == done:
                 break
     error = max(h.error() for h in halves.values())
     if distributed:
@@ -215,6 +240,25 @@ def _accumulate(
         for key, n in zip("CG", tokens.clamp_min(1).tolist(), strict=True)
     )
     return C, G, int(tokens[0]), error
+
+
+class _Work:
+    """How many of the batches will be run, as far as one can tell, for a bar whose end and pace can be believed."""
+
+    def __init__(self, batches: Sequence[tuple[int, int, list[list[int]]]], enough: float) -> None:
+        self.enough, self.end = enough, len(batches)
+        blocks = [block for _, block, _ in batches]
+        self.ends = [i for i in range(1, len(blocks) + 1) if i == len(blocks) or blocks[i] > blocks[i - 1]]
+        self.tokens = [0, *accumulate(sum(map(len, sequences)) for _, _, sequences in batches)]
+        self.costs = [0, *accumulate(GRADIENT if block == 0 else 1 for block in blocks)]  # in forward passes
+
+    def foresee(self, done: int, error: float) -> None:
+        """The error of C falls with the root of the tokens read; whole blocks are read."""
+        needed = self.tokens[done] * (error / self.enough) ** 2
+        self.end = next((i for i in self.ends if i >= done and self.tokens[i] >= needed), self.ends[-1])
+
+    def so_far(self, done: int) -> tuple[int, int]:
+        return self.costs[done], self.costs[self.end]
 
 
 class _Halves:
@@ -317,7 +361,7 @@ def _blocks(tokenizer: Any, corpus: Corpus, max_tokens: int, batch_tokens: int) 
     blocks: list[dict[int, list[int]]] = [{}]
     total = begun = 0
     for i in random.Random(0).sample(range(len(corpus.texts)), len(corpus.texts)):
-        ids = tokenizer(corpus.texts[i], truncation=True, max_length=MAX_LENGTH)["input_ids"]
+        ids = tokenizer(corpus.texts[i][:BEGINNING], truncation=True, max_length=MAX_LENGTH)["input_ids"]
         if not ids:
             continue
         if total - begun >= BLOCK:
@@ -342,22 +386,3 @@ def model_hash(model: nn.Module) -> str:
     with ThreadPoolExecutor(4) as pool:  # hashlib lets other threads run
         lines = sorted(pool.map(digest, model.named_parameters()))
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
-
-
-def cache_dir() -> Path:
-    """$MOSECTL_CACHE, else $XDG_CACHE_HOME/mosectl, else ~/.cache/mosectl."""
-    if own := os.environ.get("MOSECTL_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mosectl"
-
-
-def _load(file: Path) -> dict[str, Tensor] | None:
-    """A cached moment, or None when there is none that can be read."""
-    try:
-        stored = load_file(file)
-    except (OSError, SafetensorError):
-        return None
-    good = {"C", "G", "tokens", "error"} <= stored.keys() and all(
-        bool(torch.isfinite(stored[key]).all()) for key in "CG"
-    )
-    return stored if good else None

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mosectl.chat import rendered
 from mosectl.errors import FactsError, ModelError, UsageError
 from mosectl.facts import Fact, join
 
@@ -51,17 +52,14 @@ def render_chat(tokenizer: Any, prompt: str) -> str:
     """The prompt as a user's message in the tokenizer's chat template, ready for the answer.
 
     Raises:
-        UsageError: the tokenizer has no chat template, or its template fails.
+        UsageError: the tokenizer has no chat template, or it fails, takes too long or too much memory.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise UsageError("this tokenizer has no chat template", fix="leave --chat out, or give the chat model")
-    import jinja2
-
-    message = [{"role": "user", "content": prompt}]
     try:
-        return tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    except (jinja2.TemplateError, ValueError, TypeError) as e:
-        raise UsageError(f"the chat template of {_name(tokenizer)} fails: {e}", fix="leave --chat out") from e
+        return rendered(tokenizer.get_chat_template(), prompt, tokenizer.special_tokens_map)
+    except ValueError as e:
+        raise UsageError(f"the chat template of {_name(tokenizer)} {e}", fix="leave --chat out") from e
 
 
 def encode(

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from mosectl import processes
@@ -27,17 +26,21 @@ from mosectl.arch import Projection, resolve
 from mosectl.editor_file import Editor, base_of
 from mosectl.errors import EditFailed, FactsError, ModelError, OutputError, UsageError
 from mosectl.facts import Fact
-from mosectl.files import write_tensors
 from mosectl.forward import frozen
 from mosectl.hypernet import METHODS, Hypernet, Rows, keys_and_gradients, log_probabilities, nll, shifted
 from mosectl.layers import parse_layers
 from mosectl.live import Loaded, weight_of
 from mosectl.memory import Part, fitting, halving
 from mosectl.scoring import Pair
+from mosectl.state_file import damaged, read_state, write_state
 from mosectl.stats import Corpus
 from mosectl.targets import leads, token_nll
 
-STATE = "mosectl-training"
+STATE = "training"
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what Adam keeps of each parameter
+NUMBERS = ("step", "validation", "edit", "generalization", "locality", "reached")  # of each validation
+HISTORY: dict[Any, type] = {**dict.fromkeys(NUMBERS, float), str: float}
+RECORD = {"step": int, "waited": int, "belongs": str, "history": [HISTORY]}
 UNITS = 256  # facts from which the network's units are taken
 MATRICES, SCALARS = 0.1, 10.0  # of the rate
 WORDS = 8  # of ordinary text before, and after, the place where predictions are compared
@@ -395,7 +398,7 @@ class _Training:
         tensors = {f"net.{k}": v for k, v in self.net.state_dict().items()} | moments
         tensors |= {f"best.{k}": v for k, v in self.best.items()}
         record = {"step": self.step, "waited": self.waited, "history": self.history, "belongs": self._belongs()}
-        write_tensors(path, {k: v.detach().cpu() for k, v in tensors.items()}, {STATE: json.dumps(record)})
+        write_state(path, STATE, record, tensors)
 
     def load(self, path: Path) -> None:
         """Go on from a state.
@@ -404,24 +407,24 @@ class _Training:
             OutputError: it is damaged, or of another training.
         """
         again = "give --overwrite to start again"
-        try:
-            with safe_open(path, "pt") as file:
-                record = json.loads((file.metadata() or {})[STATE])
-                tensors = {k: file.get_tensor(k).clone() for k in file.keys()}  # noqa: SIM118
-            if record["belongs"] != self._belongs():
-                what = "the interrupted training was one with other facts, options or weights, or another corpus"
-                raise OutputError(what, where=str(path), fix=f"run it as then, or {again}")
-            self.net.load_state_dict({k[4:]: v for k, v in tensors.items() if k.startswith("net.")})
-            self.best = {k[5:]: v.to(self.net.mean.device) for k, v in tensors.items() if k.startswith("best.")}
-            state = {}
-            for i, name in enumerate(self._names()):
-                own = {k.rpartition(".")[2]: v for k, v in tensors.items() if k.startswith(f"adam.{name}.")}
-                if own:
-                    state[i] = own
-            self.adam.load_state_dict({"state": state, "param_groups": self.adam.state_dict()["param_groups"]})
-            self.step, self.waited, self.history = int(record["step"]), int(record["waited"]), list(record["history"])
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as e:
-            raise OutputError("the state of the interrupted training is damaged", where=str(path), fix=again) from e
+        ours = self.net.state_dict()
+        limit = 10**8 + 8 * sum(x.numel() * x.element_size() for x in ours.values())
+        record, tensors = read_state(path, STATE, RECORD, again, limit)
+        if record["belongs"] != self._belongs():
+            what = "the interrupted training was one with other facts, options or weights, or another corpus"
+            raise OutputError(what, where=str(path), fix=f"run it as then, or {again}")
+        forms = {f"{part}.{k}": x.shape for part in ("net", "best") for k, x in ours.items()}
+        for k, x in self.net.named_parameters() if record["step"] else ():
+            forms |= {f"adam.{k}.{m}": x.shape if m != "step" else torch.Size() for m in MOMENTS}
+        if not record["history"] or forms != {k: x.shape for k, x in tensors.items()}:
+            raise damaged(path, "a history or tensors of another form", again)
+        self.net.load_state_dict({k: tensors[f"net.{k}"] for k in ours})
+        self.best = {k: tensors[f"best.{k}"].to(self.net.mean.device) for k in ours}
+        state = {}
+        if record["step"]:
+            state = {i: {m: tensors[f"adam.{k}.{m}"] for m in MOMENTS} for i, k in enumerate(self._names())}
+        self.adam.load_state_dict({"state": state, "param_groups": self.adam.state_dict()["param_groups"]})
+        self.step, self.waited, self.history = record["step"], record["waited"], list(record["history"])
 
 
 def _digest(value: Any) -> str:

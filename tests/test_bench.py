@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import json
+import os
+import random
+import time
 import xml.etree.ElementTree as ET
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
 import yaml
 from conftest import ROOT, make_tokenizer, pico, save
+from hypothesis import given
+from hypothesis import strategies as st
 from test_cli import run
 from test_editor import CORPUS, FACTS, few
+from test_state_file import FUZZ, flipped, mutated
 
 import mosectl
 from mosectl import bench
-from mosectl.bench_config import cells, read_bench
+from mosectl.bench_config import RunKind, cells, read_bench
 from mosectl.bench_report import svg_abilities, svg_norms, tables
-from mosectl.errors import EditFailed, FactsError, UsageError
+from mosectl.errors import EditFailed, FactsError, MosectlError, UsageError
 from mosectl.evaluate import interview, judge
 from mosectl.intervals import measure
 from mosectl.jsonable import jsonable
@@ -34,24 +41,26 @@ OTHERS = [
 class World:
     """A pico model, four facts, a corpus and a configuration with two methods and one run."""
 
+    CONFIG: ClassVar[dict[str, Any]] = {
+        "models": ["model"],
+        "datasets": [{"name": "pico", "facts": "facts.jsonl"}],
+        "corpus": "corpus.txt",
+        "text": "corpus.txt",
+        "runs": [{"edits": 2, "batch_size": 1}],
+        "seeds": [0],
+        "layers": "0,1,2",
+        "methods": [
+            {"name": "isospectral", "set": EASY, "rounds": 4, "label": "isospectral"},
+            {"name": "mose", "set": EASY, "rounds": 4, "label": "mose, first"},
+        ],
+    }
+
     def __init__(self, folder: Path) -> None:
         self.folder, self.out = folder, folder / "results"
         save(folder / "model")
         (folder / "facts.jsonl").write_text("".join(json.dumps(f) + "\n" for f in [*FACTS, *OTHERS]))
         (folder / "corpus.txt").write_text(CORPUS)
-        self.config: dict[str, Any] = {
-            "models": ["model"],
-            "datasets": [{"name": "pico", "facts": "facts.jsonl"}],
-            "corpus": "corpus.txt",
-            "text": "corpus.txt",
-            "runs": [{"edits": 2, "batch_size": 1}],
-            "seeds": [0],
-            "layers": "0,1,2",
-            "methods": [
-                {"name": "isospectral", "set": EASY, "rounds": 4, "label": "isospectral"},
-                {"name": "mose", "set": EASY, "rounds": 4, "label": "mose, first"},
-            ],
-        }
+        self.config = dict(self.CONFIG)
 
     def write(self, **changes: Any) -> Path:
         path = self.folder / "bench.yaml"
@@ -73,12 +82,32 @@ def world(tmp_path: Path) -> World:
     return World(tmp_path)
 
 
+SHARE = {"value": 0.5, "low": 0.25, "high": 0.75, "units": 2}
+RECORD: dict[str, Any] = {
+    "key": "a", "status": "done", "reason": "", "stopped": "", "seconds": {"all": 9.0, "solve": 0.5}, "seed": 0,
+    "scores": {n: SHARE for n in ("reliability", "generalization", "locality")}, "harmonic": 0.5, "kept": None,
+    "drift": {"norm": None, "condition": 2.0, "spectrum": 1.0}, "label": "x", "model": "m", "dataset": "d", "edits": 2,
+    "tallies": {n: [[1.0, 1.0], [0.0, 1.0]] for n in ("reliability", "generalization", "locality")}, "batch_size": 1,
+    "text_loss": {"before": SHARE, "after": None}, "perplexity": {"before": SHARE, "after": SHARE}, "unseen": None,
+    "curve": [
+        {"edits": i, "loss": 3.0 + i, "norm": {"a": 1.0 + i, "b": 2.0}, "condition": {"a": 2.0, "b": None}} for i in range(3)
+    ],
+}  # fmt: skip
+
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "unknown key": ({"method": []}, "bench.yaml: unknown key 'method'"),
     "unknown key below": ({"runs": [{"edits": 2, "batch": 1}]}, r"bench.yaml: runs\[0\]: unknown key 'batch'"),
     "unknown method": ({"methods": [{"name": "magic"}]}, r"methods\[0\]: name: unknown method 'magic'"),
     "unknown setting": ({"methods": [{"name": "memit", "set": ["x=1"]}]}, r"methods\[0\]: set: --set x=1"),
     "a setting that is a mapping": ({"methods": [{"name": "memit", "set": {"x": 1}}]}, r"set\[0\]: .* is not a text"),
+    "a seed beyond all": ({"seeds": [2**63]}, r"seeds\[0\]: 9223372036854775808 is not"),
+    "a number of 19 digits": ({"runs": [{"edits": 10**19}]}, "is not a whole number"),
+    "too many seeds": ({"seeds": list(range(1001))}, "seeds: holds 1001"),
+    "too many runs": ({"runs": [{"edits": 1}] * 1001}, "runs: holds 1001 entries"),
+    "too many cells": (
+        {"seeds": list(range(1000)), "models": [f"m{i}" for i in range(100)]},
+        "bench.yaml: asks for 200,000 cells",
+    ),
     "methods missing": ({"methods": None}, "'methods' is missing"),
     "no methods": ({"methods": []}, "methods: is not a list"),
     "methods are names": ({"methods": ["memit"]}, r"methods\[0\]: is not a mapping"),
@@ -113,6 +142,80 @@ def test_files_that_are_not_there_or_not_yaml(world: World, capsys: pytest.Captu
     assert world.run(models=["nowhere/at/all"]) == 4 and not world.out.exists()
     (world.folder / "results").write_text("precious")
     assert world.run() == 7
+
+
+BOMB = "a0: &a0 [x]\n" + "".join(f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 9)}]\n" for i in range(12))
+TEXTS = {  # what YAML may hold at all: test_safe_yaml.py
+    "an alias bomb": (BOMB, r"bench.yaml:\d+: more than 100,000 values"),
+    "a chain of aliases": (
+        "models: m\ndatasets: [{facts: facts.jsonl}]\nmethods: [{name: memit}]\nruns:\n- edits: 1\n  batch_size: &a0 [x]\n"
+        + "".join(f"- edits: 1\n  batch_size: &a{i + 1} [*a{i}]\n" for i in range(300)),
+        "batch_size: a list is not a whole number",
+    ),
+    "an alias of itself": ("seeds: &a [*a]", "bench.yaml:1: an alias stands inside"),
+    "brackets": ("seeds: " + "[" * 90_000, "nested deeper"),
+    "a name twice": ("seeds: [0]\nruns: []\nseeds: [1]", "bench.yaml:3: .*'seeds' stands twice"),
+    "a name twice below": ("runs:\n- edits: 2\n  edits: 3", "bench.yaml:3: .*'edits' stands twice"),
+    "5,000 digits": ("seeds: [" + "9" * 5000 + "]", "bench.yaml:1: .*out of range"),
+    "code": ("seeds: !!python/object/apply:os.system [true]", "bench.yaml:1: the tag"),
+    "a name that is a number": ("1: 1", "unknown key '1'"),
+    "nothing": ("", "is not a mapping"),
+    "a date for a model": ("models: [2024-01-01]", "'datasets' is missing"),
+}
+
+
+@pytest.mark.parametrize("kind", TEXTS)
+def test_yaml_that_is_refused(kind: str, tmp_path: Path) -> None:
+    text, message = TEXTS[kind]
+    path, start = tmp_path / "bench.yaml", time.perf_counter()
+    path.write_text(text, "utf-8")
+    with pytest.raises(UsageError, match=message) as told:
+        read_bench(path)
+    assert str(path) in told.value.where and told.value.fix and time.perf_counter() - start < 5
+
+
+def test_dates_are_texts_and_aliases_are_taken(world: World) -> None:
+    config = yaml.safe_dump({k: v for k, v in world.config.items() if k not in ("models", "methods")})
+    config += """
+models: [2024-01-01]
+methods:
+  - &first {name: isospectral, set: &easy [preserve=1, fisher=0], label: 2024-01-02}
+  - {<<: *first, label: again}
+  - {name: mose, set: *easy, label: 12:30:45}
+"""
+    (world.folder / "bench.yaml").write_text(config.replace("12:30:45", "'12'"))
+    plan = read_bench(world.folder / "bench.yaml")
+    assert plan.models == ("2024-01-01",) and [m.label for m in plan.methods] == ["2024-01-02", "again", "12"]
+    assert plan.methods[0].options == plan.methods[1].options
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda f: f.symlink_to("/dev/zero"), Path.mkdir])
+def test_configurations_that_are_no_file(make: Any, tmp_path: Path) -> None:
+    make(tmp_path / "bench.yaml")
+    with pytest.raises(UsageError, match=r"not a regular file|is a folder"):
+        read_bench(tmp_path / "bench.yaml")
+
+
+@FUZZ
+@given(st.integers(0, 2**32))
+def test_damaged_configurations(tmp_path_factory: pytest.TempPathFactory, seed: int) -> None:
+    chance, folder = random.Random(seed), tmp_path_factory.getbasetemp() / "bench"
+    if not (folder / "facts.jsonl").exists():
+        folder.mkdir()
+        (folder / "facts.jsonl").write_text("".join(json.dumps(f) + "\n" for f in [*FACTS, *OTHERS]))
+        (folder / "corpus.txt").write_text(CORPUS)
+    config = {
+        **World.CONFIG,
+        "seeds": [0, 1],
+        "methods": [*World.CONFIG["methods"], {"name": "memit", "layers": [0, 1]}],
+    }
+    kind, path = chance.random(), folder / "bench.yaml"
+    text = yaml.safe_dump(mutated(config, chance) if kind < 0.7 else config)
+    path.write_bytes(text.encode() if kind < 0.7 else flipped(text.encode(), chance))
+    try:
+        assert cells(read_bench(path))
+    except MosectlError as e:
+        assert e.exit_code in (2, 3, 5) and str(folder) in str(e) and e.fix
 
 
 def test_cells_and_their_keys(world: World) -> None:
@@ -193,10 +296,15 @@ def test_a_second_start_does_what_is_missing(world: World, monkeypatch: pytest.M
     (world.out / "results.jsonl").write_text(whole[0] + "\n" + whole[1][: len(whole[1]) // 2])
     assert world.run("--json") == 0 and edited == ["mose"]
     shown = capsys.readouterr()
-    assert "line 2 cannot be read" in shown.err and [json.loads(x)["method"] for x in world.lines()] == [
-        "isospectral",
-        "mose",
-    ]
+    assert (
+        "results.jsonl:2: " in shown.err
+        and "left out" in shown.err
+        and [json.loads(x)["method"] for x in world.lines()]
+        == [
+            "isospectral",
+            "mose",
+        ]
+    )
     assert [c["method"] for c in json.loads(shown.out)["cells"]] == ["isospectral", "mose"]
     edited.clear()
 
@@ -208,6 +316,64 @@ def test_a_second_start_does_what_is_missing(world: World, monkeypatch: pytest.M
     assert "1 results are of other settings" in capsys.readouterr().err
     assert world.run(seeds=[0, 1]) == 0 and edited == ["isospectral", "mose"] and len(world.lines()) == 4
     assert "Student's t" in (world.out / "tables.md").read_text()
+
+
+def test_damaged_lines_are_named_and_stay(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    assert world.run() == 0
+    first, second = (json.loads(x) for x in world.lines())
+    odd = {
+        "{": "Expecting", "[" * 100_000: "nested deeper", "[]": "not an object", '{"key": "x"}': "status is missing",
+        json.dumps({**first, "harmonic": None}): "harmonic is not a number",
+        json.dumps({**first, "scores": {"reliability": {"low": 1}}}): "scores.reliability.value is missing",
+        json.dumps({**first, "curve": [{"edits": 1, "norm": {"a": "x"}, "condition": {}}]}): r"curve[0].norm.a is not",
+        json.dumps({**first, "tallies": {**first["tallies"], "locality": [[1.0]]}}): "tallies.locality is not a pair",
+        json.dumps({**first, "edits": 10**30}): "an integer of 31 digits",
+    }  # fmt: skip
+    file = world.out / "results.jsonl"
+    file.write_text("\n".join([*odd, json.dumps(second), json.dumps(first)]) + "\n")
+    kept = file.read_bytes()
+    for more in (("--report-only",), ()):
+        capsys.readouterr()
+        assert world.run(*more) == 0 and file.read_bytes() == kept, "nothing is lost, and nothing done again"
+        shown = capsys.readouterr().err
+        for number, what in enumerate(list(odd.values())[:5], 1):
+            assert f"results.jsonl:{number}: " in shown and what in shown
+        assert "4 more lines" in shown
+    found, bad = bench.read_results(file)
+    assert list(found) == [second["key"], first["key"]]
+    assert all(what in bad[number] for number, what in enumerate(odd.values(), 1))
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda f: f.symlink_to("/dev/zero"), Path.mkdir])
+def test_results_that_are_no_file(make: Any, world: World) -> None:
+    world.out.mkdir()
+    make(world.out / "results.jsonl")
+    assert world.run() == 7 and world.run("--report-only") == 7
+
+
+def test_a_sparse_results_file(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    world.out.mkdir()
+    with (world.out / "results.jsonl").open("wb") as file:
+        file.truncate(20 * 10**9)
+    assert world.run("--report-only") == 7 and "20,000,000,000 bytes" in capsys.readouterr().err
+
+
+@FUZZ
+@given(st.integers(0, 2**32))
+def test_damaged_records(tmp_path_factory: pytest.TempPathFactory, seed: int) -> None:
+    """Of what is read, tables and pictures can be made."""
+    chance, path = random.Random(seed), tmp_path_factory.getbasetemp() / "results.jsonl"
+    dataset, how = SimpleNamespace(name="d"), RunKind(2, 1)
+    wanted: Any = [SimpleNamespace(key=k, label=k, model="m", dataset=dataset, run=how) for k in "ab"]
+    records = [RECORD | {"key": k} for k in "ab"]
+    path.write_text("\n".join(json.dumps(mutated(r, chance) if chance.random() < 0.8 else r) for r in records))
+    if chance.random() < 0.2:
+        path.write_bytes(flipped(path.read_bytes(), chance))
+    found, _ = bench.read_results(path)
+    tables(wanted, found)
+    records = bench.records_of(wanted, found)
+    for draw in (svg_norms, svg_abilities):
+        ET.fromstring(draw(records))
 
 
 def test_ctrl_c_loses_only_the_running_cell(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,6 +39,9 @@ def test_json_that_is_taken() -> None:
     assert parse_json("[" * MAX_DEPTH + "]" * MAX_DEPTH)
     assert parse_json("[Infinity, 1e999]", special=True) == [float("inf")] * 2
     assert parse_json(str(2**64 - 1)) == 2**64 - 1
+    assert parse_json(str(int(1e30)), special=True) == int(1e30)
+    with pytest.raises(ValueError, match="41 digits"):
+        parse_json("1" * 41, special=True)
 
 
 def test_many_names_take_no_time() -> None:

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import save
-from safetensors import safe_open
-from safetensors.torch import save_file
+from hypothesis import given
+from hypothesis import strategies as st
 from test_editor import CORPUS, FACTS, FEW
+from test_state_file import FUZZ, flipped, mutated
 
 import mosectl
 from mosectl.cli import main
 from mosectl.errors import OutputError
 from mosectl.facts import fact_from_dict
-from mosectl.progress import Progress, beside
+from mosectl.progress import KIND, RECORD, Progress, beside
 from mosectl.run import Run
+from mosectl.state_file import read_state, write_state
 
 THIRD = {"prompt": "They saw Brinmouth", "subject": "Brinmouth", "target_new": "of"}
 ALL = [fact_from_dict(f, "x") for f in [*FACTS, THIRD]]
@@ -55,14 +60,12 @@ def test_the_same_patch(
         interrupted(m, at)
         with pytest.raises(KeyboardInterrupt):
             mosectl.edit(ALL, folder, options=options, progress=kept, refuse=False)
-    with safe_open(kept.path, framework="pt") as file:
-        record = json.loads(file.metadata()["mosectl-progress"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+    record, tensors = read_state(kept.path, KIND, RECORD, "", 10**9)
     assert len(record["losses"]) == at - 1
     record["failures"] = [
         f + 2 for f in record["failures"]
     ]  # given up: not edited again, which another record would tell
-    save_file(tensors, tmp_path / "given-up", {"mosectl-progress": json.dumps(record)})
+    write_state(tmp_path / "given-up", KIND, record, tensors)
     batches: list[int] = []
     failures: list[list[int]] = []
     real = Run._batch
@@ -102,6 +105,77 @@ def test_another_run_is_not_continued(options: Any, tmp_path: Path, monkeypatch:
     kept.path.write_bytes(b"x" + kept.path.read_bytes()[1:])
     with pytest.raises(OutputError, match="damaged"):
         mosectl.edit(ALL, folder, options=options, progress=kept)
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Run, dict[str, str]]:
+    """The state of an interrupted run, a run that may go on with it, and what it belongs to."""
+    folder = tmp_path_factory.mktemp("begun")
+    (folder / "corpus.txt").write_text(CORPUS)
+    how = replace(FEW, corpus=str(folder / "corpus.txt"), batch_size=1, protect=50.0)
+    kept, taken = Progress(folder / "p.progress", resume=True), []
+
+    def load(_: Progress, *given: Any) -> Any:
+        taken.extend(given)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv("MOSECTL_CACHE", str(folder / "cache"))
+        save(folder / "m")
+        interrupted(m, 3)
+        with pytest.raises(KeyboardInterrupt):
+            mosectl.edit(ALL, folder / "m", options=how, progress=kept, refuse=False)
+        m.setattr(Progress, "load", load)
+        with pytest.raises(KeyboardInterrupt):
+            mosectl.edit(ALL, folder / "m", options=how, progress=kept, refuse=False)
+    return kept.path, taken[0], taken[1]
+
+
+def test_a_flipped_bit_and_missing_losses(begun: Any) -> None:
+    path, run, ours = begun
+    assert len(Progress(path, resume=True).load(run, ours, 3)) == 2
+    record, tensors = read_state(path, KIND, RECORD, "", 10**9)
+    other, data = path.with_name("other"), bytearray(path.read_bytes())
+    data[-1] ^= 1  # in a weight
+    other.write_bytes(data)
+    with pytest.raises(OutputError, match=r"checksum(.|\n)*--overwrite"):
+        Progress(other, resume=True).load(run, ours, 3)
+    for changes, what in (
+        ({"losses": None}, "losses is not a list"),
+        ({"losses": [1.0]}, "1 losses of 3 facts"),
+        ({"curve": record["curve"][:-1]}, "a curve of other"),
+        ({"failures": [0, "x"]}, r"failures\[1\] is not a whole number"),
+    ):
+        write_state(other, KIND, record | changes, tensors)
+        with pytest.raises(OutputError, match=what):
+            Progress(other, resume=True).load(run, ours, 3)
+    name = next(n for n in tensors if n.startswith("V."))
+    write_state(other, KIND, record, tensors | {name: tensors[name][:, 1:]})
+    with pytest.raises(OutputError, match="tensors of other shapes"):
+        Progress(other, resume=True).load(run, ours, 3)
+    other.unlink()
+    os.mkfifo(other)
+    with pytest.raises(OutputError, match="not a regular file"):
+        Progress(other, resume=True).load(run, ours, 3)
+
+
+@FUZZ
+@given(st.integers(0, 2**32))
+def test_damaged_progress(begun: Any, seed: int) -> None:
+    chance, (path, run, ours) = random.Random(seed), begun
+    other = path.with_name("fuzzed")
+    if chance.random() < 0.3:
+        other.write_bytes(flipped(path.read_bytes(), chance))
+    else:
+        record, tensors = read_state(path, KIND, RECORD, "", 10**9)
+        if chance.random() < 0.3:
+            name = chance.choice(list(tensors))
+            tensors[name] = chance.choice([torch.zeros(3), tensors[name].flatten()[:1], tensors[name][None]])
+        write_state(other, KIND, mutated(record, chance), tensors)
+    try:
+        assert len(Progress(other, resume=True).load(run, ours, 3)) == 2
+    except OutputError as e:
+        assert "--overwrite" in e.fix and str(other) in str(e)
 
 
 def test_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

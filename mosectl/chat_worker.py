@@ -1,0 +1,50 @@
+"""A process of its own that renders chat templates: a template is a stranger's program, which may never end or fill memory.
+
+Run by chat.py as a file, not as a module of mosectl: it needs transformers' renderer and nothing else. Reads one JSON
+request a line, {"template", "messages", "variables"}, and answers with one, {"text"} or {"error"}. At the deadline the
+system ends it, whatever the template is doing.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+import sys
+from contextlib import suppress
+from typing import Any
+
+SECONDS = 3  # for one prompt
+MEMORY = 1_000_000_000  # bytes beside what the process has from the start
+LENGTH = 1_000_000  # characters of a rendered prompt
+
+
+def main() -> None:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    with suppress(OSError, ValueError):  # macOS knows no such limit
+        import psutil
+
+        limit = psutil.Process().memory_info().vms + MEMORY
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    for line in sys.stdin:
+        asked = json.loads(line)
+        signal.alarm(SECONDS)  # without a handler: no instruction of Python's is needed for it
+        try:
+            found: Any = render_jinja_template(
+                [asked["messages"]], chat_template=asked["template"], add_generation_prompt=True, **asked["variables"]
+            )
+            told = {"text": found[0][0]}
+            if len(found[0][0]) > LENGTH:
+                told = {"error": f"writes {len(found[0][0]):,} characters"}
+        except MemoryError:
+            told = {"error": "takes too much memory"}
+        except Exception as e:  # a template may raise anything
+            told = {"error": f"fails: {str(e)[:500]}"}
+        signal.alarm(0)
+        sys.stdout.write(json.dumps(told) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
