@@ -45,7 +45,7 @@ def opened(path: str | Path, error: type[MosectlError], fix: str, limit: int | N
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode) or (limit is not None and status.st_size > limit):
         os.close(descriptor)
-        what = f"has {status.st_size:,} bytes, at most {limit:,} are read"
+        what = f"has {status.st_size:,} bytes, at most {limit or 0:,} are read"
         if not stat.S_ISREG(status.st_mode):
             what = "is a folder" if stat.S_ISDIR(status.st_mode) else "is not a regular file (a pipe, device or socket)"
         raise error(what, where=str(path), fix=fix)
