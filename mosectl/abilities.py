@@ -24,6 +24,7 @@ from mosectl.errors import HubError, MosectlError, UsageError
 from mosectl.fluency import context_length
 from mosectl.intervals import Measure, Tally, interval_text, measure, value_text
 from mosectl.live import Loaded
+from mosectl.shown import word
 from mosectl.task_file import no_metric_scripts, read_task
 
 FOLDER = Path(__file__).parent / "data" / "abilities"
@@ -184,7 +185,7 @@ def _load_errors(name: str) -> Iterator[None]:
     except Exception as e:
         first = (str(e).strip() or type(e).__name__).splitlines()[0]
         if isinstance(e, ImportError):
-            fix = f"install what the task needs: pip install {e.name or '…'}"
+            fix = f"install what the task needs: pip install {word(e.name or '…')}"
             raise UsageError(f"the task cannot be loaded: {first}", where=f"--abilities {name}", fix=fix) from e
         if isinstance(e, OSError) or type(e).__module__.startswith(("httpx", "requests", "huggingface_hub")):
             fix = "check its name, connect, unset HF_HUB_OFFLINE and HF_DATASETS_OFFLINE; --abilities local needs no network"
