@@ -407,7 +407,7 @@ def to_csv(evaluation: Evaluation) -> bytes:
     """One row a fact: prompt, subject, target, the answers, and its share under every protocol (empty: not asked)."""
     names = list(evaluation.facts[0].shares)
     text = io.StringIO(newline="")
-    table = csv.writer(text, lineterminator="\n")
+    table = csv.writer(text, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")  # so that no text ends a row
     head = ["prompt", "subject", "target_new", "before", "right_after", "after", "probability_before"]
     table.writerow([*head, "probability_after", *names])
     for f in evaluation.facts:

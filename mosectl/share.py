@@ -223,7 +223,7 @@ def card_of(patch: Patch, repo: str) -> str:
         "## How to use it",
         "",
         f"    mosectl inspect hf://{repo}                    # without a download",
-        f"    mosectl apply hf://{repo} --model {word(patch.model)} -o edited/",
+        f"    mosectl apply hf://{repo} --model {_given(patch.model)} -o edited/",
         f"    mosectl revert {patch.id[:12]} --model edited/",
         "",
         f"Made with {', '.join(inline(f'{k} {v}') for k, v in patch.versions.items())}.",
@@ -234,6 +234,11 @@ def card_of(patch: Patch, repo: str) -> str:
 def _base(made: Patch | Editor) -> str:
     at = f" @ {code(made.revision)}" if made.revision else ""
     return f"{inline(made.model)}{at} ({inline(made.model_type)})"
+
+
+def _given(model: str) -> str:
+    """A model's name as a word of a command; not one that is no plain name."""
+    return word(model) if re.fullmatch(r"\w[\w ./-]{0,199}", model) else "MODEL"
 
 
 def editor_card(editor: Editor, repo: str) -> str:
@@ -254,7 +259,7 @@ def editor_card(editor: Editor, repo: str) -> str:
         "",
         "## How to use it",
         "",
-        f"    mosectl edit facts.jsonl --model {word(editor.model)} --method {word(editor.method)} --editor hf://{repo}",
+        f"    mosectl edit facts.jsonl --model {_given(editor.model)} --method {word(editor.method)} --editor hf://{repo}",
     ]
     return front_matter(editor.model) + "\n" + "\n".join(body) + "\n"
 
