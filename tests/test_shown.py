@@ -15,6 +15,7 @@ import warnings
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -286,6 +287,12 @@ def test_cards_of_hostile_files(tmp_path: Path) -> None:
     assert "--model MODEL -o" in card
     check_card(share.card_of(replace(evil, metrics={"stability": 3}), "me/x"))
     assert "--model 'my model' -o" in share.card_of(replace(patch, model="my model"), "me/x")
+    editor: Any = SimpleNamespace(
+        **dict.fromkeys(("model", "revision", "model_type", "method", "version"), text), id="1" * 64, modules=(text,),
+        base={text: {"shape": (1, text)}}, options={"facts": text, "validated_on": text},
+        history=[{"validation": 1.0, "step": 1, "edit": 1.0, "generalization": 1.0, "locality": 1.0}],
+    )  # fmt: skip
+    check_card(share.editor_card(editor, "me/x"))
     checkpoint = replace(open_checkpoint(base), model=text, revision=text)
     check_card(export._card([evil], checkpoint, "A LoRA made of mosectl patches"))
 
