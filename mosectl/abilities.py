@@ -12,7 +12,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -24,6 +24,8 @@ from mosectl.errors import HubError, MosectlError, UsageError
 from mosectl.fluency import context_length
 from mosectl.intervals import Measure, Tally, interval_text, measure, value_text
 from mosectl.live import Loaded
+from mosectl.shown import word
+from mosectl.task_file import no_metric_scripts, read_task
 
 FOLDER = Path(__file__).parent / "data" / "abilities"
 LOCAL = {"mosectl_rte": "rte", "mosectl_sst2": "sst2", "mosectl_nq_open": "nq_open", "mosectl_samsum": "samsum"}
@@ -72,16 +74,18 @@ class AbilityTasks:
     loaded: Any  # the harness's TaskDict
     limit: int | None
     version: str  # of the harness
+    allow_code: bool = False
 
 
-def load_tasks(names: Sequence[str], limit: int | None = None) -> AbilityTasks:
+def load_tasks(names: Sequence[str], limit: int | None = None, *, allow_code: bool = False) -> AbilityTasks:
     """Find tasks and load their data; what cannot work is told here, before a model is loaded.
 
     Args:
         names: "local" (all of :data:`LOCAL`), names of tasks or groups, paths of YAML files.
         limit: examples a task; default: all.
+        allow_code: let YAML files name Python code, which then runs, and let templates reach anything.
     Raises:
-        UsageError: the harness is not installed, there is no such task, or it cannot be loaded.
+        UsageError: the harness is not installed, there is no such task, it cannot be loaded, or its file asks for code.
         HubError: its data cannot be downloaded.
     """
     lm_eval = _check_harness()
@@ -97,8 +101,11 @@ def load_tasks(names: Sequence[str], limit: int | None = None) -> AbilityTasks:
     found: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}, "group_map": {}}
     _check_names(wanted, known, manager.all_tasks)
     for name in wanted:
-        with _load_errors(name), _quiet(), _no_code_from_hub():
-            loaded = manager.load([_local(LOCAL[name]) if name in LOCAL else name])
+        own = _is_path(name) and not allow_code
+        task = read_task(Path(name)) if own else _local(LOCAL[name]) if name in LOCAL else name
+        scripts = no_metric_scripts(name) if own else _no_code_from_hub()
+        with scripts, _load_errors(name), _templates(allow_code), _quiet():
+            loaded = manager.load([task])
         for kind, entries in found.items():
             entries.update(loaded.get(kind, {}))
     for name, task in found["tasks"].items():
@@ -106,17 +113,20 @@ def load_tasks(names: Sequence[str], limit: int | None = None) -> AbilityTasks:
         if task.get_config("num_fewshot") is None:
             task.set_config("num_fewshot", 0)
     groups = [name for name, group in found["groups"].items() if group.has_aggregation]  # the others have no number
-    return AbilityTasks((*groups, *found["tasks"]), found, limit, lm_eval.__version__)
+    return AbilityTasks((*groups, *found["tasks"]), found, limit, lm_eval.__version__, allow_code)
 
 
 def _check_harness() -> Any:
     try:
-        import datasets  # noqa: F401
+        import datasets
         import lm_eval
         import rouge_score  # noqa: F401
     except ImportError as e:
         fix = "run: pip install 'mosectl[eval]'"
         raise UsageError("--abilities needs lm-evaluation-harness, which is not installed", fix=fix) from e
+    if int(datasets.__version__.split(".")[0]) < 4:  # older ones run scripts that lie with the data
+        what = f"--abilities needs datasets 4 or newer, here is {datasets.__version__}"
+        raise UsageError(what, fix="run: pip install -U 'mosectl[eval]'")
     return lm_eval
 
 
@@ -170,10 +180,12 @@ def _load_errors(name: str) -> Iterator[None]:
     """The many exceptions of tasks and data sets as one clear error."""
     try:
         yield
+    except MosectlError:
+        raise
     except Exception as e:
         first = (str(e).strip() or type(e).__name__).splitlines()[0]
         if isinstance(e, ImportError):
-            fix = f"install what the task needs: pip install {e.name or '…'}"
+            fix = f"install what the task needs: pip install {word(e.name or '…')}"
             raise UsageError(f"the task cannot be loaded: {first}", where=f"--abilities {name}", fix=fix) from e
         if isinstance(e, OSError) or type(e).__module__.startswith(("httpx", "requests", "huggingface_hub")):
             fix = "check its name, connect, unset HF_HUB_OFFLINE and HF_DATASETS_OFFLINE; --abilities local needs no network"
@@ -197,6 +209,13 @@ def _no_code_from_hub() -> Iterator[None]:
         yield
     finally:
         config.HF_EVALUATE_OFFLINE = was
+
+
+def _templates(allow_code: bool) -> AbstractContextManager[None]:
+    """How the harness renders its tasks' templates."""
+    from mosectl.sandbox import sandboxed_harness
+
+    return nullcontext() if allow_code else sandboxed_harness()
 
 
 @contextmanager
@@ -231,7 +250,7 @@ def ask_tasks(tasks: AbilityTasks, loaded: Loaded, *, chat: bool, batch_size: in
             raise UsageError(what, where=f"--abilities {name}", fix=fix)
         task.set_fewshot_seed(seed=SEED)
     try:
-        with _quiet(), torch.random.fork_rng(), torch.no_grad():
+        with _templates(tasks.allow_code), _quiet(), torch.random.fork_rng(), torch.no_grad():
             from lm_eval.evaluator import evaluate
 
             torch.manual_seed(SEED)  # for tasks that sample: both sides alike

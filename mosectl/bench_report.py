@@ -17,8 +17,9 @@ from mosectl import plots
 from mosectl.bench import Record, records_of
 from mosectl.bench_config import OTHERS, Bench, Cell, RunKind
 from mosectl.files import write_bytes
-from mosectl.grid import Grid, cell
+from mosectl.grid import Grid
 from mosectl.intervals import over_seeds, paired_lead
+from mosectl.markdown import inline, table
 
 PROTOCOL = "protocol generation: greedy answers, asked after all edits"
 SHARES = ("reliability", "generalization", "locality")
@@ -150,7 +151,7 @@ def markdown(bench: Bench, grids: Sequence[Grid]) -> str:
     """All tables, and how to read them."""
     several = len(bench.seeds) > 1
     lines = [
-        f"# {bench.name}",
+        f"# {inline(bench.name)}",
         "",
         "Shares in percent under the protocol `generation`, asked after all edits, "
         + (
@@ -166,16 +167,11 @@ def markdown(bench: Bench, grids: Sequence[Grid]) -> str:
         + "Drifts are relative, the largest over the edited weights, in float32. The collapse guard is off unless set. "
         + "Curves are taken after each batch, that of the text on the collapse guard's few pieces of the corpus: what a "
         + "method does once at the end (prune) comes after their last point.",
-        *(f"\nNote: {note}." for note in bench.notes),
+        *(f"\nNote: {inline(note)}." for note in bench.notes),
     ]
     for grid in grids:
-        lines += ["", f"## {grid.title}", "", _row([c.lstrip(">") for c in grid.columns])]
-        lines += [_row(["--:" if c.startswith(">") else "---" for c in grid.columns]), *map(_row, grid.rows)]
+        lines += ["", f"## {inline(grid.title)}", "", *table(grid.columns, grid.rows)]
     return "\n".join([*lines, "", "![norms](norms.svg)", "", "![abilities](abilities.svg)", ""])
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(map(cell, cells)) + " |"
 
 
 # Pictures.

@@ -21,6 +21,7 @@ import typer
 
 from mosectl import __version__
 from mosectl.errors import FactsError, MosectlError, Notice, OutputError, StoppedEarly, UsageError
+from mosectl.shown import guard_streams
 
 app = typer.Typer(
     name="mosectl",
@@ -354,12 +355,12 @@ from mosectl import cli_bench, cli_eval, cli_share, cli_stack, cli_stats, cli_tr
 
 def _shown(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
     """Our own warnings as a line, others as Python has them."""
-    if issubclass(category, Notice):
-        from mosectl import report
+    from mosectl import report
 
+    if issubclass(category, Notice):
         report.warn("note", f": {message}")
     else:
-        sys.stderr.write(warnings.formatwarning(message, category, *where[:2]))  # type: ignore[arg-type]
+        report.warning(message, category, *where[:2])
 
 
 def _own_output() -> None:
@@ -382,6 +383,7 @@ def main() -> None:
     _own_output()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary files are cleaned up
     warnings.showwarning = _shown
+    guard_streams()
     pressed: list[int] = []
 
     def interrupt(number: int, _: Any) -> None:

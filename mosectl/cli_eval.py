@@ -39,6 +39,14 @@ def evaluate(
             "rte,sst2,nq_open (downloaded), YAML files; commas between. Needs: pip install 'mosectl\\[eval]'.",
         ),
     ] = None,
+    allow_code: Annotated[
+        bool,
+        typer.Option(
+            "--allow-code",
+            help="Let YAML files of --abilities run Python code: !function, classes, metrics' scripts, unbounded templates. "
+            "Only for files that you trust.",
+        ),
+    ] = False,
     abilities_limit: Annotated[int | None, typer.Option(min=1, help="Examples a task; default: all.")] = None,
     fail_under: Annotated[
         list[str] | None,
@@ -73,7 +81,7 @@ def evaluate(
 
     chosen = choose_protocols(protocol or [])
     with report.progress() as on_step:
-        tasks = _tasks(abilities, abilities_limit, on_step)
+        tasks = _tasks(abilities, abilities_limit, allow_code, on_step)
         thresholds = [parse_threshold(t, chosen, tasks.names if tasks else ()) for t in fail_under or []]
         check_asked(checked.facts, thresholds, what)
         found = evaluate_edit(
@@ -99,17 +107,18 @@ def evaluate(
     check_thresholds(found, thresholds)
 
 
-def _tasks(names: str | None, limit: int | None, on_step: OnStep) -> AbilityTasks | None:
+def _tasks(names: str | None, limit: int | None, allow_code: bool, on_step: OnStep) -> AbilityTasks | None:
     if names is None:
-        if limit is not None:
-            raise UsageError("--abilities-limit is for --abilities", fix="give both, or leave it out")
+        if limit is not None or allow_code:
+            option = "--allow-code" if limit is None else "--abilities-limit"
+            raise UsageError(f"{option} is for --abilities", fix="give both, or leave it out")
         return None
     from mosectl.abilities import load_tasks
 
     if not (wanted := [n.strip() for n in names.split(",") if n.strip()]):
         raise UsageError("--abilities names no task", fix="write --abilities local, or the names of tasks")
     on_step("abilities: tasks", 0, 1)
-    return load_tasks(wanted, limit)
+    return load_tasks(wanted, limit, allow_code=allow_code)
 
 
 def _check_files(files: dict[str, Path], overwrite: bool) -> None:

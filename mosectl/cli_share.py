@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from mosectl.cli import Json, Revision, app, writable
+from mosectl.shown import word
 
 
 @app.command()
@@ -33,7 +34,7 @@ def push(
     else:
         report.text(done.url)
         report.hint(
-            f"{done.kind} {done.id[:12]} → {done.place}   |   mosectl pull {done.place} -o {done.kind}.safetensors"
+            f"{done.kind} {done.id[:12]} → {done.place}   |   mosectl pull {word(done.place)} -o {done.kind}.safetensors"
         )
 
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from mosectl.cli import Corpus, Device, Dtype, Json, Model, Revision, app, named, writable
+from mosectl.shown import word
 
 
 @app.command()
@@ -60,4 +61,4 @@ def sample(
             loaded.model, loaded.tokenizer, samples, tokens=tokens, seed=seed, on_step=named("sample", on_step)
         )
         write_bytes(out, "".join(f"{text}\n" for text in texts).encode())
-    report.hint(f"{len(texts)} samples in {out}; use them with: mosectl edit … --corpus {out}")
+    report.hint(f"{len(texts)} samples in {out}; use them with: mosectl edit … --corpus {word(out)}")

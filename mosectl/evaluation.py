@@ -28,6 +28,7 @@ from mosectl.live import Loaded
 from mosectl.patch import PatchFact
 from mosectl.protocols import METRICS, PROTOCOLS, Answers, portable_probes
 from mosectl.scoring import encode_pairs, score
+from mosectl.shown import spreadsheet
 from mosectl.sides import How, Subject, both_sides
 from mosectl.stats import Corpus, read_corpus
 
@@ -406,10 +407,10 @@ def to_csv(evaluation: Evaluation) -> bytes:
     """One row a fact: prompt, subject, target, the answers, and its share under every protocol (empty: not asked)."""
     names = list(evaluation.facts[0].shares)
     text = io.StringIO(newline="")
-    table = csv.writer(text, lineterminator="\n")
+    table = csv.writer(text, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")  # so that no text ends a row
     head = ["prompt", "subject", "target_new", "before", "right_after", "after", "probability_before"]
     table.writerow([*head, "probability_after", *names])
     for f in evaluation.facts:
         row = [f.prompt, f.subject, f.target_new, f.before, f.right_after, f.after, f.probability_before]
-        table.writerow([*row, f.probability_after, *(f.shares[n] for n in names)])
-    return text.getvalue().encode()
+        table.writerow([spreadsheet(c) for c in (*row, f.probability_after, *(f.shares[n] for n in names))])
+    return text.getvalue().encode("utf-8", "backslashreplace")

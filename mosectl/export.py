@@ -22,7 +22,7 @@ from mosectl.checkpoint import JOURNAL, SIDECAR, Checkpoint, open_checkpoint
 from mosectl.errors import EditFailed, ModelError, UsageError
 from mosectl.files import new_folder, output_errors, write_bytes, write_tensors
 from mosectl.finite import check_changed, check_weight, is_finite
-from mosectl.grid import cell
+from mosectl.markdown import front_matter, inline, table
 from mosectl.patch import Patch
 from mosectl.rotation import Compact, product_svd
 from mosectl.source import layout
@@ -236,15 +236,14 @@ def _base_name(checkpoint: Checkpoint) -> str:
 
 def _card(patches: Sequence[Patch], checkpoint: Checkpoint, title: str) -> str:
     """README.md with what a user of the result has to know."""
-    base = f"base_model: {checkpoint.model}\n" if checkpoint.revision else ""
-    facts = "\n".join(
-        f"| {cell(f.prompt)} | {cell(f.before)} | {cell(f.target_new)} | {cell(f.after)} |"
-        for p in patches
-        for f in p.facts
-    )
-    ids = "\n".join(f"- `{p.id}`: {p.method}, {len(p.facts)} facts" for p in patches)
-    return (
-        f"---\n{base}library_name: mosectl\npipeline_tag: text-generation\ntags: [mosectl, knowledge-editing]\n---\n"
-        f"# {title}\n\nOf {checkpoint.model}, by mosectl:\n\n{ids}\n\n"
-        f"| prompt | before | asked for | when the edit was made |\n|---|---|---|---|\n{facts}\n"
-    )
+    columns = ("prompt", "before", "asked for", "when the edit was made")
+    body = [
+        f"# {title}",
+        "",
+        f"Of {inline(checkpoint.model)}, by mosectl:",
+        "",
+        *(f"- `{p.id}`: {inline(p.method)}, {len(p.facts)} facts" for p in patches),
+        "",
+        *table(columns, [(f.prompt, f.before, f.target_new, f.after) for p in patches for f in p.facts]),
+    ]
+    return front_matter(checkpoint.model if checkpoint.revision else "") + "\n".join(body) + "\n"

@@ -24,6 +24,7 @@ from typing import Any
 
 from mosectl.errors import FactsError, UsageError
 from mosectl.rows import MAX_LINE, SAMPLE, bad, read_rows, rename
+from mosectl.shown import word
 
 _OPTIONAL = (
     *("ground_truth", "target_true", "rephrase_prompts", "rephrase_prompt", "paraphrase_prompts"),
@@ -117,7 +118,7 @@ def read_facts(path: str | Path, on_error: str = "fail", limit: int | None = Non
     if errors and on_error == "fail":
         raise _summary(path, errors, entries)
     if not facts and on_error == "skip":
-        raise bad(path, f"none of the {entries} entries is usable", f"run: mosectl check {path}")
+        raise bad(path, f"none of the {entries} entries is usable", f"run: mosectl check {word(path)}")
     return FactsReport(tuple(facts.values()), tuple(problems), unusable)
 
 
@@ -149,7 +150,7 @@ def _summary(path: Path, errors: Sequence[Problem], entries: int) -> FactsError:
         return bad(errors[0].where, errors[0].what, f"{errors[0].fix}, or leave it out: --on-error skip")
     shown = "".join(f"\n  {p.where}: {p.what} → {p.fix}" for p in errors[:5])
     more = f"\n  … and {len(errors) - 5} more" if len(errors) > 5 else ""
-    fix = f"run: mosectl check {path}   (--on-error skip leaves bad entries out)"
+    fix = f"run: mosectl check {word(path)}   (--on-error skip leaves bad entries out)"
     return bad(path, f"{len(errors)} of {entries} entries are wrong{shown}{more}", fix)
 
 

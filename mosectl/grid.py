@@ -5,11 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
-def cell(text: str) -> str:
-    """Text for a cell of a Markdown table."""
-    return " ".join(text.replace("|", "\\|").split())
-
-
 @dataclass(frozen=True)
 class Grid:
     """One table; columns named ">x" are numbers, aligned right."""

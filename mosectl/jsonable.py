@@ -5,18 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
-from pathlib import Path
 from typing import Any
 
+DEEPEST = 100  # levels; no file that is read has more than MAX_DEPTH
 
-def jsonable(value: Any) -> Any:
-    """Dataclasses, paths and tuples as JSON has them; tensors are left out, numbers that are not finite become null."""
+
+def jsonable(value: Any, depth: int = 0) -> Any:
+    """Dataclasses, paths and tuples as JSON has them; tensors are left out, numbers that are not finite become null.
+
+    What is nested deeper than DEEPEST levels, an integer that Python does not write and any other object become a text.
+    """
     if is_dataclass(value) and not isinstance(value, type):
         value = {f.name: getattr(value, f.name) for f in fields(value)}
+    if depth > DEEPEST and isinstance(value, Mapping | list | tuple):
+        return f"nested deeper than {DEEPEST}"
     if isinstance(value, Mapping):  # a tensor is known by its attribute: torch is slow to import
-        return {str(k): jsonable(v) for k, v in value.items() if not hasattr(v, "untyped_storage")}
+        return {str(k): jsonable(v, depth + 1) for k, v in value.items() if not hasattr(v, "untyped_storage")}
     if isinstance(value, list | tuple):
-        return [jsonable(v) for v in value]
+        return [jsonable(v, depth + 1) for v in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    return str(value) if isinstance(value, Path) else value
+    if isinstance(value, int) and value.bit_length() > 10_000:
+        return hex(value)
+    return value if value is None or isinstance(value, str | int | float) else str(value)

@@ -5,12 +5,12 @@ As SVG by hand for the web page (colours are the page's), and as one PNG by matp
 
 from __future__ import annotations
 
-import html
 import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mosectl.errors import UsageError
+from mosectl.shown import markup, printable
 
 if TYPE_CHECKING:
     from mosectl.evaluation import Bin, Evaluation, Metric
@@ -94,7 +94,7 @@ def svg_retention(bins: Sequence[Bin]) -> str:
 
 def opening(height: float, label: str, name: str = "") -> str:
     """``name``: the name space, which a picture in a file of its own needs and one inside a page does not."""
-    return f'<svg {name}viewBox="0 0 {WIDTH} {height:g}" role="img" aria-label="{html.escape(label)}">'
+    return f'<svg {name}viewBox="0 0 {WIDTH} {height:g}" role="img" aria-label="{markup(label)}">'
 
 
 def line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
@@ -102,7 +102,7 @@ def line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
 
 
 def text(x: float, y: float, content: str, anchor: str, kind: str = "label") -> str:
-    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{html.escape(content)}</text>'
+    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{markup(content)}</text>'
 
 
 def png(evaluation: Evaluation) -> bytes:
@@ -119,7 +119,7 @@ def png(evaluation: Evaluation) -> bytes:
     bars, curve = figure.subplots(2, 1, height_ratios=(max(2.0, 0.3 * len(metrics)), 2.2))
     _draw_shares(bars, metrics)
     _draw_retention(curve, evaluation.retention)
-    figure.suptitle(f"mosectl eval: {evaluation.subject.name}".replace("$", r"\$"), fontsize=11)
+    figure.suptitle(printable(f"mosectl eval: {evaluation.subject.name}"), fontsize=11, parse_math=False)
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=150, metadata={"Software": None})
     return out.getvalue()

@@ -1,6 +1,7 @@
 """The only file that prints: results on stdout, progress, hints and errors on stderr.
 
-On a terminal tables are drawn; in a pipe they become tab-separated lines, whole and without colour.
+On a terminal tables are drawn; in a pipe they become tab-separated lines, whole and without colour. Whatever is shown
+goes through shown.py first; nothing in it is taken for markup or emoji.
 """
 
 from __future__ import annotations
@@ -9,17 +10,19 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from mosectl.errors import MosectlError
 from mosectl.jsonable import jsonable
+from mosectl.shown import CONTINUED, escaped_json, plain, printable
 
 if TYPE_CHECKING:
     from mosectl.grid import Grid
@@ -29,63 +32,76 @@ LONGEST, DRAWN = 2_000, 200_000  # characters of a cell, and of a table, on a te
 
 
 def _out() -> Console:
-    return Console(highlight=False, soft_wrap=True)
+    return Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
 def _err() -> Console:
     # The stream of now: a bar must go on while others' noise on sys.stderr is being swallowed.
-    return Console(file=sys.stderr, stderr=True, highlight=False, soft_wrap=True)
+    return Console(file=sys.stderr, stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
+
+
+def _say(console: Console, *parts: tuple[str, str]) -> None:
+    """One message of (text, style) parts; a line break in it does not begin a line like ours."""
+    console.print(Text.assemble(*((printable(text, console.encoding, CONTINUED), style) for text, style in parts)))
 
 
 def error(e: BaseException) -> None:
     """One message on stderr: what, where, what to do next."""
     if isinstance(e, MosectlError):
-        where = f"{e.where}: " if e.where else ""
-        _err().print(f"[bold red]error[/] {escape(where + e.what)}")
-        if e.fix:
-            _err().print(f"  [green]→[/] {escape(e.fix)}")
+        what, fix = (f"{e.where}: " if e.where else "") + e.what, e.fix
     else:
-        _err().print(f"[bold red]error[/] {escape(f'{type(e).__name__}: {e}')}")
-        _err().print("  [green]→[/] this is a bug in mosectl; MOSECTL_DEBUG=1 shows where. Please report it")
+        what = f"{type(e).__name__}: {e}"
+        fix = "this is a bug in mosectl; MOSECTL_DEBUG=1 shows where. Please report it"
+    _say(_err(), ("error", "bold red"), (f" {what}", ""))
+    if fix:
+        _say(_err(), ("  →", "green"), (f" {fix}", ""))
 
 
 def interrupted() -> None:
-    _err().print("[yellow]interrupted[/]: nothing half-written is left behind")
+    warn("interrupted", ": nothing half-written is left behind")
 
 
 def hint(text: str) -> None:
     """A line on stderr about what was done or comes next."""
-    _err().print(escape(text))
+    _say(_err(), (text, ""))
 
 
 def warn(head: str, rest: str) -> None:
     """A line on stderr that begins in yellow."""
-    _err().print(f"[yellow]{escape(head)}[/]{escape(rest)}")
+    _say(_err(), (head, "yellow"), (rest, ""))
+
+
+def warning(message: Warning | str, category: type[Warning], filename: str, lineno: int) -> None:
+    """A warning of others, as Python has it."""
+    sys.stderr.write(plain([warnings.formatwarning(message, category, filename, lineno)]))
 
 
 def data(value: Any) -> None:
-    """One JSON document on stdout."""
-    sys.stdout.write(json.dumps(jsonable(value), ensure_ascii=False, indent=2) + "\n")
+    """One JSON document on stdout, whatever the value holds."""
+    document = json.dumps(jsonable(value), ensure_ascii="utf" not in _out().encoding, indent=2)
+    sys.stdout.write(escaped_json(document) + "\n")
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Columns named ">x" are numbers, aligned right."""
     console = _out()
     names = [c.lstrip(">") for c in columns]
+    title, *cells = (printable(text, console.encoding) for text in (title, *names, *(c for row in rows for c in row)))
+    whole = [cells[i : i + len(names)] for i in range(0, len(cells), len(names))]  # the names first
     if not console.is_terminal:
         sys.stdout.write(f"# {title}\n")
-        for row in (names, *rows) if any(names) else rows:
-            sys.stdout.write("\t".join(" ".join(cell.split()) for cell in row) + "\n")
+        for row in whole if any(names) else whole[1:]:
+            sys.stdout.write("\t".join(row) + "\n")
         sys.stdout.write("\n")
         return
     table = Table(
-        title=escape(title), title_justify="left", title_style="bold", header_style="bold", show_header=any(names)
+        title=Text(title), title_justify="left", title_style="bold", header_style="bold", show_header=any(names)
     )
-    for column, name in zip(columns, names, strict=True):
-        table.add_column(escape(name), justify="right" if column.startswith(">") else "left", overflow="fold")
-    drawn = _drawable(rows)
+    for column, name in zip(columns, whole[0], strict=True):
+        table.add_column(Text(name), justify="right" if column.startswith(">") else "left", overflow="fold")
+    drawn = _drawable(whole[1:])
     for row in drawn:
-        table.add_row(*map(escape, row))
+        table.add_row(*map(Text, row))
     console.print(table, soft_wrap=False)
     if more := len(rows) - len(drawn):
         console.print(f"… and {more} more (all of them in a pipe, or with --json)")
@@ -106,7 +122,7 @@ def _drawable(rows: Sequence[Sequence[str]]) -> list[list[str]]:
 
 def line(text: str) -> None:
     """A line on stdout."""
-    _out().print(escape(text))
+    _say(_out(), (text, ""))
 
 
 @contextmanager
@@ -122,15 +138,15 @@ def progress(quiet: bool = False) -> Iterator[OnStep]:
             now = time.monotonic()
             if phase not in told:
                 told[phase] = now
-                console.print(escape(f"{phase} …"))
+                _say(console, (f"{phase} …", ""))
             elif total > 1 and now - max(told.values()) >= 60:
                 told[phase] = now
-                console.print(escape(f"{phase} {done}/{total}"))
+                _say(console, (f"{phase} {done}/{total}", ""))
 
         yield say
     else:
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -141,15 +157,15 @@ def progress(quiet: bool = False) -> Iterator[OnStep]:
 
             def move(phase: str, done: int, total: int) -> None:
                 if phase not in tasks:
-                    tasks[phase] = bar.add_task(f"{phase:<12}", total=total)
+                    tasks[phase] = bar.add_task(f"{printable(phase, console.encoding):<12}", total=total)
                 bar.update(tasks[phase], completed=done, total=total)
 
             yield move
 
 
 def text(content: str) -> None:
-    """Plain text, as it is."""
-    sys.stdout.write(content.rstrip("\n") + "\n")
+    """Plain text of many lines."""
+    sys.stdout.write(printable(content.rstrip("\n"), _out().encoding, "\n") + "\n")
 
 
 def tables(grids: Sequence[Grid], notes: Sequence[str] = ()) -> None:

@@ -14,10 +14,12 @@ from typing import Any
 
 from mosectl.editor_file import Editor, is_editor
 from mosectl.errors import PatchError, UsageError
-from mosectl.grid import Grid, cell
+from mosectl.grid import Grid
 from mosectl.hub import hub_errors, remote_header
+from mosectl.markdown import code, front_matter, inline, table
 from mosectl.patch import Patch
 from mosectl.patch_reader import described
+from mosectl.shown import word
 from mosectl.tensor_file import header_of
 
 FILE = "patch.safetensors"
@@ -217,22 +219,17 @@ def pull(place: str, out: str | Path) -> Patch | Editor:
 
 def card_of(patch: Patch, repo: str) -> str:
     """README.md of a patch's repository."""
-    named = "/" in patch.model
-    head = ["---", *([f"base_model: {patch.model}", "base_model_relation: adapter"] if named else [])]
-    head += ["library_name: mosectl", "pipeline_tag: text-generation", "tags: [mosectl, knowledge-editing]", "---", ""]
-    base = patch.model + (f" @ `{patch.revision}`" if patch.revision else "")
+    columns = ("prompt", "before", "after", ">P(new object) before", ">after", "")
+    facts = [
+        (f.prompt, f.before, f.after, f"{f.probability_before:.3f}", f"{f.probability_after:.3f}", f.status)
+        for f in patch.facts[:ROWS]
+    ]
     body = [
-        f"# Knowledge edit of {patch.model}",
+        f"# Knowledge edit of {inline(patch.model)}",
         "",
-        f"{len(patch.facts)} facts changed by `{patch.method}`, patch `{patch.id}`. Base: {base} ({patch.model_type}).",
+        f"{len(patch.facts)} facts changed by {code(patch.method)}, patch `{patch.id}`. Base: {_base(patch)}.",
         "",
-        "| prompt | before | after | P(new object) before | after | |",
-        "|---|---|---|--:|--:|---|",
-        *(
-            f"| {cell(f.prompt)} | {cell(f.before)} | {cell(f.after)} | {f.probability_before:.3f} | "
-            f"{f.probability_after:.3f} | {f.status} |"
-            for f in patch.facts[:ROWS]
-        ),
+        *table(columns, facts),
         *([f"\n… and {len(patch.facts) - ROWS} more."] if len(patch.facts) > ROWS else []),
         "",
         "## Measured when it was made",
@@ -242,47 +239,55 @@ def card_of(patch: Patch, repo: str) -> str:
         "## How to use it",
         "",
         f"    mosectl inspect hf://{repo}                    # without a download",
-        f"    mosectl apply hf://{repo} --model {patch.model} -o edited/",
+        f"    mosectl apply hf://{repo} --model {_given(patch.model)} -o edited/",
         f"    mosectl revert {patch.id[:12]} --model edited/",
         "",
-        f"Made with {', '.join(f'{k} {v}' for k, v in patch.versions.items())}.",
+        f"Made with {', '.join(inline(f'{k} {v}') for k, v in patch.versions.items())}.",
     ]
-    return "\n".join([*head, *body]) + "\n"
+    return front_matter(patch.model, "adapter") + "\n" + "\n".join(body) + "\n"
+
+
+def _base(made: Patch | Editor) -> str:
+    at = f" @ {code(made.revision)}" if made.revision else ""
+    return f"{inline(made.model)}{at} ({inline(made.model_type)})"
+
+
+def _given(model: str) -> str:
+    """A model's name as a word of a command; not one that is no plain name."""
+    return word(model) if re.fullmatch(r"\w[\w ./-]{0,199}", model) else "MODEL"
 
 
 def editor_card(editor: Editor, repo: str) -> str:
     """README.md of an editor's repository."""
     best = min(editor.history, key=lambda h: h["validation"])
-    head = ["---", *([f"base_model: {editor.model}"] if "/" in editor.model else [])]
-    head += ["library_name: mosectl", "pipeline_tag: text-generation", "tags: [mosectl, knowledge-editing]", "---", ""]
-    base = editor.model + (f" @ `{editor.revision}`" if editor.revision else "")
     o = editor.options
+    shapes = [(name, "×".join(map(str, editor.base[name]["shape"]))) for name in editor.modules]
     body = [
-        f"# {editor.method} editor of {editor.model}",
+        f"# {inline(editor.method)} editor of {inline(editor.model)}",
         "",
-        f"A network that computes knowledge edits of {base} ({editor.model_type}), editor `{editor.id}`.",
+        f"A network that computes knowledge edits of {_base(editor)}, editor `{editor.id}`.",
         "",
-        "| layer | shape |",
-        "|---|---|",
-        *(f"| {cell(name)} | {'×'.join(map(str, editor.base[name]['shape']))} |" for name in editor.modules),
+        *table(("layer", "shape"), shapes),
         "",
         f"Validation at step {best['step']:.0f}: new object {best['edit']:.2f} nats, in other words "
-        f"{best['generalization']:.2f}, divergence elsewhere {best['locality']:.3f}. Trained on {o['facts']} facts, "
-        f"validated on {o['validated_on']} others, by mosectl {editor.version}.",
+        f"{best['generalization']:.2f}, divergence elsewhere {best['locality']:.3f}. Trained on {inline(str(o['facts']))} "
+        f"facts, validated on {inline(str(o['validated_on']))} others, by mosectl {inline(editor.version)}.",
         "",
         "## How to use it",
         "",
-        f"    mosectl edit facts.jsonl --model {editor.model} --method {editor.method} --editor hf://{repo}",
+        f"    mosectl edit facts.jsonl --model {_given(editor.model)} --method {word(editor.method)} --editor hf://{repo}",
     ]
-    return "\n".join([*head, *body]) + "\n"
+    return front_matter(editor.model) + "\n" + "\n".join(body) + "\n"
 
 
 def _measured(metrics: dict[str, Any]) -> Iterator[str]:
     scores = metrics.get("scores")
     if isinstance(scores, dict):
-        shares = [f"{k} {v:.1%}" for k, v in scores.items() if isinstance(v, float)]
-        yield f"Protocol `{scores.get('protocol')}` (greedy decoding from the bare prompt): {', '.join(shares)}."
-    for s in metrics.get("stability", []):
+        shares = [f"{inline(k)} {v:.1%}" for k, v in scores.items() if isinstance(v, float)]
+        yield f"Protocol {code(str(scores.get('protocol')))} (greedy decoding from the bare prompt): {', '.join(shares)}."
+    stability = metrics.get("stability")
+    for s in stability if isinstance(stability, list) else []:
         if isinstance(s, dict) and "name" in s:
-            drifts = ", ".join(f"{k} {s[k]:.1e}" for k in ("norm_drift", "condition_drift", "spectrum_drift") if k in s)
-            yield f"- `{s['name']}`: {drifts}"
+            names = ("norm_drift", "condition_drift", "spectrum_drift")
+            drifts = ", ".join(f"{k} {s[k]:.1e}" for k in names if isinstance(s.get(k), int | float))
+            yield f"- {code(str(s['name']))}: {drifts}"

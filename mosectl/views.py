@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mosectl.report import hint, line, size, table, warn
+from mosectl.shown import word
 
 if TYPE_CHECKING:
     from mosectl.compose import Conflict
@@ -73,7 +74,7 @@ def edit(result: EditResult, path: Path | None, model: str) -> None:
         warn(f"{missed} of {edited} edited facts were not reached", f": {result.remedy} may help")
     if path:
         line(f"patch {result.patch.id[:12]} → {path} ({size(path.stat().st_size)})")
-        hint(f"next: mosectl inspect {path}   |   mosectl apply {path} --model {model} -o edited/")
+        hint(f"next: mosectl inspect {word(path)}   |   mosectl apply {word(path)} --model {word(model)} -o edited/")
 
 
 def _wordings(facts: Sequence[FactResult] | Sequence[PatchFact]) -> None:
@@ -393,4 +394,4 @@ def trained(editor: Editor, out: Path | None = None, model: str = "MODEL") -> No
     if not best["step"]:
         warn("no step was better than the untrained network", ": try another --rate, more facts, more --steps")
     if out:
-        hint(f"next: mosectl edit FACTS --model {model} --method {editor.method} --editor {out}")
+        hint(f"next: mosectl edit FACTS --model {word(model)} --method {word(editor.method)} --editor {word(out)}")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 from typing import TYPE_CHECKING
 
 from mosectl.abilities import COLUMNS, table
 from mosectl.intervals import interval_text, value_text
 from mosectl.plots import shown, svg_retention, svg_shares
+from mosectl.shown import markup
 
 if TYPE_CHECKING:
     from mosectl.evaluation import EvaluatedFact, Evaluation
@@ -47,13 +47,13 @@ def render(evaluation: Evaluation) -> str:
         "Patches: " + ", ".join(p[:12] for p in subject.patches) + "." if subject.patches else "",
     ]
     settings = ", ".join(f"{k} {', '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in e.settings.items())
-    title = escape(f"mosectl eval: {subject.name}")
+    title = markup(f"mosectl eval: {subject.name}")
     parts = [
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">',
         f"<title>{title}</title><style>{_STYLE}</style></head><body>",
-        f"<h1>{title}</h1><p>{escape(' '.join(filter(None, intro)))}</p>",
-        "".join(f'<p class="soft">Note: {escape(note)}.</p>' for note in e.notes),
+        f"<h1>{title}</h1><p>{markup(' '.join(filter(None, intro)))}</p>",
+        "".join(f'<p class="soft">Note: {markup(note)}.</p>' for note in e.notes),
         _metrics(e),
         "<h2>Shares</h2>" + svg_shares(shown(e)),
         '<p class="soft">Bars: after the edit, with 95 % intervals. Red marks: before.</p>',
@@ -61,7 +61,7 @@ def render(evaluation: Evaluation) -> str:
         '<p class="soft">Facts in the order of the file; the share that holds under generation.</p>',
         _facts(e.facts),
         _definitions(e),
-        f'<p class="soft">{escape(settings)}</p></body></html>',
+        f'<p class="soft">{markup(settings)}</p></body></html>',
     ]
     return "\n".join(parts) + "\n"
 
@@ -94,7 +94,7 @@ def _facts(facts: Sequence[EvaluatedFact]) -> str:
         chance = "–" if f.probability_before is None else f"{f.probability_before:.3f}"
         cells = (f.prompt, f.target_new, f.before or "–", f.right_after or "–", f.after)
         body.append(
-            "<tr>" + "".join(f"<td>{escape(c)}</td>" for c in cells)
+            "<tr>" + "".join(f"<td>{markup(c)}</td>" for c in cells)
             + f'<td class="n">{chance} → {f.probability_after:.3f}</td><td>{mark}</td></tr>'
         )  # fmt: skip
     head = "".join(f"<th>{h}</th>" for h in ("prompt", "new object", "before", "right after", "after", "P(new)", ""))
@@ -105,19 +105,19 @@ def _definitions(e: Evaluation) -> str:
     from mosectl.protocols import PROTOCOLS
 
     used = [PROTOCOLS[name] for name in e.settings["protocols"]]
-    items = "".join(f"<dt>{escape(p.name)}</dt><dd>{escape(p.about)} ({escape(p.source)})</dd>" for p in used)
+    items = "".join(f"<dt>{markup(p.name)}</dt><dd>{markup(p.about)} ({markup(p.source)})</dd>" for p in used)
     how = (
         f"Intervals: percentile bootstrap over facts, {e.settings['resamples']} resamples, seed {e.settings['seed']}; "
         "Right after: what the patches recorded when made."
     )
-    return f"<h2>Definitions</h2><dl>{items}</dl><p>{escape(how)}</p>"
+    return f"<h2>Definitions</h2><dl>{items}</dl><p>{markup(how)}</p>"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns named ">x" are numbers, aligned right."""
     kinds = [' class="n"' if h.startswith(">") else "" for h in head]
-    top = "".join(f"<th{k}>{escape(h.lstrip('>'))}</th>" for h, k in zip(head, kinds, strict=True))
+    top = "".join(f"<th{k}>{markup(h.lstrip('>'))}</th>" for h, k in zip(head, kinds, strict=True))
     body = "".join(
-        "<tr>" + "".join(f"<td{k}>{escape(c)}</td>" for c, k in zip(row, kinds, strict=True)) + "</tr>" for row in rows
+        "<tr>" + "".join(f"<td{k}>{markup(c)}</td>" for c, k in zip(row, kinds, strict=True)) + "</tr>" for row in rows
     )
     return f'<div class="wide"><table><tr>{top}</tr>{body}</table></div>'
