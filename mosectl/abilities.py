@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 from mosectl.errors import HubError, MosectlError, UsageError
-from mosectl.fluency import context_length
 from mosectl.intervals import Measure, Tally, interval_text, measure, value_text
 from mosectl.live import Loaded
+from mosectl.positions import context_length
 
 FOLDER = Path(__file__).parent / "data" / "abilities"
 LOCAL = {"mosectl_rte": "rte", "mosectl_sst2": "sst2", "mosectl_nq_open": "nq_open", "mosectl_samsum": "samsum"}

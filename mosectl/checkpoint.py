@@ -17,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mosectl.errors import ModelError, UsageError
+from mosectl.standins import refuse_stand_ins
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -111,6 +112,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         ModelError: there is none, or it is not a JSON object.
     """
     file = folder / "config.json"
+    refuse_stand_ins(folder)
     try:
         config = json.loads(file.read_text("utf-8"))
     except OSError as e:

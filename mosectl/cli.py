@@ -14,6 +14,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -80,13 +81,17 @@ def check(
     from mosectl.facts import read_facts
 
     found = read_facts(facts, "report", limit)
-    tokens = None
+    tokens, unreadable = None, 0
     if model is not None:
-        from mosectl.plan import load_tokenizer
+        from mosectl.plan import reader
+        from mosectl.positions import fit
         from mosectl.tokens import describe
 
-        tokenizer = load_tokenizer(model, revision)
+        tokenizer, window = reader(model, revision)
         tokens = [describe(tokenizer, fact, chat) for fact in found.facts]
+        _, long = fit(found.facts, tokenizer, window, chat)
+        found = replace(found, problems=(*found.problems, *long))
+        unreadable = sum(p.severity == "error" for p in long)
     if as_json:
         report.data({"facts": found.facts, "problems": found.problems, "skipped": found.skipped, "tokens": tokens})
     else:
@@ -96,6 +101,9 @@ def check(
             f"{found.skipped} entries cannot be used" if found.skipped else "holds no usable fact",
             where=facts, fix="mend them, or edit with --on-error skip",
         )  # fmt: skip
+    if unreadable:
+        what, fix = f"{unreadable} prompts cannot be read by this model", "shorten them, or edit with --on-error skip"
+        raise FactsError(what, where=facts, fix=fix)
 
 
 @app.command()
@@ -197,8 +205,10 @@ def edit(
         editor=editor,
     )
     if dry_run:
-        from mosectl.plan import estimate
+        from mosectl.plan import estimate, reader
+        from mosectl.positions import fitted
 
+        fitted(checked.facts, *reader(model, revision), chat=chat, on_error=on_error)
         plan = estimate(model, checked.facts, options, revision=revision, device=device, dtype=dtype)
         report.data(plan) if as_json else views.estimate(plan, len(checked.facts))
         return
@@ -209,7 +219,7 @@ def edit(
     with report.progress() as on_step, _kept(kept):
         result = compute(
             checked.facts, model, options=options, revision=revision, device=device, dtype=dtype,
-            progress=kept, on_step=on_step,
+            on_error=on_error, progress=kept, on_step=on_step,
         )  # fmt: skip
     result.patch.save(out)
     kept.done()

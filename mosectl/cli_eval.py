@@ -90,6 +90,7 @@ def evaluate(
             dtype=dtype,
             batch_size=batch_size,
             force=force,
+            on_error=on_error,
             on_step=on_step,
         )
     _write(found, files)

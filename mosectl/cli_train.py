@@ -79,7 +79,7 @@ def train_editor(
         with report.progress(quiet=not first) as on_step:
             loaded = load(model, revision=revision, device=processes.process_device(device), dtype=dtype)
             editor = train(
-                loaded, checked.facts, options, texts, validation=unseen, state=state, resume=resume,
+                loaded, checked.facts, options, texts, validation=unseen, on_error=on_error, state=state, resume=resume,
                 on_step=named("training", on_step), on_validation=views.validated if first else None,
             )  # fmt: skip
     except KeyboardInterrupt:

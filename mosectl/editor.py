@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,18 +22,19 @@ from mosectl import __version__
 from mosectl.arch import Architecture, Projection, disk_names, resolve
 from mosectl.change import Change, changed
 from mosectl.editor_file import Editor
-from mosectl.errors import EditFailed, ModelError, UsageError
+from mosectl.errors import EditFailed, ModelError, NotFinite, UsageError
 from mosectl.evaluate import Interview, Scores, answer, compare, interview, says
 from mosectl.facts import Fact, as_facts
 from mosectl.fingerprint import fingerprint
 from mosectl.guard import Health, canaries
 from mosectl.journal import read_journal
 from mosectl.layers import LayerScore, choose_layers, parse_layers, score_layers
-from mosectl.live import Loaded, changes_on, load, weight_of, weights_of
+from mosectl.live import Loaded, changes_on, load, note_chat, weight_of, weights_of
 from mosectl.metrics import Stability, stability
 from mosectl.mixture import block_name, patch_side, turns
 from mosectl.options import EditOptions, trained_editor
 from mosectl.patch import BaseTensor, Patch, PatchFact
+from mosectl.positions import fitted, window
 from mosectl.progress import Progress
 from mosectl.run import Clock, OnStep, Run
 from mosectl.solvers import method
@@ -82,6 +84,7 @@ def edit(
     device: str = "auto",
     dtype: str = "auto",
     refuse: bool = True,
+    on_error: str = "fail",
     progress: Progress | None = None,
     on_step: OnStep | None = None,
 ) -> EditResult:
@@ -91,6 +94,7 @@ def edit(
         facts: a facts file, or facts, or dicts with the fields of one.
         model: a folder, a hub id, or a loaded causal language model with its ``tokenizer``.
         refuse: an edit that changed no answer is an error; False: it is returned like any other, for comparisons.
+        on_error: facts and probes that are longer than the model can read: "fail", or "skip" them.
         progress: where the state after each batch is kept, to go on from after an interruption.
         on_step: called with (phase, done, total) as the work goes on.
     Raises:
@@ -115,6 +119,10 @@ def edit(
             fix = "use more GPUs (--device balanced) or --dtype bfloat16; patches apply on disk whatever the size"
             raise ModelError("is offloaded: the model does not fit", where=away, fix=fix)
         arch = resolve(loaded.model)
+        if isinstance(model, str | Path):
+            note_chat(loaded.tokenizer, options.chat)
+        seen = window(loaded.model)
+        checked = fitted(checked, loaded.tokenizer, seen, chat=options.chat, on_error=on_error)
         corpus = read_corpus(options.corpus)
     with turns(loaded.model, arch) as turned:
         with clock("layers"):
@@ -129,12 +137,14 @@ def edit(
             wordings = _wordings(loaded, checked, before, options, step)
         run = Run(loaded, turned, projections, moments, options, trained)
         with run.restored():
-            run.watch(canaries(loaded.tokenizer, corpus.texts))
-            losses = run.edit(checked, _prefixes(corpus, options), wordings, clock, progress)
+            run.watch(canaries(loaded.tokenizer, corpus.texts, seen.most))
+            with made_by_the_edit():
+                losses = run.edit(checked, _prefixes(corpus, options), wordings, clock, progress)
             with clock("solve"):
                 changes = {block_name(module): change for module, change in run.finish().items()}
     edited = [p for p in arch.projections if p.name in changes]
-    with changes_on(loaded.model, [(p, [changes[p.name]]) for p in edited]), clock("ask after") as step:
+    on = changes_on(loaded.model, [(p, [changes[p.name]]) for p in edited])
+    with made_by_the_edit(), on, clock("ask after") as step:
         after = interview(loaded.model, loaded.tokenizer, checked, chat=options.chat, on_step=step)
     results = _results(checked, before, after, losses, wordings)
     remedy = "more --rounds or other --layers"
@@ -148,6 +158,15 @@ def edit(
         patch = _patch(loaded, arch, edited, run, changes, results, scored, drifts, options, corpus)
     done = (run.stopped, moments.tokens, clock.seconds, (before, after), tuple(run.curve), remedy)
     return EditResult(patch, results, scored, drifts, tuple(scores), *done)
+
+
+@contextmanager
+def made_by_the_edit() -> Iterator[None]:
+    """Inside the block the model is edited, and was finite before: numbers that are not finite are an edit's failure."""
+    try:
+        yield
+    except NotFinite as e:
+        raise EditFailed(f"with the edit {e.what}", fix=e.fix) from e
 
 
 def _choose(

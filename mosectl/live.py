@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from mosectl.arch import Projection, resolve
 from mosectl.change import Change, changed
 from mosectl.checkpoint import Checkpoint, open_checkpoint
-from mosectl.errors import BaseMismatch, ModelError, UsageError
+from mosectl.errors import BaseMismatch, ModelError, Notice, UsageError
 from mosectl.evaluate import generate
 from mosectl.fingerprint import match
 from mosectl.patch import Patch
+from mosectl.positions import note_prompts
+from mosectl.readiness import check_ready, quiet
 from mosectl.share import local
 from mosectl.stack import check_stack
 
@@ -43,41 +45,39 @@ def load(model: str | Path, *, revision: str | None = None, device: str = "auto"
     Raises:
         ModelError, HubError, UsageError.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
+    from transformers import AutoModelForCausalLM
 
     checkpoint = open_checkpoint(model, revision)
     device = pick_device(device)
     kind = pick_dtype(dtype, device)
+    tokenizer = check_ready(checkpoint)
     placed = {"device_map": device if device == "balanced" else {"": device}}
-    logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
-        read: Any = AutoModelForCausalLM.from_pretrained  # its type does not know output_loading_info
-        loaded, told = read(
-            checkpoint.folder,
-            dtype=kind,
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # told apart below
-            **placed,
-        )
-    except (OSError, ValueError, KeyError, ImportError, json.JSONDecodeError) as e:
-        first = str(e).strip().split("\n")[0]
+        with quiet():
+            loaded = AutoModelForCausalLM.from_pretrained(
+                checkpoint.folder, dtype=kind, trust_remote_code=False, use_safetensors=True, **placed
+            )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as e:
+        if isinstance(e, torch.OutOfMemoryError):
+            raise
+        first = (str(e).strip() or type(e).__name__).split("\n")[0]
         raise ModelError(f"cannot be loaded: {first}", where=str(model), fix="run: mosectl doctor MODEL") from e
-    finally:
-        logging.enable_progress_bar()
-    if lacking := sorted({*told["missing_keys"], *(str(m[0]) for m in told["mismatched_keys"])}):
-        what = f"{len(lacking)} weights are missing or of another shape than its config.json says: {', '.join(lacking[:3])}"
-        raise ModelError(what, where=str(model), fix="fetch the model again: transformers would make such weights up")
     return Loaded(loaded.eval(), tokenizer, checkpoint)
+
+
+def note_chat(tokenizer: Any, chat: bool) -> None:
+    """A hint where a model that may be one for chats is asked without its template."""
+    if not chat and getattr(tokenizer, "chat_template", None):
+        what = "the tokenizer has a chat template: a model that was trained for chats is asked and edited with --chat"
+        warnings.warn(what, Notice, stacklevel=2)
 
 
 def pick_dtype(dtype: str, device: str) -> torch.dtype | str:
     """The type to load weights in: a torch dtype, or "auto" for the checkpoint's own."""
     if dtype not in (*DTYPES, "auto"):
         raise UsageError(f"--dtype {dtype}: no such type", fix=f"choose auto, {', '.join(DTYPES)}")
+    if dtype == "float16" and device == "cpu":
+        warnings.warn("float16 is slow on a CPU: bfloat16 or float32 take less time", Notice, stacklevel=2)
     return DTYPES.get(dtype, torch.float32 if device == "cpu" else "auto")
 
 
@@ -243,6 +243,8 @@ def ask(
     if patches and not force:
         check_stack(open_checkpoint(model, revision), patches)
     loaded = load(model, revision=revision, device=device, dtype=dtype)
+    note_chat(loaded.tokenizer, chat)
+    note_prompts(loaded.model, loaded.tokenizer, prompts, chat)
 
     def answers() -> list[str]:
         return generate(loaded.model, loaded.tokenizer, prompts, max_new_tokens=max_new_tokens, chat=chat)

@@ -18,6 +18,7 @@ from mosectl.errors import BaseMismatch, ModelError, OutputError, PatchError
 from mosectl.files import new_folder
 from mosectl.fingerprint import distance, match
 from mosectl.patch import Patch
+from mosectl.readiness import check_weights
 from mosectl.rebuild import ApplyReport, Writing, plan_of, rebuild, weight_under
 from mosectl.source import Source
 
@@ -48,7 +49,9 @@ def apply(
         BaseMismatch: a patch was made for another base. ModelError, HubError. OutputError: no space, no right to write, or
         another process is writing there.
     """
-    source = Source(open_checkpoint(model, revision), base)
+    checkpoint = open_checkpoint(model, revision)
+    check_weights(checkpoint)
+    source = Source(checkpoint, base)
     _check_new(source, patches)
     stack = [*source.stack, *patches]
     if not force:

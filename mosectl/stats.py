@@ -31,8 +31,9 @@ from mosectl import processes
 from mosectl.arch import Projection, resolve
 from mosectl.errors import OutputError, UsageError
 from mosectl.files import write_tensors
-from mosectl.forward import Batch, by_length, by_row, frozen, hooked, input_device, run_until_stopped, stop
+from mosectl.forward import Batch, by_length, by_row, finite, frozen, hooked, input_device, run_until_stopped, stop
 from mosectl.memory import fitting, halving
+from mosectl.positions import window
 
 MAX_LENGTH = 512  # tokens a text: statistics do not need long contexts, and memory grows with them
 MAX_TOKENS = 200_000
@@ -113,6 +114,8 @@ def second_moments(
 
     Args:
         enough: ‖C_A − C_B‖_F / 2‖C‖_F at which to stop, seen in SKETCH random directions; 0 = read everything.
+    Raises:
+        NotFinite: the model's numbers are not.
     """
     key = f"{model_hash(model)}-{corpus.sha256[:16]}-{max_tokens}-{enough:g}" if cache else ""
     files = {p.name: cache_dir() / "stats" / f"{key}-{p.name}.safetensors" for p in projections}
@@ -122,8 +125,10 @@ def second_moments(
         C, G = ({name: stored[key] for name, stored in loaded.items()} for key in "CG")
         error = max(float(stored["error"]) for stored in loaded.values())
         return Moments(C, G, int(next(iter(loaded.values()))["tokens"]), True, error)
-    blocks = _blocks(tokenizer, corpus, max_tokens, batch_tokens)
+    blocks = _blocks(tokenizer, corpus, max_tokens, batch_tokens, min(MAX_LENGTH, window(model).most))
     C, G, tokens, error = _accumulate(model, projections, blocks, enough, on_step)
+    for moment in (*C.values(), *G.values()):
+        finite(moment, model)
     if cache and processes.first():
         # A cache that cannot be written costs an edit time; those who only want to fill it must know.
         with nullcontext() if strict else suppress(OutputError):
@@ -303,21 +308,24 @@ def _keys_and_gradients(
     hooks = [model.get_submodule(p.name).register_forward_hook(record(p)) for p in projections]
     with hooked(hooks), torch.enable_grad():
         logits = model(**batch.kwargs()).logits
-        logp = logits[batch.attention_mask.bool().to(logits.device)].float().log_softmax(-1)  # (tokens, V)
+        logits = finite(logits[batch.attention_mask.bool().to(logits.device)], model)
+        logp = logits.float().log_softmax(-1)  # (tokens, V)
         labels = torch.multinomial(logp.detach().exp().to(chance.device), 1, generator=chance)
         loss = -logp.gather(1, labels.to(logp.device)).sum()
         found = torch.autograd.grad(loss, list(leaves.values()))
     return keys, {name: _tokens(g, batch) for name, g in zip(leaves, found, strict=True)}
 
 
-def _blocks(tokenizer: Any, corpus: Corpus, max_tokens: int, batch_tokens: int) -> list[list[list[list[int]]]]:
-    """Texts taken at random as token sequences of at most MAX_LENGTH; in blocks of about BLOCK tokens, each a sample of
+def _blocks(
+    tokenizer: Any, corpus: Corpus, max_tokens: int, batch_tokens: int, longest: int = MAX_LENGTH
+) -> list[list[list[list[int]]]]:
+    """Texts taken at random as token sequences of at most ``longest``; in blocks of about BLOCK tokens, each a sample of
     the corpus, which are split into batches of like length.
     """
     blocks: list[dict[int, list[int]]] = [{}]
     total = begun = 0
     for i in random.Random(0).sample(range(len(corpus.texts)), len(corpus.texts)):
-        ids = tokenizer(corpus.texts[i], truncation=True, max_length=MAX_LENGTH)["input_ids"]
+        ids = tokenizer(corpus.texts[i], truncation=True, max_length=longest)["input_ids"]
         if not ids:
             continue
         if total - begun >= BLOCK:

@@ -33,9 +33,11 @@ from mosectl.hypernet import METHODS, Hypernet, Rows, keys_and_gradients, log_pr
 from mosectl.layers import parse_layers
 from mosectl.live import Loaded, weight_of
 from mosectl.memory import Part, fitting, halving
+from mosectl.positions import fitted, window
 from mosectl.scoring import Pair
 from mosectl.stats import Corpus
 from mosectl.targets import leads, token_nll
+from mosectl.tokens import encode
 
 STATE = "mosectl-training"
 UNITS = 256  # facts from which the network's units are taken
@@ -84,6 +86,7 @@ def train(
     corpus: Corpus,
     *,
     validation: Sequence[Fact] = (),
+    on_error: str = "fail",
     state: Path | None = None,
     resume: bool = False,
     on_step: Callable[[int, int], None] | None = None,
@@ -95,12 +98,15 @@ def train(
 
     Args:
         validation: facts that are not trained on; without them a share of ``facts`` is.
+        on_error: facts and probes that are longer than the model can read: "fail", or "skip" them.
         state: file that keeps the state of the training after each validation.
         resume: go on from that state.
         on_validation: called with the history's newest entry.
     Raises:
         UsageError, FactsError, ModelError, OutputError. EditFailed: the loss is not finite.
     """
+    seen = window(loaded.model)
+    facts, validation = (fitted(part, loaded.tokenizer, seen, on_error=on_error) for part in (facts, validation))
     check(options, facts, validation)
     projections = _chosen(loaded, options)
     known, unseen = _split(facts, validation, options)
@@ -336,6 +342,8 @@ class _Training:
         for words in chance.sample(self.texts, min(-(-len(facts) // 4), len(self.texts))):
             at = chance.randint(WORDS, len(words) - WORDS)
             pairs.append((" ".join(words[at - WORDS : at]), " ".join(words[at : at + WORDS])))
+        if (seen := window(self.model)).hard:
+            pairs = [p for p in pairs if not seen.refuses(encode(self.loaded.tokenizer, p[0], None, p[1]).input_ids)]
         if not pairs:
             raise UsageError("nothing tells what shall stay", fix="give facts with locality prompts, or a --corpus")
         return pairs
