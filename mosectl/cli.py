@@ -50,6 +50,21 @@ Corpus = Annotated[
 ]
 
 
+def output_file(text: str) -> Path:
+    """A file to write; a name that ends in "/" is a folder's, which a Path would forget.
+
+    Raises:
+        OutputError: a folder is named.
+    """
+    if str(text).endswith(("/", os.sep)) or Path(text).is_dir():
+        fix = f"give the name of a file, such as {Path(text) / 'name'}"
+        raise OutputError("is a folder, not a file", where=str(text), fix=fix)
+    return Path(text)
+
+
+FILE: dict[str, Any] = {"parser": output_file, "metavar": "FILE"}
+
+
 def _version(value: bool) -> None:
     if value:
         typer.echo(f"mosectl {__version__}")
@@ -131,7 +146,7 @@ def doctor(
 def edit(
     facts: Annotated[str, typer.Argument(help="Facts file: .jsonl, .json or .csv.")],
     model: Model,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Patch file to write.")] = Path("patch.safetensors"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Patch file to write.", **FILE)] = Path("patch.safetensors"),
     revision: Revision = None,
     device: Device = "auto",
     dtype: Dtype = "auto",

@@ -37,7 +37,9 @@ class Window:
         """Why these tokens cannot be read, in words; empty where they can."""
         if len(ids) > self.most:
             return f"has {len(ids)} tokens, the model reads {self.limit} (its positions)"
-        if (token := max(ids, default=0)) >= self.rows:
+        if not ids:
+            return "has no token to begin with"
+        if (token := max(ids)) >= self.rows:
             return f"has a token, {token}, that the model has no embedding for (it has {self.rows})"
         return ""
 
@@ -51,9 +53,9 @@ class Window:
 def window(model: Any) -> Window:
     """What a model, or its :func:`mosectl.arch.skeleton`, can read."""
     config = model.config.get_text_config()
-    # Rotary phases and ALiBi's slopes are computed for any length (MPT's are not: its flag lies deeper).
+    # Rotary phases and ALiBi's slopes are made for any length; GPT-J's phases and MPT's slopes are tables (no such flags).
     open_ended = getattr(config, "alibi", False) is True or any(
-        "RotaryEmbedding" in type(module).__name__ for module in model.modules()
+        name.endswith("inv_freq") for name, _ in model.named_buffers()
     )
     limit = context_length(model)
     return Window(limit, not open_ended and limit < UNLIMITED, model.get_input_embeddings().weight.shape[0])

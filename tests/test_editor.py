@@ -15,7 +15,7 @@ from conftest import DEMO, ROOT, make_tokenizer, pico, save
 import mosectl
 from mosectl import stats
 from mosectl.arch import resolve
-from mosectl.errors import EditFailed, FactsError, UsageError
+from mosectl.errors import EditFailed, FactsError, ModelError, UsageError
 from mosectl.evaluate import answer, interview, says
 from mosectl.facts import Fact, fact_from_dict
 from mosectl.forward import keys_at
