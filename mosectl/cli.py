@@ -50,19 +50,24 @@ Corpus = Annotated[
 ]
 
 
-def output_file(text: str) -> Path:
+def output_file(text: str, option: str = "-o") -> Path:
     """A file to write; a name that ends in "/" is a folder's, which a Path would forget.
 
     Raises:
         OutputError: a folder is named.
     """
     if str(text).endswith(("/", os.sep)) or Path(text).is_dir():
-        fix = f"give the name of a file, such as {Path(text) / 'name'}"
+        fix = f"give a file name after {option}, such as {Path(text) / 'name'}"
         raise OutputError("is a folder, not a file", where=str(text), fix=fix)
     return Path(text)
 
 
-FILE: dict[str, Any] = {"parser": output_file, "metavar": "FILE"}
+def file_option(option: str = "-o") -> dict[str, Any]:
+    """What an option that names a file to write tells typer."""
+    return {"parser": lambda text: output_file(text, option), "metavar": "FILE"}
+
+
+FILE = file_option()
 
 
 def _version(value: bool) -> None:

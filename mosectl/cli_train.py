@@ -7,7 +7,21 @@ from typing import Annotated
 
 import typer
 
-from mosectl.cli import FILE, Corpus, Device, Dtype, Json, Limit, Model, OnError, Revision, app, named, writable
+from mosectl.cli import (
+    FILE,
+    Corpus,
+    Device,
+    Dtype,
+    Json,
+    Limit,
+    Model,
+    OnError,
+    Revision,
+    app,
+    file_option,
+    named,
+    writable,
+)
 from mosectl.errors import OutputError
 
 
@@ -34,7 +48,7 @@ def train_editor(
     patience: Annotated[int, typer.Option(min=1, help="Validations without a better one before it stops.")] = 6,
     every: Annotated[int, typer.Option(min=1, help="Steps between validations; the state is kept at each.")] = 20,
     corpus: Corpus = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the losses: a PNG file.", **FILE)] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the losses: a PNG file.", **file_option("--plot"))] = None,
     seed: Annotated[int, typer.Option(help="Order of the facts, start of the network.")] = 0,
     revision: Revision = None,
     device: Device = "auto",

@@ -50,8 +50,8 @@ def apply(
         another process is writing there.
     """
     checkpoint = open_checkpoint(model, revision)
-    check_weights(checkpoint)
     source = Source(checkpoint, base)
+    check_weights(checkpoint)
     _check_new(source, patches)
     stack = [*source.stack, *patches]
     if not force:
