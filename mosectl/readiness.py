@@ -105,6 +105,11 @@ def loading_report(bones: nn.Module, tensors: Shapes) -> Mapping[str, Any]:
     """What transformers would say on loading such tensors: it matches names and shapes, with its own renamings and ties,
     and finds no weight to read.
     """
+    # Each name costs transformers a search; experts lie one by one on disk, and other parts of a model may be there too.
+    known = [w.shape for w in bones.state_dict().values()]
+    most = 1000 + 10 * sum(2 * shape[0] if len(shape) == 3 else 1 for shape in known)
+    if len(tensors) > most:
+        return {"error_msgs": [f"{len(tensors):,} tensors, of which such a model has no use"]}
     empty = {
         name: torch.empty(tuple(shape), dtype=_DTYPES.get(dtype, torch.float32), device="meta")
         for name, (dtype, shape) in tensors.items()
