@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 from mosectl.errors import HubError, MosectlError, UsageError
-from mosectl.fluency import context_length
 from mosectl.intervals import Measure, Tally, interval_text, measure, value_text
 from mosectl.live import Loaded
+from mosectl.positions import context_length
 from mosectl.shown import word
 from mosectl.task_file import no_metric_scripts, read_task
 

@@ -20,20 +20,21 @@ import torch
 
 from mosectl import __version__
 from mosectl.bench_config import Bench, Cell, cells
-from mosectl.checkpoint import locate
-from mosectl.editor import EditResult, edit
+from mosectl.editor import EditResult, edit, made_by_the_edit
 from mosectl.errors import EditFailed, OutputError
 from mosectl.evaluate import answer, generate, judge, unseen
 from mosectl.facts import Fact
 from mosectl.files import output_errors
 from mosectl.fluency import text_loss
+from mosectl.forms import misfit
 from mosectl.guard import Health
 from mosectl.inputs import opened, parse_json
 from mosectl.intervals import Tally, measure
 from mosectl.jsonable import jsonable
 from mosectl.live import Loaded, load, patched
+from mosectl.plan import reader
+from mosectl.positions import fitted
 from mosectl.run import OnStep
-from mosectl.forms import misfit
 from mosectl.stats import read_corpus
 
 RESULTS = "results.jsonl"
@@ -88,7 +89,9 @@ def run_bench(
     if done := len(wanted) - len(waiting):
         notice(f"{done} of {len(wanted)} cells are done already")
     for model in dict.fromkeys(c.model for c in waiting):  # find out before the work, not after it
-        locate(bench.model_path(model), weights=False)
+        tokenizer, seen = reader(bench.model_path(model))
+        for facts in dict.fromkeys((*c.edited, *c.others) for c in waiting if c.model == model):
+            fitted(facts, tokenizer, seen)
     start, model, asked = time.perf_counter(), "", None
     for i, cell in enumerate(waiting, 1):
         began = time.perf_counter()
@@ -149,12 +152,12 @@ def run_cell(cell: Cell, asked: _Asked, on_step: OnStep | None = None) -> Record
     }  # fmt: skip
     try:
         result = edit(cell.edited, asked.loaded, options=cell.options, refuse=False, on_step=on_step)
+        began = time.perf_counter()
+        record |= _measured(cell, asked, result)
     except BREAKDOWNS as e:
         what = e.what if isinstance(e, EditFailed) else f"the linear algebra broke down: {e}".split("\n")[0]
         record |= {"status": "failed", "reason": what, "seconds": {"all": time.perf_counter() - start}}
         return jsonable(record)
-    began = time.perf_counter()
-    record |= _measured(cell, asked, result)
     record |= {
         "stopped": result.stopped,
         "layers": [int(x) for x in result.patch.options["layers"]],
@@ -173,7 +176,10 @@ def _measured(cell: Cell, asked: _Asked, result: EditResult) -> Record:
     facts, others = cell.edited, cell.others
     others_before = asked.before(("others", cell.dataset.name, cell.run.edits), lambda: asked.answers(others))
     text_before = asked.before("text", asked.text)
-    with patched(asked.loaded.model, result.patch, force=True):  # made for this very model a moment ago
+    with (
+        made_by_the_edit(),
+        patched(asked.loaded.model, result.patch, force=True),
+    ):  # made for this very model a moment ago
         others_after, text_after = asked.answers(others), asked.text()
     judged = judge(facts, *result.interviews)
     scores = {name: measure(tallies) for name, tallies in judged.items()}

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mosectl.errors import ModelError, UsageError
 from mosectl.inputs import opened, read_header, read_json
+from mosectl.standins import refuse_stand_ins
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 SUFFIX, INDEX_SUFFIX = ".safetensors", ".safetensors.index.json"
@@ -122,6 +123,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         ModelError: there is none, or it is not a JSON object.
     """
+    refuse_stand_ins(folder)
     if not (folder / CONFIG).exists():
         raise ModelError("no config.json", where=str(folder), fix="give a model folder in Hugging Face layout")
     return _object(folder / CONFIG)

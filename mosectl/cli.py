@@ -14,6 +14,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,6 +51,26 @@ Corpus = Annotated[
 ]
 
 
+def output_file(text: str, option: str = "-o") -> Path:
+    """A file to write; a name that ends in "/" is a folder's, which a Path would forget.
+
+    Raises:
+        OutputError: a folder is named.
+    """
+    if str(text).endswith(("/", os.sep)) or Path(text).is_dir():
+        fix = f"give a file name after {option}, such as {Path(text) / 'name'}"
+        raise OutputError("is a folder, not a file", where=str(text), fix=fix)
+    return Path(text)
+
+
+def file_option(option: str = "-o") -> dict[str, Any]:
+    """What an option that names a file to write tells typer."""
+    return {"parser": lambda text: output_file(text, option), "metavar": "FILE"}
+
+
+FILE = file_option()
+
+
 def _version(value: bool) -> None:
     if value:
         typer.echo(f"mosectl {__version__}")
@@ -81,13 +102,17 @@ def check(
     from mosectl.facts import read_facts
 
     found = read_facts(facts, "report", limit)
-    tokens = None
+    tokens, unreadable = None, 0
     if model is not None:
-        from mosectl.plan import load_tokenizer
+        from mosectl.plan import reader
+        from mosectl.positions import fit
         from mosectl.tokens import describe
 
-        tokenizer = load_tokenizer(model, revision)
+        tokenizer, window = reader(model, revision)
         tokens = [describe(tokenizer, fact, chat) for fact in found.facts]
+        _, long = fit(found.facts, tokenizer, window, chat)
+        found = replace(found, problems=(*found.problems, *long))
+        unreadable = sum(p.severity == "error" for p in long)
     if as_json:
         report.data({"facts": found.facts, "problems": found.problems, "skipped": found.skipped, "tokens": tokens})
     else:
@@ -97,6 +122,9 @@ def check(
             f"{found.skipped} entries cannot be used" if found.skipped else "holds no usable fact",
             where=facts, fix="mend them, or edit with --on-error skip",
         )  # fmt: skip
+    if unreadable:
+        what, fix = f"{unreadable} prompts cannot be read by this model", "shorten them, or edit with --on-error skip"
+        raise FactsError(what, where=facts, fix=fix)
 
 
 @app.command()
@@ -124,7 +152,7 @@ def doctor(
 def edit(
     facts: Annotated[str, typer.Argument(help="Facts file: .jsonl, .json or .csv.")],
     model: Model,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Patch file to write.")] = Path("patch.safetensors"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Patch file to write.", **FILE)] = Path("patch.safetensors"),
     revision: Revision = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -198,8 +226,10 @@ def edit(
         editor=editor,
     )
     if dry_run:
-        from mosectl.plan import estimate
+        from mosectl.plan import estimate, reader
+        from mosectl.positions import fitted
 
+        fitted(checked.facts, *reader(model, revision), chat=chat, on_error=on_error)
         plan = estimate(model, checked.facts, options, revision=revision, device=device, dtype=dtype)
         report.data(plan) if as_json else views.estimate(plan, len(checked.facts))
         return
@@ -210,7 +240,7 @@ def edit(
     with report.progress() as on_step, _kept(kept):
         result = compute(
             checked.facts, model, options=options, revision=revision, device=device, dtype=dtype,
-            progress=kept, on_step=on_step,
+            on_error=on_error, progress=kept, on_step=on_step,
         )  # fmt: skip
     result.patch.save(out)
     kept.done()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mosectl.cli import Chat, Device, Dtype, Force, Json, Limit, OnError, Revision, app
+from mosectl.cli import Chat, Device, Dtype, Force, Json, Limit, OnError, Revision, app, file_option
 from mosectl.errors import UsageError
 
 if TYPE_CHECKING:
@@ -54,9 +54,13 @@ def evaluate(
             help="Exit with 10 below it: reliability=0.95, memit.locality=0.9, abilities.TASK=0.6. Repeatable."
         ),
     ] = None,
-    csv: Annotated[Path | None, typer.Option(help="Write one row a fact to this file.")] = None,
-    png: Annotated[Path | None, typer.Option(help="Write a picture (needs matplotlib).")] = None,
-    html: Annotated[Path | None, typer.Option(help="Write a report, one file that needs nothing else.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write one row a fact to this file.", **file_option("--csv"))] = None,
+    png: Annotated[
+        Path | None, typer.Option(help="Write a picture (needs matplotlib).", **file_option("--png"))
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a report, one file that needs nothing else.", **file_option("--html"))
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing output files.")] = False,
     revision: Revision = None,
     device: Device = "auto",
@@ -98,6 +102,7 @@ def evaluate(
             dtype=dtype,
             batch_size=batch_size,
             force=force,
+            on_error=on_error,
             on_step=on_step,
         )
     _write(found, files)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mosectl.cli import Json, Revision, app, writable
+from mosectl.cli import FILE, Json, Revision, app, writable
 from mosectl.shown import word
 
 
@@ -43,7 +43,7 @@ def pull(
     place: Annotated[
         str, typer.Argument(help="hf://user/repo, hf://user/repo@revision, or either with /file.safetensors.")
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="File to write.")] = Path("patch.safetensors"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="File to write.", **FILE)] = Path("patch.safetensors"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing patch file.")] = False,
     as_json: Json = False,
 ) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mosectl.cli import Device, Dtype, Force, Json, Model, Revision, app, named, writable
+from mosectl.cli import FILE, Device, Dtype, Force, Json, Model, Revision, app, named, output_file, writable
 from mosectl.errors import ConflictError, PatchError, UsageError
 
 if TYPE_CHECKING:
@@ -198,7 +198,7 @@ def blame(
 @app.command()
 def merge(
     patches: Annotated[list[str], typer.Argument(help="Patch files, in the order they would be applied.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Patch file to write.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Patch file to write.", **FILE)],
     allow_conflicts: AllowConflicts = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing patch file.")] = False,
     as_json: Json = False,
@@ -240,7 +240,7 @@ def diff(
 def export(
     patches: Annotated[list[str], typer.Argument(help="Patch files, in this order.")],
     model: Model,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder (lora, merged) or file (gguf-lora) to write.")],
+    out: Annotated[str, typer.Option("--out", "-o", help="Folder (lora, merged) or file (gguf-lora) to write.")],
     to: Annotated[str, typer.Option(help="lora (PEFT, vLLM), gguf-lora (llama.cpp), merged (a checkpoint).")] = "lora",
     revision: Revision = None,
     rank: Annotated[int | None, typer.Option(min=1, help="Cut the adapter down to this rank.")] = None,
@@ -259,13 +259,14 @@ def export(
 
     if to == "merged" and (rank or half):
         raise UsageError("--rank and --half are for adapters", fix="leave them out with --to merged")
+    target = output_file(out) if to == "gguf-lora" else Path(out)
     loaded, dtype = load_patches(patches), torch.bfloat16 if half else torch.float32
     _told(conflicts(loaded), allow_conflicts, as_json)
     with report.progress() as on_step:
         done = run(
             loaded,
             model,
-            out,
+            target,
             to,
             revision=revision,
             rank=rank,

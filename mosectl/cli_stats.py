@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mosectl.cli import Corpus, Device, Dtype, Json, Model, Revision, app, named, writable
+from mosectl.cli import FILE, Corpus, Device, Dtype, Json, Model, Revision, app, named, writable
 from mosectl.shown import word
 
 
@@ -38,7 +38,7 @@ def stats(
 @app.command()
 def sample(
     model: Model,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Text file to write, one sample a line.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Text file to write, one sample a line.", **FILE)],
     samples: Annotated[int, typer.Option(min=1, help="How many.")] = 1536,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens each, at most.")] = 64,
     seed: Annotated[int, typer.Option(help="Another seed, other text.")] = 0,

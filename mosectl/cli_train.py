@@ -7,7 +7,21 @@ from typing import Annotated
 
 import typer
 
-from mosectl.cli import Corpus, Device, Dtype, Json, Limit, Model, OnError, Revision, app, named, writable
+from mosectl.cli import (
+    FILE,
+    Corpus,
+    Device,
+    Dtype,
+    Json,
+    Limit,
+    Model,
+    OnError,
+    Revision,
+    app,
+    file_option,
+    named,
+    writable,
+)
 from mosectl.errors import OutputError
 
 
@@ -15,7 +29,9 @@ from mosectl.errors import OutputError
 def train_editor(
     facts: Annotated[str, typer.Argument(help="Facts to train on, hundreds or thousands; not those to be edited.")],
     model: Model,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Editor file to write.")] = Path("editor.safetensors"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Editor file to write.", **FILE)] = Path(
+        "editor.safetensors"
+    ),
     method: Annotated[str, typer.Option(help="horse, or malmen: the same without the orthogonal spread.")] = "horse",
     validation: Annotated[
         str | None, typer.Option(help="Facts file to validate on; without it a tenth of the others is kept for that.")
@@ -32,7 +48,7 @@ def train_editor(
     patience: Annotated[int, typer.Option(min=1, help="Validations without a better one before it stops.")] = 6,
     every: Annotated[int, typer.Option(min=1, help="Steps between validations; the state is kept at each.")] = 20,
     corpus: Corpus = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the losses: a PNG file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the losses: a PNG file.", **file_option("--plot"))] = None,
     seed: Annotated[int, typer.Option(help="Order of the facts, start of the network.")] = 0,
     revision: Revision = None,
     device: Device = "auto",
@@ -79,7 +95,7 @@ def train_editor(
         with report.progress(quiet=not first) as on_step:
             loaded = load(model, revision=revision, device=processes.process_device(device), dtype=dtype)
             editor = train(
-                loaded, checked.facts, options, texts, validation=unseen, state=state, resume=resume,
+                loaded, checked.facts, options, texts, validation=unseen, on_error=on_error, state=state, resume=resume,
                 on_step=named("training", on_step), on_validation=views.validated if first else None,
             )  # fmt: skip
     except KeyboardInterrupt:

@@ -78,8 +78,8 @@ def check_sizes(patches: Sequence[Patch]) -> None:
         pairs = [(a.base[m].shape, b.base[m].shape, m) for m in a.base if m in b.base]
         wrong = next((pair for pair in pairs if pair[0] != pair[1]), None)
         for module in (m for m in a.changes if m in b.changes):  # in factors, whatever the records claim
-            x, y = (p.changes[module].widths() for p in (a, b))
-            if any(x[k] != y.get(k, x[k]) for k in x):
+            u, v = (p.changes[module].widths() for p in (a, b))
+            if any(u[k] != v.get(k, u[k]) for k in u):
                 wrong = wrong or (a.base[module].shape, b.base[module].shape, module)
         ours, theirs = ({n for t in p.base.values() for n in t.shape} for p in (a, b))
         if wrong or ours.isdisjoint(theirs):
@@ -171,7 +171,7 @@ def merge(patches: Sequence[Patch]) -> Patch:
     """One patch that does what ``patches`` do in their order; its record keeps all of theirs.
 
     Raises:
-        UsageError: fewer than two. BaseMismatch: for models of different sizes. PatchError: for different bases, in the wrong order, given twice, rotations and
+        UsageError: fewer than two. BaseMismatch: for models of different sizes. PatchError: for other bases, in the wrong order, given twice, rotations and
         additions mixed, or more facts than one patch file can hold.
     """
     if len(patches) < 2:

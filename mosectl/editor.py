@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from mosectl import __version__
 from mosectl.arch import Architecture, Projection, disk_names, resolve
 from mosectl.change import Change, changed
 from mosectl.editor_file import Editor
-from mosectl.errors import EditFailed, ModelError, UsageError
+from mosectl.errors import EditFailed, ModelError, NotFinite, UsageError
 from mosectl.evaluate import Interview, Scores, answer, compare, interview, says
 from mosectl.facts import Fact, as_facts
 from mosectl.fingerprint import fingerprint
@@ -29,11 +30,12 @@ from mosectl.finite import all_zeros, check_weight
 from mosectl.guard import Health, canaries
 from mosectl.journal import read_journal
 from mosectl.layers import LayerScore, choose_layers, parse_layers, score_layers
-from mosectl.live import Loaded, changes_on, load, weight_of, weights_of
+from mosectl.live import Loaded, changes_on, load, note_chat, weight_of, weights_of
 from mosectl.metrics import Stability, stability
 from mosectl.mixture import block_name, patch_side, turns
 from mosectl.options import EditOptions, trained_editor
 from mosectl.patch import BaseTensor, Patch, PatchFact
+from mosectl.positions import fitted, window
 from mosectl.progress import Progress
 from mosectl.run import Clock, OnStep, Run
 from mosectl.solvers import method
@@ -84,6 +86,7 @@ def edit(
     device: str = "auto",
     dtype: str = "auto",
     refuse: bool = True,
+    on_error: str = "fail",
     progress: Progress | None = None,
     on_step: OnStep | None = None,
 ) -> EditResult:
@@ -93,6 +96,7 @@ def edit(
         facts: a facts file, or facts, or dicts with the fields of one.
         model: a folder, a hub id, or a loaded causal language model with its ``tokenizer``.
         refuse: an edit that changed no answer is an error; False: it is returned like any other, for comparisons.
+        on_error: facts and probes that are longer than the model can read: "fail", or "skip" them.
         progress: where the state after each batch is kept, to go on from after an interruption.
         on_step: called with (phase, done, total) as the work goes on.
     Raises:
@@ -119,6 +123,10 @@ def edit(
         if loaded.checkpoint:
             stored_patches(loaded.checkpoint)  # on top of which the patch will be
         arch = resolve(loaded.model)
+        if isinstance(model, str | Path):
+            note_chat(loaded.tokenizer, options.chat)
+        seen = window(loaded.model)
+        checked = fitted(checked, loaded.tokenizer, seen, chat=options.chat, on_error=on_error)
         empty = {p.layer: p for p in arch.projections if _all_zeros(loaded, p)}
         corpus = read_corpus(options.corpus)
     with turns(loaded.model, arch) as turned:
@@ -136,12 +144,14 @@ def edit(
             wordings = _wordings(loaded, checked, before, options, step)
         run = Run(loaded, turned, projections, moments, options, trained)
         with run.restored():
-            run.watch(canaries(loaded.tokenizer, corpus.texts))
-            losses = run.edit(checked, _prefixes(corpus, options), wordings, clock, progress)
+            run.watch(canaries(loaded.tokenizer, corpus.texts, seen.most))
+            with made_by_the_edit():
+                losses = run.edit(checked, _prefixes(corpus, options), wordings, clock, progress)
             with clock("solve"):
                 changes = {block_name(module): change for module, change in run.finish().items()}
     edited = [p for p in arch.projections if p.name in changes]
-    with changes_on(loaded.model, [(p, [changes[p.name]]) for p in edited]), clock("ask after") as step:
+    on = changes_on(loaded.model, [(p, [changes[p.name]]) for p in edited])
+    with made_by_the_edit(), on, clock("ask after") as step:
         after = interview(loaded.model, loaded.tokenizer, checked, chat=options.chat, on_step=step)
     results = _results(checked, before, after, losses, wordings)
     remedy = "more --rounds or other --layers"
@@ -167,6 +177,15 @@ def _all_zeros(loaded: Loaded, p: Projection) -> bool:
 
 def _where(loaded: Loaded) -> str:
     return loaded.checkpoint.model if loaded.checkpoint else "the model"
+
+
+@contextmanager
+def made_by_the_edit() -> Iterator[None]:
+    """Inside the block the model is edited, and was finite before: numbers that are not finite are an edit's failure."""
+    try:
+        yield
+    except NotFinite as e:
+        raise EditFailed(f"with the edit {e.what}", fix=e.fix) from e
 
 
 def _choose(

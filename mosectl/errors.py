@@ -43,6 +43,10 @@ class ModelError(MosectlError):
     exit_code = 4
 
 
+class NotFinite(ModelError):
+    """A model gives NaN or infinite numbers."""
+
+
 class PatchError(MosectlError):
     exit_code = 5
 

@@ -17,9 +17,9 @@ from torch import nn
 
 from mosectl.facts import Fact
 from mosectl.intervals import Tally
+from mosectl.positions import check_prompt, prompt_ids, window
 from mosectl.sample import continuations
 from mosectl.scoring import encode_pairs, score
-from mosectl.tokens import encode, render_chat
 
 MAX_NEW_TOKENS = 50
 _END = re.compile(r"\n|\.(?=\s|$|[A-Z][a-z])")  # "U.S." and "3.5" go on
@@ -60,20 +60,22 @@ def generate(
     batch_size: int = 64,
     on_step: Callable[[int, int], None] | None = None,
 ) -> list[str]:
-    """Greedy continuations, one a prompt, batched with left padding; special tokens are left out."""
+    """Greedy continuations, one a prompt, batched with left padding; special tokens are left out.
+
+    Raises:
+        UsageError: a prompt is longer than the model can read. NotFinite: its logits are not.
+    """
     out: list[str] = []
+    seen = window(model)
+    ids = [prompt_ids(tokenizer, p, chat) for p in prompts]
+    for prompt, tokens in zip(prompts, ids, strict=True):
+        check_prompt(seen, prompt, tokens)
     for start in range(0, len(prompts), batch_size):
-        ids = [_prompt_ids(tokenizer, p, chat) for p in prompts[start : start + batch_size]]
-        out += continuations(model, tokenizer, ids, min(max_new_tokens, MAX_NEW_TOKENS))
+        part = ids[start : start + batch_size]
+        out += continuations(model, tokenizer, part, min(max_new_tokens, MAX_NEW_TOKENS))
         if on_step:
             on_step(len(out), len(prompts))
     return out
-
-
-def _prompt_ids(tokenizer: Any, prompt: str, chat: bool) -> Sequence[int]:
-    if chat:
-        return tokenizer(render_chat(tokenizer, prompt), add_special_tokens=False)["input_ids"]
-    return encode(tokenizer, prompt, None, None).input_ids
 
 
 def answer(text: str) -> str:

@@ -26,6 +26,7 @@ from mosectl.fluency import TextLoss, ngram_entropy, text_loss
 from mosectl.intervals import RESAMPLES, SEED, Measure, Tally, measure
 from mosectl.live import Loaded
 from mosectl.patch import PatchFact
+from mosectl.positions import fitted, window
 from mosectl.protocols import METRICS, PROTOCOLS, Answers, portable_probes
 from mosectl.scoring import encode_pairs, score
 from mosectl.shown import spreadsheet
@@ -130,6 +131,7 @@ def evaluate_edit(
     dtype: str = "auto",
     batch_size: int = 64,
     force: bool = False,
+    on_error: str = "fail",
     on_step: OnStep | None = None,
 ) -> Evaluation:
     """Measure what an edit reached, what it cost, and what is left of it.
@@ -142,6 +144,7 @@ def evaluate_edit(
         protocols: names from :data:`mosectl.protocols.PROTOCOLS`; default: all.
         abilities: tasks of lm-evaluation-harness, from :func:`mosectl.abilities.load_tasks`.
         force: skip the check that patch or base belong to the model.
+        on_error: facts and probes that are longer than the model can read: "fail", or "skip" them.
         on_step: called with (phase, done, total) as the work goes on.
     Raises:
         FactsError, PatchError, BaseMismatch, ModelError, HubError, UsageError.
@@ -151,7 +154,14 @@ def evaluate_edit(
     checked, corpus = as_facts(facts, "evaluate"), read_corpus(text)
     tell = on_step or (lambda phase, done, total: None)
 
+    fits = False
+
     def ask(loaded: Loaded, side: str) -> Observation:
+        nonlocal checked, fits
+        if not fits:  # both sides read alike
+            seen = window(loaded.model)
+            checked, fits = fitted(checked, loaded.tokenizer, seen, chat=chat, on_error=on_error), True
+
         def step(name: str) -> Callable[[int, int], None]:
             return lambda done, total: tell(f"{side}: {name}", done, total)
 

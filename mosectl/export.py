@@ -30,6 +30,15 @@ from mosectl.stack import apply, check_stack
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # those vLLM takes (--max-lora-rank)
 FORMS = ("lora", "gguf-lora", "merged")
+# model_type → llama.cpp's name of the architecture, where it is another (convert_hf_to_gguf.py)
+LLAMA_CPP = {
+    **{"mistral": "llama", "mixtral": "llama", "ministral3": "mistral3", "cohere": "command-r", "glm": "chatglm"},
+    **{"gemma3_text": "gemma3", "gemma4_text": "gemma4", "olmo3": "olmo2", "gpt_bigcode": "starcoder"},
+    **{"gpt_neox": "gptneox", "phi": "phi2", "deepseek_v2": "deepseek2", "deepseek_v3": "deepseek2"},
+    **{"glm4_moe": "glm4moe", "glm4_moe_lite": "deepseek2", "solar_open": "glm4moe", "exaone_moe": "exaone-moe"},
+    **{"ernie4_5_moe": "ernie4_5-moe", "hunyuan_v1_moe": "hunyuan-moe", "minimax_m2": "minimax-m2"},
+    **{"qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"},
+}
 EXACT = 1e-6  # share of ΔW below which a direction is rounding
 OnStep = Callable[[int, int], None]
 
@@ -177,26 +186,24 @@ def _write_gguf(
         import gguf
     except ImportError as e:
         raise UsageError("--to gguf-lora needs the package gguf", fix='pip install "mosectl[gguf]"') from e
-    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
-    if arch.model_type not in kinds:
+    name = LLAMA_CPP.get(arch.model_type, arch.model_type)
+    if name not in gguf.MODEL_ARCH_NAMES.values():
         what = f"llama.cpp's name for '{arch.model_type}' is not known"
         raise ModelError(what, where=checkpoint.model, fix="export --to merged, and convert that with llama.cpp")
-    mapping = gguf.get_tensor_name_map(kinds[arch.model_type], len(arch.projections))
+    layer_of = {p.name: p.layer for p in arch.projections}
     if out.exists():
         raise UsageError(f"{out} exists", fix="choose another -o")
     temporary = out.with_name(f".{out.name}.tmp")
     with output_errors(out):
         temporary.touch()  # here, where it can still be told that there is no writing
-    writer = gguf.GGUFWriter(temporary, arch.model_type)
+    writer = gguf.GGUFWriter(temporary, name)
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", float(r))
     for module, (B, A) in tensors.items():
-        name = mapping.get_name(f"{module}.weight", try_suffixes=(".weight",))
-        if name is None:
-            raise ModelError("llama.cpp has no such tensor", where=module, fix="export --to merged")
-        writer.add_tensor(f"{name}.lora_a", A.float().contiguous().numpy())
-        writer.add_tensor(f"{name}.lora_b", B.float().contiguous().numpy())
+        tensor = f"blk.{layer_of[module]}.ffn_down.weight"  # an FFN's output projection, whatever it is called here
+        writer.add_tensor(f"{tensor}.lora_a", A.float().contiguous().numpy())
+        writer.add_tensor(f"{tensor}.lora_b", B.float().contiguous().numpy())
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()

@@ -9,10 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
-from mosectl.forward import by_length
+from mosectl.forward import by_length, finite
 from mosectl.intervals import Tally
+from mosectl.positions import context_length
 from mosectl.scoring import sequence_nll
 from mosectl.stats import MAX_TOKENS
 
@@ -59,6 +61,9 @@ def text_loss(
     """Each text in windows of ``window`` tokens side by side; a window's first token is context only, never predicted.
 
     A model with a shorter context gets windows of its length.
+
+    Raises:
+        NotFinite: a text's loss is not.
     """
     window = min(window, context_length(model))
     owner: list[int] = []
@@ -75,17 +80,12 @@ def text_loss(
     nll, counted = [0.0] * used, [0.0] * used
     chunks = by_length(windows, batch_tokens)
     for done, chunk in enumerate(chunks, 1):
-        for i, loss in zip(chunk, sequence_nll(model, [windows[i] for i in chunk]), strict=True):
+        losses = sequence_nll(model, [windows[i] for i in chunk])
+        finite(torch.tensor(losses), model)
+        for i, loss in zip(chunk, losses, strict=True):
             nll[owner[i]] += loss
             counted[owner[i]] += len(windows[i]) - 1
         if on_step:
             on_step(done, len(chunks))
     tallies = tuple(Tally(a, b) for a, b in zip(nll, counted, strict=True))
     return TextLoss(tallies, int(sum(counted)), window, used < len(texts))
-
-
-def context_length(model: Any) -> int:
-    """The most tokens the model can read, by its configuration; a large number where it has no limit."""
-    config = model.config.get_text_config()
-    names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
-    return next((n for name in names if isinstance(n := getattr(config, name, None), int) and n > 1), 1_000_000)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mosectl.arch import Architecture, Projection
+from mosectl.errors import NotFinite
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,21 @@ def input_device(model: nn.Module) -> torch.device:
     """Where token ids must be for this model, also when it is split over several devices."""
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     return embedding.weight.device
+
+
+def finite(values: Tensor, model: nn.Module) -> Tensor:
+    """The logits (or other numbers, (…, n)) that a model gave, as they are; a single −inf is a token ruled out.
+
+    Raises:
+        NotFinite: some are NaN or infinite.
+    """
+    if bool(torch.isfinite(values.detach().amax(-1)).all()):  # the maximum is NaN where one of them is
+        return values
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    fix = "are its weights whole? fetch the model again"
+    if dtype == "float16":
+        fix = "use bfloat16: --dtype bfloat16 (float16 ends at 65,504), or float32"
+    raise NotFinite(f"the model's numbers are not finite in {dtype}", fix=fix)
 
 
 def layer_modules(model: nn.Module, arch: Architecture) -> nn.ModuleList:

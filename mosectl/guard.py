@@ -31,11 +31,11 @@ class Health:
     condition: Mapping[str, float]  # κ(W)
 
 
-def canaries(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of pieces of ``texts``, evenly spaced over them."""
+def canaries(tokenizer: Any, texts: Sequence[str], most: int = CANARY_TOKENS) -> list[list[int]]:
+    """Token ids of pieces of ``texts``, evenly spaced over them; ``most``: tokens that the model can read at once."""
     step = max(1, len(texts) // CANARIES)
     taken = [t[:BEGINNING] for t in texts[::step][:CANARIES]]
-    pieces = [tokenizer(t, truncation=True, max_length=CANARY_TOKENS)["input_ids"] for t in taken]
+    pieces = [tokenizer(t, truncation=True, max_length=min(CANARY_TOKENS, most))["input_ids"] for t in taken]
     return [ids for ids in pieces if len(ids) > 1]
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mosectl.arch import Projection
-from mosectl.forward import Batch, by_row, frozen, hooked, input_device, logits_at
+from mosectl.forward import Batch, by_row, finite, frozen, hooked, input_device, logits_at
 from mosectl.scoring import Pair
 from mosectl.targets import token_nll
 from mosectl.tokens import encode
@@ -153,6 +153,8 @@ def keys_and_gradients(
     with frozen(model), hooked(hooks), torch.enable_grad():
         loss = nll(model, rows).sum()
         found = torch.autograd.grad(loss, leaves)
+    for numbers in (loss[None], *keys, *found):
+        finite(numbers.abs(), model)
     grads = [by_row(g, len(asked)) for g in found]
     device = asked.device
     return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,12 +15,13 @@ from torch import Tensor, nn
 from mosectl.arch import Projection, resolve, skeleton
 from mosectl.change import Change, changed
 from mosectl.checkpoint import Checkpoint, check_generation_config, open_checkpoint
-from mosectl.errors import BaseMismatch, ModelError, UsageError
+from mosectl.errors import BaseMismatch, ModelError, Notice, UsageError
 from mosectl.evaluate import generate
 from mosectl.fingerprint import match
 from mosectl.finite import check_changed, check_weight
-from mosectl.model_files import read_tokenizer
 from mosectl.patch import Patch
+from mosectl.positions import note_prompts
+from mosectl.readiness import check_ready, quiet
 from mosectl.share import local
 from mosectl.stack import check_stack
 
@@ -45,42 +47,40 @@ def load(model: str | Path, *, revision: str | None = None, device: str = "auto"
         ModelError, HubError, UsageError.
     """
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
     checkpoint = open_checkpoint(model, revision)
     skeleton(checkpoint.config, len(checkpoint.tensors))  # what config.json claims is built by transformers otherwise
     check_generation_config(checkpoint.folder)
     device = pick_device(device)
     kind = pick_dtype(dtype, device)
+    tokenizer = check_ready(checkpoint)
     placed = {"device_map": device if device == "balanced" else {"": device}}
-    tokenizer = read_tokenizer(checkpoint.folder, str(model))
-    logging.disable_progress_bar()
     try:
-        read: Any = AutoModelForCausalLM.from_pretrained  # its type does not know output_loading_info
-        loaded, told = read(
-            checkpoint.folder,
-            dtype=kind,
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # told apart below
-            **placed,
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RecursionError) as e:
-        first = str(e).strip().split("\n")[0]
+        with quiet():
+            loaded = AutoModelForCausalLM.from_pretrained(
+                checkpoint.folder, dtype=kind, trust_remote_code=False, use_safetensors=True, **placed
+            )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as e:
+        if isinstance(e, torch.OutOfMemoryError):
+            raise
+        first = (str(e).strip() or type(e).__name__).split("\n")[0]
         raise ModelError(f"cannot be loaded: {first}", where=str(model), fix="run: mosectl doctor MODEL") from e
-    finally:
-        logging.enable_progress_bar()
-    if lacking := sorted({*told["missing_keys"], *(str(m[0]) for m in told["mismatched_keys"])}):
-        what = f"{len(lacking)} weights are missing or of another shape than its config.json says: {', '.join(lacking[:3])}"
-        raise ModelError(what, where=str(model), fix="fetch the model again: transformers would make such weights up")
     return Loaded(loaded.eval(), tokenizer, checkpoint)
+
+
+def note_chat(tokenizer: Any, chat: bool) -> None:
+    """A hint where a model that may be one for chats is asked without its template."""
+    if not chat and getattr(tokenizer, "chat_template", None):
+        what = "the tokenizer has a chat template: a model that was trained for chats is asked and edited with --chat"
+        warnings.warn(what, Notice, stacklevel=2)
 
 
 def pick_dtype(dtype: str, device: str) -> torch.dtype | str:
     """The type to load weights in: a torch dtype, or "auto" for the checkpoint's own."""
     if dtype not in (*DTYPES, "auto"):
         raise UsageError(f"--dtype {dtype}: no such type", fix=f"choose auto, {', '.join(DTYPES)}")
+    if dtype == "float16" and device == "cpu":
+        warnings.warn("float16 is slow on a CPU: bfloat16 or float32 take less time", Notice, stacklevel=2)
     return DTYPES.get(dtype, torch.float32 if device == "cpu" else "auto")
 
 
@@ -267,6 +267,8 @@ def ask(
     if patches and not force:
         check_stack(open_checkpoint(model, revision), patches)
     loaded = load(model, revision=revision, device=device, dtype=dtype)
+    note_chat(loaded.tokenizer, chat)
+    note_prompts(loaded.model, loaded.tokenizer, prompts, chat)
 
     def answers() -> list[str]:
         return generate(loaded.model, loaded.tokenizer, prompts, max_new_tokens=max_new_tokens, chat=chat)

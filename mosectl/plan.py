@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,18 +12,20 @@ import torch
 
 from mosectl.arch import Architecture, Projection, disk_names, resolve, skeleton
 from mosectl.change import SIDES
-from mosectl.checkpoint import check_generation_config, locate, open_checkpoint, read_config, twins
-from mosectl.errors import ModelError, MosectlError
+from mosectl.checkpoint import Checkpoint, index_tensors, locate, open_checkpoint, read_config, twins
+from mosectl.errors import ModelError
 from mosectl.facts import Fact
+from mosectl.hub import remote_tensors
 from mosectl.layers import parse_layers
 from mosectl.live import DTYPES, pick_device, pick_dtype
 from mosectl.memory import logit_bytes, token_bytes, work_bytes
 from mosectl.mixture import patch_side
-from mosectl.model_files import read_tokenizer
 from mosectl.options import EditOptions, trained_editor
+from mosectl.positions import Window, window
+from mosectl.readiness import Problem, load_tokenizer, reading_problems, weight_problems
 from mosectl.solvers import method
-from mosectl.source import layout
 from mosectl.stats import BATCH_TOKENS, BLOCK, MAX_TOKENS, read_corpus
+from mosectl.tokens import check_tokenizer
 from mosectl.wordings import SAMPLES, TOKENS
 
 _STEPS = 15  # optimiser steps a fact takes over all rounds, as seen in practice; each round adds a forward
@@ -219,56 +220,59 @@ def _speed(device: str, dtype: torch.dtype) -> float:
 
 
 def diagnose(model: str | Path, revision: str | None = None) -> Diagnosis:
-    """Look at config and tensor names (for a hub model by range requests: no weight is downloaded).
+    """Look at config and tensor names (for a hub model that is not in the cache by range requests: no weight is loaded).
 
     Raises:
         ModelError: unknown or quantised model, or no safetensors. HubError.
     """
     folder, name, commit = locate(model, revision, weights=False)
-    checkpoint = open_checkpoint(model) if Path(model).is_dir() else None
-    if checkpoint:
-        found = {n: (e.dtype, e.shape) for n, e in checkpoint.tensors.items()}
-    else:
-        from mosectl.hub import remote_tensors
-
-        found = remote_tensors(str(model), revision)
+    checkpoint = _on_disk(model, folder, commit)
+    found = {n: (e.dtype, e.shape) for n, e in checkpoint.tensors.items()} if checkpoint else None
+    found = found or remote_tensors(str(model), commit or revision)
     bones = skeleton(read_config(folder), len(found))
-    check_generation_config(folder)
-    if checkpoint:
-        arch, on_disk = layout(checkpoint, bones)
-    else:
-        arch = resolve(bones)
-        on_disk = disk_names(arch, found)
+    arch = resolve(bones)
+    on_disk = disk_names(arch, found)
+    edited = {p.name: [(n, *found[n]) for n in on_disk[p.name]] for p in arch.projections}
     parameters = sum(p.numel() for p in bones.parameters())
-    tensors = tuple((n, *found[n]) for p in arch.projections for n in on_disk[p.name][:1])
+    problems, notes = weight_problems(bones, folder, found), _notes(arch, folder, twins(checkpoint) if checkpoint else [])
+    quantised = (t for every in edited.values() for t in every if t[1] not in ("F32", "F16", "BF16"))
+    if odd := next(quantised, None):
+        problems.append(Problem(f"{odd[0]} is stored as {odd[1]}", "use an unquantised checkpoint"))
+    try:
+        tokenizer = load_tokenizer(folder)
+    except ModelError as e:
+        problems.append(Problem(e.what, e.fix))
+    else:
+        problems += reading_problems(bones, folder, tokenizer)
+        notes += check_tokenizer(tokenizer)
+        if (rows := window(bones).rows) < len(tokenizer):
+            notes.append(
+                f"{len(tokenizer) - rows} tokens of its tokenizer have no embedding: prompts with them are refused"
+            )
     return Diagnosis(
         model=name,
         revision=commit,
         architecture=arch,
         parameters=parameters,
-        tensors=tensors,
+        tensors=tuple(every[0] for every in edited.values()),
         memory={kind: parameters * d.itemsize for kind, d in DTYPES.items()},
-        problems=tuple(_problems(tensors, folder)),
-        notes=tuple(_notes(arch, folder, twins(checkpoint) if checkpoint else [])),
+        problems=tuple(map(str, problems)),
+        notes=tuple(notes),
     )
 
 
-def _problems(tensors: Sequence[tuple[str, str, tuple[int, ...]]], folder: Path) -> list[str]:
-    out = [
-        f"{name} is stored as {dtype}: use an unquantised checkpoint"
-        for name, dtype, _ in tensors[:1]
-        if dtype not in ("F32", "F16", "BF16")
-    ]
+def _on_disk(model: str | Path, folder: Path, commit: str | None) -> Checkpoint | None:
+    """The checkpoint; None for a hub model of which the cache has not all."""
+    if Path(model).is_dir():
+        return open_checkpoint(model)
     try:
-        read_tokenizer(folder, "the model")
-    except MosectlError as e:
-        out.append(str(e).splitlines()[0])
-    return out
+        return Checkpoint(folder, str(model), commit, index_tensors(folder))
+    except ModelError:
+        return None
 
 
 def _notes(arch: Architecture, folder: Path, others: Sequence[str]) -> list[str]:
     from mosectl.journal import read_journal
-    from mosectl.tokens import check_tokenizer
 
     out = []
     if not arch.listed:
@@ -288,16 +292,14 @@ def _notes(arch: Architecture, folder: Path, others: Sequence[str]) -> list[str]
         out.append(f"holds the weights once more for other programs, not edited and not copied by apply: {some}")
     if journal := read_journal(folder):
         out.append(f"already edited: {len(journal.patches)} patches are applied (mosectl.json)")
-    with suppress(MosectlError):  # reported as a problem
-        out += check_tokenizer(read_tokenizer(folder, "the model"))
     return out
 
 
-def load_tokenizer(model: str | Path, revision: str | None = None) -> Any:
-    """The model's tokenizer, without its weights.
+def reader(model: str | Path, revision: str | None = None) -> tuple[Any, Window]:
+    """The model's tokenizer, and what the model can read, without its weights.
 
     Raises:
-        ModelError: there is none that can be loaded. HubError.
+        ModelError: there is no tokenizer that can be loaded, or no such model. HubError.
     """
-    folder, name, _ = locate(model, revision, weights=False)
-    return read_tokenizer(folder, name)
+    folder, _, _ = locate(model, revision, weights=False)
+    return load_tokenizer(folder), window(skeleton(read_config(folder)))

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from mosectl.errors import ModelError
-from mosectl.forward import input_device
+from mosectl.forward import finite, input_device
+from mosectl.positions import window
 
 BATCH = 128  # samples written at once
 
@@ -21,23 +22,50 @@ def continuations(
     """What follows each token sequence, at most ``tokens`` tokens: greedily, or from the model's own distribution.
 
     All are run at once, padded on the left; special tokens are left out. Samples are of temperature 1 and depend on
-    torch's random state.
+    torch's random state. Where a model's positions end first, so does the text; a sequence itself must fit.
+
+    Raises:
+        NotFinite: the model's logits are not. ModelError: its generation_config.json makes no sense.
     """
-    pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if t is not None), 0)
+    seen = window(model)
+    if max(map(len, sequences)) + tokens - 1 <= seen.most:
+        return _continued(model, tokenizer, sequences, tokens, sampled, seen.rows)
+    # Those that have the room together, so that nobody's neighbour cuts them short; the others one by one.
+    roomy = [s for s in sequences if len(s) + tokens - 1 <= seen.limit]
+    long = iter(_continued(model, tokenizer, roomy, tokens, sampled, seen.rows) if roomy else ())
+    return [
+        next(long)
+        if len(s) + tokens - 1 <= seen.limit
+        else _continued(model, tokenizer, [s], seen.limit - len(s) + 1, sampled, seen.rows)[0]
+        for s in sequences
+    ]
+
+
+def _continued(
+    model: Any, tokenizer: Any, sequences: Sequence[Sequence[int]], tokens: int, sampled: bool, rows: int
+) -> list[str]:
+    pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    pad = next(t for t in pads if t is not None and t < rows)  # some tokenizers have more tokens than the model
     width, device = max(map(len, sequences)), input_device(model)
-    longer = model.generate(
-        input_ids=torch.tensor([[pad] * (width - len(s)) + list(s) for s in sequences], device=device),
-        attention_mask=torch.tensor([[0] * (width - len(s)) + [1] * len(s) for s in sequences], device=device),
-        max_new_tokens=tokens,
-        num_beams=1,
-        pad_token_id=pad,
-        do_sample=sampled,
-        **(
-            {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
-            if sampled
-            else dict.fromkeys(("temperature", "top_p", "top_k"))
-        ),
-    )
+    try:
+        longer = model.generate(
+            input_ids=torch.tensor([[pad] * (width - len(s)) + list(s) for s in sequences], device=device),
+            attention_mask=torch.tensor([[0] * (width - len(s)) + [1] * len(s) for s in sequences], device=device),
+            max_new_tokens=tokens,
+            num_beams=1,
+            pad_token_id=pad,
+            do_sample=sampled,
+            logits_processor=[lambda _, scores: finite(scores, model)],  # at every token: NaN would pass for an answer
+            **(
+                {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
+                if sampled
+                else dict.fromkeys(("temperature", "top_p", "top_k"))
+            ),
+        )
+    except (ValueError, TypeError) as e:
+        first = (str(e).strip() or type(e).__name__).splitlines()[0]
+        fix = "check its generation_config.json, or remove that file"
+        raise ModelError(f"the model cannot generate: {first}", fix=fix) from e
     # Decoding what was there and what follows together keeps the space between them right for every tokenizer.
     texts = tokenizer.batch_decode(
         [[*s, *row[width:]] for s, row in zip(sequences, longer.tolist(), strict=True)], skip_special_tokens=True

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mosectl.forward import Batch, input_device, logits_at
+from mosectl.forward import Batch, finite, input_device, logits_at
 from mosectl.tokens import Encoded, encode
 
 Pair = tuple[str, str]  # prompt, answer
@@ -55,7 +55,11 @@ def score(
     batch_size: int = 64,
     on_step: Callable[[int, int], None] | None = None,
 ) -> dict[Pair, Scored]:
-    """Log-probability and argmax at every token of every answer; pairs of like length share a batch."""
+    """Log-probability and argmax at every token of every answer; pairs of like length share a batch.
+
+    Raises:
+        NotFinite: the model's logits there are not.
+    """
     order = sorted(encoded, key=lambda pair: len(encoded[pair].input_ids))
     out: dict[Pair, Scored] = {}
     for start in range(0, len(order), batch_size):
@@ -67,7 +71,7 @@ def score(
         batch = Batch.of([e.input_ids for e in rows], input_device(model))
         with logits_at(model, positions):  # all of them would be large
             logits = model(**batch.kwargs()).logits
-        logp = F.log_softmax(logits.float(), dim=-1)  # (B, widest, V)
+        logp = F.log_softmax(finite(logits, model).float(), dim=-1)  # (B, widest, V)
         predicted = logp.argmax(dim=-1).tolist()
         wanted = torch.zeros_like(positions)
         for i, e in enumerate(rows):

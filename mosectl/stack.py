@@ -19,6 +19,7 @@ from mosectl.errors import BaseMismatch, ModelError, Notice, OutputError, PatchE
 from mosectl.files import new_folder
 from mosectl.fingerprint import distance, match
 from mosectl.patch import Patch
+from mosectl.readiness import check_weights
 from mosectl.rebuild import ApplyReport, Writing, plan_of, rebuild, weight_under
 from mosectl.source import Source, out_of_reach
 
@@ -50,7 +51,9 @@ def apply(
         EditFailed: a changed weight would not be finite. HubError. OutputError: no space, no right to write, or another
         process is writing there.
     """
-    source = Source(open_checkpoint(model, revision), base)
+    checkpoint = open_checkpoint(model, revision)
+    source = Source(checkpoint, base)
+    check_weights(checkpoint)
     _check_new(source, patches)
     stack = [*source.stack, *patches]
     if not force:

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from mosectl.errors import OutputError
 from mosectl.files import write_tensors
-from mosectl.inputs import opened, parse_json, read_header
 from mosectl.forms import misfit
+from mosectl.inputs import opened, parse_json, read_header
 
 
 def write_state(path: Path, kind: str, record: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:

@@ -26,10 +26,11 @@ from torch import Tensor, nn
 from mosectl import processes
 from mosectl.arch import Projection, resolve
 from mosectl.errors import UsageError
-from mosectl.forward import Batch, by_length, by_row, frozen, hooked, input_device, run_until_stopped, stop
+from mosectl.forms import misfit
+from mosectl.forward import Batch, by_length, by_row, finite, frozen, hooked, input_device, run_until_stopped, stop
 from mosectl.inputs import parse_json, read_bytes
 from mosectl.memory import fitting, halving
-from mosectl.forms import misfit
+from mosectl.positions import window
 from mosectl.stats_cache import cached, check_writable, keep
 
 MAX_LENGTH = 512  # tokens a text: statistics do not need long contexts, and memory grows with them
@@ -137,6 +138,8 @@ def second_moments(
 
     Args:
         enough: ‖C_A − C_B‖_F / 2‖C‖_F at which to stop, seen in SKETCH random directions; 0 = read everything.
+    Raises:
+        NotFinite: the model's numbers are not.
     """
     key = f"{model_hash(model)}-{corpus.sha256[:16]}-{max_tokens}-{enough:g}" if cache else ""
     if cache and (found := cached(key, projections)):
@@ -145,8 +148,10 @@ def second_moments(
         return Moments(C, G, int(next(iter(found.values()))["tokens"]), True, error)
     if cache and strict and processes.first():
         check_writable()
-    blocks = _blocks(tokenizer, corpus, max_tokens, batch_tokens)
+    blocks = _blocks(tokenizer, corpus, max_tokens, batch_tokens, min(MAX_LENGTH, window(model).most))
     C, G, tokens, error = _accumulate(model, projections, blocks, enough, on_step)
+    for moment in (*C.values(), *G.values()):
+        finite(moment, model)
     if cache and processes.first():
         told = {"tokens": torch.tensor(tokens), "error": torch.tensor(error)}
         keep(key, {name: {"C": C[name], "G": G[name], **told} for name in C}, strict)
@@ -347,21 +352,24 @@ def _keys_and_gradients(
     hooks = [model.get_submodule(p.name).register_forward_hook(record(p)) for p in projections]
     with hooked(hooks), torch.enable_grad():
         logits = model(**batch.kwargs()).logits
-        logp = logits[batch.attention_mask.bool().to(logits.device)].float().log_softmax(-1)  # (tokens, V)
+        logits = finite(logits[batch.attention_mask.bool().to(logits.device)], model)
+        logp = logits.float().log_softmax(-1)  # (tokens, V)
         labels = torch.multinomial(logp.detach().exp().to(chance.device), 1, generator=chance)
         loss = -logp.gather(1, labels.to(logp.device)).sum()
         found = torch.autograd.grad(loss, list(leaves.values()))
     return keys, {name: _tokens(g, batch) for name, g in zip(leaves, found, strict=True)}
 
 
-def _blocks(tokenizer: Any, corpus: Corpus, max_tokens: int, batch_tokens: int) -> list[list[list[list[int]]]]:
-    """Texts taken at random as token sequences of at most MAX_LENGTH; in blocks of about BLOCK tokens, each a sample of
+def _blocks(
+    tokenizer: Any, corpus: Corpus, max_tokens: int, batch_tokens: int, longest: int = MAX_LENGTH
+) -> list[list[list[list[int]]]]:
+    """Texts taken at random as token sequences of at most ``longest``; in blocks of about BLOCK tokens, each a sample of
     the corpus, which are split into batches of like length.
     """
     blocks: list[dict[int, list[int]]] = [{}]
     total = begun = 0
     for i in random.Random(0).sample(range(len(corpus.texts)), len(corpus.texts)):
-        ids = tokenizer(corpus.texts[i][:BEGINNING], truncation=True, max_length=MAX_LENGTH)["input_ids"]
+        ids = tokenizer(corpus.texts[i][:BEGINNING], truncation=True, max_length=longest)["input_ids"]
         if not ids:
             continue
         if total - begun >= BLOCK:

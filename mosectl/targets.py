@@ -22,11 +22,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mosectl.arch import Architecture, Projection
+from mosectl.errors import FactsError
 from mosectl.facts import Fact
 from mosectl.forward import Batch, ffn_output, frozen, hooked, input_device
 from mosectl.memory import fitting, halving
+from mosectl.positions import Window, window
 from mosectl.suffix import Suffix
-from mosectl.tokens import encode
+from mosectl.tokens import Encoded, encode
 
 
 @dataclass(frozen=True)
@@ -100,15 +102,21 @@ def build_contexts(
     *,
     chat: bool = False,
 ) -> Contexts:
-    """Tokenise ``facts`` behind each prefix ("" first) and in their other wordings; add one "{subject} is a" row a fact."""
+    """Tokenise ``facts`` behind each prefix ("" first) and in their other wordings; add one "{subject} is a" row a fact.
+
+    Prefixes are shortened, and wordings left out, where the model could not read them with prompt and target.
+    """
+    seen = window(model)
     rows: list[tuple[Sequence[int], int, int, int, int | None]] = []  # ids, fact, subject, first target, last
     for i, fact in enumerate(facts):
         asked = [(prefix, fact.prompt) for prefix in prefixes]
         asked += [("", wording) for wording in (wordings[i] if wordings else ())]
         for prefix, prompt in asked:
-            e = encode(tokenizer, prompt, fact.subject, fact.target_new, chat=chat, prefix=prefix)
-            rows.append((e.input_ids, i, e.subject_last, e.target_start, len(e.input_ids)))
+            if e := _row(tokenizer, fact, prompt, prefix, chat, seen):
+                rows.append((e.input_ids, i, e.subject_last, e.target_start, len(e.input_ids)))
         e = encode(tokenizer, f"{fact.subject} is a", fact.subject, None, chat=chat)
+        if seen.refuses(e.input_ids):
+            e = encode(tokenizer, fact.subject, fact.subject, None, chat=chat)
         rows.append((e.input_ids, i, e.subject_last, len(e.input_ids), None))
     width = max(end - start if end is not None else 1 for _, _, _, start, end in rows)
     positions = torch.zeros(len(rows), width, dtype=torch.long)
@@ -127,6 +135,21 @@ def build_contexts(
         targets=targets.to(device),
         is_edit=torch.tensor([r[4] is not None for r in rows], device=device),
     )
+
+
+def _row(tokenizer: Any, fact: Fact, prompt: str, prefix: str, chat: bool, seen: Window) -> Encoded | None:
+    """Prefix + prompt + target, the prefix without as many of its first words as it takes; None: nothing of it fits."""
+    words = prefix.split(" ")
+    for n in range(len(words)):
+        rest = " ".join(words[n:])
+        if prefix and not rest.strip():
+            break
+        e = encode(tokenizer, prompt, fact.subject, fact.target_new, chat=chat, prefix=rest)
+        if not (what := seen.refuses(e.input_ids)):
+            return e
+        if not prefix and prompt == fact.prompt:
+            raise FactsError(f"the prompt {what} (with its target)", where=fact.source, fix="shorten it")
+    return None
 
 
 def displaced(h: Tensor, delta: Tensor, sphere: bool = True) -> Tensor:

@@ -31,10 +31,12 @@ from mosectl.hypernet import METHODS, Hypernet, Rows, keys_and_gradients, log_pr
 from mosectl.layers import parse_layers
 from mosectl.live import Loaded, weight_of
 from mosectl.memory import Part, fitting, halving
+from mosectl.positions import fitted, window
 from mosectl.scoring import Pair
 from mosectl.state_file import damaged, read_state, write_state
 from mosectl.stats import Corpus
 from mosectl.targets import leads, token_nll
+from mosectl.tokens import encode
 
 STATE = "training"
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what Adam keeps of each parameter
@@ -87,6 +89,7 @@ def train(
     corpus: Corpus,
     *,
     validation: Sequence[Fact] = (),
+    on_error: str = "fail",
     state: Path | None = None,
     resume: bool = False,
     on_step: Callable[[int, int], None] | None = None,
@@ -98,12 +101,15 @@ def train(
 
     Args:
         validation: facts that are not trained on; without them a share of ``facts`` is.
+        on_error: facts and probes that are longer than the model can read: "fail", or "skip" them.
         state: file that keeps the state of the training after each validation.
         resume: go on from that state.
         on_validation: called with the history's newest entry.
     Raises:
         UsageError, FactsError, ModelError, OutputError. EditFailed: the loss is not finite.
     """
+    seen = window(loaded.model)
+    facts, validation = (fitted(part, loaded.tokenizer, seen, on_error=on_error) for part in (facts, validation))
     check(options, facts, validation)
     projections = _chosen(loaded, options)
     known, unseen = _split(facts, validation, options)
@@ -339,6 +345,8 @@ class _Training:
         for words in chance.sample(self.texts, min(-(-len(facts) // 4), len(self.texts))):
             at = chance.randint(WORDS, len(words) - WORDS)
             pairs.append((" ".join(words[at - WORDS : at]), " ".join(words[at : at + WORDS])))
+        if (seen := window(self.model)).hard:
+            pairs = [p for p in pairs if not seen.refuses(encode(self.loaded.tokenizer, p[0], None, p[1]).input_ids)]
         if not pairs:
             raise UsageError("nothing tells what shall stay", fix="give facts with locality prompts, or a --corpus")
         return pairs

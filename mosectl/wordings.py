@@ -14,6 +14,7 @@ from typing import Any
 
 from mosectl.evaluate import ends
 from mosectl.facts import Fact
+from mosectl.positions import window
 from mosectl.sample import BATCH, continuations, seeded
 from mosectl.scoring import encode_pairs, score
 from mosectl.tokens import encode
@@ -39,7 +40,7 @@ def own_wordings(
         answers: what the model answers to each prompt now; it is the old object where a fact does not name one.
     """
     found: list[tuple[str, ...]] = []
-    at_once = max(1, BATCH // SAMPLES)
+    at_once, seen = max(1, BATCH // SAMPLES), window(model)
     with seeded(model, seed):
         for start in range(0, len(facts), at_once):
             part = facts[start : start + at_once]
@@ -51,9 +52,11 @@ def own_wordings(
                 for i, (fact, old) in enumerate(zip(part, olds, strict=True))
             ]
             pairs = [(w, old) for c, old in zip(counted, olds, strict=True) for w in c]
-            known = score(model, encode_pairs(tokenizer, pairs))
+            encoded = encode_pairs(tokenizer, pairs)
+            known = score(model, {pair: e for pair, e in encoded.items() if not seen.refuses(e.input_ids)})
+            sure_of = {pair for pair, scored in known.items() if scored.hits == len(scored.target)}
             for c, old in zip(counted, olds, strict=True):
-                sure = [w for w, _ in c.most_common() if known[w, old].hits == len(known[w, old].target)]
+                sure = [w for w, _ in c.most_common() if (w, old) in sure_of]
                 found.append(tuple(sure[:most]))
             if on_step:
                 on_step(len(found), len(facts))

@@ -116,6 +116,16 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             hub.asked.append((self.command, self.path, dict(self.headers)))
             if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", self.path):
                 return self.file(*found.groups())
+            if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^?/]+).*", self.path):
+                if not self.may(found[1]):
+                    return None
+                if (sha := hub.sha(found[1], found[2])) is None:
+                    return self.refuse(404, "RevisionNotFound")
+                files = hub.repos[found[1]][sha].items()
+                return self.answer(
+                    200,
+                    [{"type": "file", "path": n, "size": len(b), "oid": hashlib.sha1(b).hexdigest()} for n, b in files],
+                )
             if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/([^?]+))?.*", self.path):
                 if not self.may(found[1]):
                     return None

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import pico, save
+from conftest import make_tokenizer, pico, save
 from test_stack import hashes, patch_for
 
 import mosectl
@@ -467,3 +467,40 @@ def test_ctrl_c_that_a_library_mistakes_for_an_error(
 
     monkeypatch.setattr("mosectl.stack.open_checkpoint", mistaken)
     assert run(*world.apply()) == 130 and "interrupted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["new/", "there", "there/"])
+def test_a_folder_in_place_of_an_output_file_is_told(
+    name: str, world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(world.folder)
+    Path("there").mkdir()
+    good, facts, model = world.patch, world.facts, world.model
+    for command in (
+        ("edit", facts, "-m", model, "-o", name),
+        ("merge", good, good, "-o", name),
+        ("export", good, "-m", model, "--to", "gguf-lora", "-o", name),
+        ("sample", "-m", model, "-o", name),
+        ("pull", "hf://me/x", "-o", name),
+        ("train-editor", facts, "-m", model, "-o", name),
+        *(("eval", good, facts, "-m", model, f"--{kind}", name) for kind in ("csv", "png", "html")),
+    ):
+        before = world.state()
+        assert run(*command) == 7, command
+        err = " ".join(capsys.readouterr().err.split())
+        assert f"{name}: is a folder, not a file" in err and f"such as {name.rstrip('/')}/name" in err
+        assert world.state() == before and not Path("new").exists()
+    assert run("apply", good, "-m", model, "-o", "out/") == 0, "a folder is written under such a name"
+
+
+def test_a_chat_model_asked_without_its_template_gets_a_hint(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("ask", "I met", "-m", world.model) == 0 and run(*world.edit("--overwrite")) == 0
+    assert "--chat" not in capsys.readouterr().err, "it has none"
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    tokenizer.save_pretrained(world.model)
+    for command in (("ask", "I met", "-m", world.model, "--json"), world.edit("--overwrite", "--json")):
+        assert run(*command) == 0
+        out, err = capsys.readouterr()
+        assert json.loads(out) and err.count("--chat") == 1
+        assert run(*command, "--chat") in (0, 8) and "--chat" not in capsys.readouterr().err

@@ -14,9 +14,10 @@ from test_cli import run
 from test_compose import added, patches_of
 from test_stack import hashes, patch_for
 
+from mosectl.arch import MIXTURES, TABLE
 from mosectl.checkpoint import open_checkpoint
-from mosectl.errors import BaseMismatch, OutputError, UsageError
-from mosectl.export import RANKS, export
+from mosectl.errors import BaseMismatch, ModelError, OutputError, UsageError
+from mosectl.export import LLAMA_CPP, RANKS, export
 from mosectl.live import load, patched
 from mosectl.patch import Patch
 
@@ -119,3 +120,47 @@ def test_llama_cpps_file_holds_the_same_numbers(tmp_path: Path) -> None:
         assert torch.allclose(b @ a, change.factors["B"] @ change.factors["A"], atol=1e-4)
     with pytest.raises(UsageError, match="exists"):
         export([patch], base, tmp_path / "a.gguf", "gguf-lora")
+
+
+LLAMA_CPPS = {  # transformers' model_type → llama.cpp's architecture, by its convert_hf_to_gguf.py
+    "llama": "llama", "mistral": "llama", "ministral3": "mistral3", "qwen2": "qwen2", "qwen3": "qwen3", "gemma": "gemma",
+    "gemma2": "gemma2", "gemma3": "gemma3", "gemma3_text": "gemma3", "gemma4_text": "gemma4", "phi": "phi2", "phi3": "phi3",
+    "cohere": "command-r", "cohere2": "cohere2", "glm": "chatglm", "glm4": "glm4", "olmo": "olmo", "olmo2": "olmo2",
+    "olmo3": "olmo2", "gpt2": "gpt2", "gpt_bigcode": "starcoder", "starcoder2": "starcoder2", "gpt_neox": "gptneox",
+    "bloom": "bloom", "falcon": "falcon", "mpt": "mpt", "stablelm": "stablelm", "nemotron": "nemotron",
+    "granite": "granite", "smollm3": "smollm3", "exaone4": "exaone4", "apertus": "apertus", "arcee": "arcee",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", LLAMA_CPPS)
+def test_llama_cpp_knows_the_architecture_and_the_tensors(model_type: str, tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    base = save(tmp_path / "base", model_type)
+    patch = patch_for(base)
+    export([patch], base, tmp_path / "a.gguf", "gguf-lora")
+    reader = gguf.GGUFReader(tmp_path / "a.gguf")
+    assert bytes(reader.fields["general.architecture"].parts[-1]).decode() == LLAMA_CPPS[model_type]
+    kind = next(k for k, name in gguf.MODEL_ARCH_NAMES.items() if name == LLAMA_CPPS[model_type])
+    known = {
+        f"{gguf.TENSOR_NAMES[t].format(bid=i)}.weight.lora_{x}" for t in gguf.MODEL_TENSORS[kind] for i in (0, 1, 2, 3)
+        for x in "ab"
+    }  # fmt: skip
+    found = {t.name: tuple(t.shape) for t in reader.tensors}
+    assert len(found) == 2 * len(patch.changes) and set(found) <= known
+    assert all("ffn_down" in name for name in found)
+
+
+def test_every_name_of_llama_cpps_is_one_it_has() -> None:
+    gguf = pytest.importorskip("gguf")
+    missing = {t: n for t, n in LLAMA_CPP.items() if n not in gguf.MODEL_ARCH_NAMES.values()}
+    assert not missing and set(LLAMA_CPP) <= {*TABLE, *MIXTURES}
+    unknown = {t for t in (*TABLE, *MIXTURES) if LLAMA_CPP.get(t, t) not in gguf.MODEL_ARCH_NAMES.values()}
+    assert unknown == {"ministral", "codegen", "opt", "flex_olmo"}, "llama.cpp has no such models"
+
+
+def test_an_architecture_unknown_to_llama_cpp_is_told(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    base = save(tmp_path / "base", "opt")
+    with pytest.raises(ModelError, match="name for 'opt' is not known"):
+        export([patch_for(base)], base, tmp_path / "a.gguf", "gguf-lora")
+    assert not (tmp_path / "a.gguf").exists()

@@ -22,6 +22,7 @@ from mosectl.editor_file import Editor
 from mosectl.errors import (
     EditFailed,
     FactsError,
+    ModelError,
     MosectlError,
     OutputError,
     UsageError,
@@ -235,7 +236,7 @@ def test_what_cannot_be_trained() -> None:
     given = loaded()
     with torch.no_grad():
         given.model.model.layers[2].mlp.down_proj.weight[0, 0] = torch.nan
-    with pytest.raises(EditFailed, match="not finite"):
+    with pytest.raises(ModelError, match="not finite in float32"):  # the model itself, before any step
         train(given, facts(), FEW, TEXT)
 
 
