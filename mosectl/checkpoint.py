@@ -17,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mosectl.errors import ModelError, UsageError
+from mosectl.folders import recovered
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -90,6 +91,7 @@ def locate(model: str | Path, revision: str | None = None, *, weights: bool = Tr
         ModelError, HubError: as :func:`open_checkpoint`. UsageError: a revision of a folder.
     """
     path = Path(model)
+    recovered(path)
     if path.is_dir():
         if revision is not None:
             what = f"--revision {revision}: is for hub models, {model} is a folder"
