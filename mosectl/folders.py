@@ -219,10 +219,8 @@ def linked(origin: Path, folder: Path, skip: Collection[str], copy: bool) -> lis
         ModelError: a folder cannot be read.
     """
     rest, left = [], []
-    for entry, at in _entries(origin, skip):
+    for entry, at in _entries(origin, lambda at: str(at) in skip or OWN.fullmatch(at.name) is not None):
         target, path = folder / at, Path(entry.path)
-        if OWN.fullmatch(entry.name):
-            continue
         if entry.is_dir(follow_symlinks=False):
             target.mkdir(stat.S_IMODE(entry.stat(follow_symlinks=False).st_mode) & 0o777 | 0o700, exist_ok=True)
             continue
@@ -238,19 +236,14 @@ def linked(origin: Path, folder: Path, skip: Collection[str], copy: bool) -> lis
     return rest
 
 
-def carried(origin: Path, folder: Path, skip: Collection[str], dropped: Callable[[str], bool]) -> None:
-    """Give ``folder`` all that ``origin`` holds besides ``skip`` (relative paths) and what ``folder`` has already.
+def carried(origin: Path, folder: Path, skip: Callable[[Path], bool]) -> None:
+    """Give ``folder`` all that ``origin`` holds besides what ``skip`` says of a relative path, and what it has already.
 
     Hard links, so that both folders have it until one is deleted; links stay links. Copies where the disk has no links.
-
-    Args:
-        dropped: says of a relative path that it is not worth keeping.
     """
     folders = []
-    for entry, at in _entries(origin, ()):
+    for entry, at in _entries(origin, skip):
         path, target = Path(entry.path), folder / at
-        if str(at) in skip or dropped(str(at)):
-            continue
         if entry.is_dir(follow_symlinks=False):
             target.mkdir(exist_ok=True)
             folders.append((path, target))
@@ -265,18 +258,20 @@ def carried(origin: Path, folder: Path, skip: Collection[str], dropped: Callable
         like(path, target)
 
 
-def _entries(folder: Path, skip: Collection[str], inside: Path = Path()) -> Iterator[tuple[os.DirEntry[str], Path]]:
-    """Everything in a folder and below, with its path relative to it, folders first; links are not followed."""
+def _entries(
+    folder: Path, skip: Callable[[Path], bool], inside: Path = Path()
+) -> Iterator[tuple[os.DirEntry[str], Path]]:
+    """What a folder and those in it hold, with the relative path, a folder before its content; no link is followed."""
     try:
         found = sorted(os.scandir(folder / inside), key=lambda e: e.name)
     except OSError as e:
         fix = "make it readable, or move it out of the model folder"
         raise ModelError(f"cannot be read: {e.strerror}", where=str(folder / inside), fix=fix) from e
     for entry in found:
-        if entry.name not in skip:
-            yield entry, inside / entry.name
+        if not skip(at := inside / entry.name):
+            yield entry, at
             if entry.is_dir(follow_symlinks=False):
-                yield from _entries(folder, (), inside / entry.name)
+                yield from _entries(folder, skip, at)
 
 
 def followed(link: Path, origin: Path) -> Path | None:

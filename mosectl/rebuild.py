@@ -229,17 +229,14 @@ def _rights(source: Source, folder: Path, shards: Sequence[Path], how: Writing) 
 
 
 def _carry(source: Source, folder: Path, shards: set[str]) -> None:
-    """Everything in the source's folder but the changed shards and what the journal names."""
-    ours = (
-        {JOURNAL, KEPT_BASE, *(a.file for a in source.journal.patches if Path(a.file).parts[0] == SIDECAR)}
-        if source.journal
-        else set()
-    )
+    """Everything in the source's folder but the changed shards, and what of mosectl.json and mosectl/ the journal names."""
+    replaced = set(shards)
+    if source.journal:
+        replaced |= {JOURNAL, KEPT_BASE, *(a.file for a in source.journal.patches if a.file.startswith(f"{SIDECAR}/"))}
     carried(
         source.checkpoint.folder,
         folder,
-        shards | ours,
-        dropped=lambda name: Path(name).parts[0] == SIDECAR and OWN.fullmatch(Path(name).name) is not None,
+        lambda at: str(at) in replaced or (at.parts[0] == SIDECAR and OWN.fullmatch(at.name) is not None),
     )
     if (folder / SIDECAR).is_dir() and not any((folder / SIDECAR).iterdir()):
         (folder / SIDECAR).rmdir()

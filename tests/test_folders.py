@@ -452,8 +452,16 @@ def test_our_names_in_a_strangers_folder_are_not_taken_over(tmp_path: Path) -> N
     for name in ours:
         (base / name).write_text("planted")
     (base / ".z.abcdefgh.mosectl.tmp").mkdir()
+    (base / ".z.abcdefgh.mosectl.tmp" / "done").write_text("planted")
     apply([patch_for(base)], base, out)
-    assert names(base) - names(out) == {*ours, ".z.abcdefgh.mosectl.tmp"}
+    assert names(base) - names(out) == {*ours, ".z.abcdefgh.mosectl.tmp", ".z.abcdefgh.mosectl.tmp/done"}
+
+
+def test_an_output_inside_the_model_folder(tmp_path: Path) -> None:
+    base = save(tmp_path / "base")
+    before = names(base)
+    apply([patch_for(base)], base, base / "out")
+    assert names(base / "out") >= before and not (base / "out" / "out").exists()
 
 
 @pytest.mark.parametrize("kill", [1, 2, 3])
