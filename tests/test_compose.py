@@ -214,7 +214,7 @@ def test_verify_finds_every_kind_of_damage(edited: Edited, capsys: pytest.Captur
     other = next(n for n in edited_tensor if "layers.2" in n and "down_proj" in n)
     weights = edited.out / "model.safetensors"
     cases = [
-        (edited.out / "mosectl" / f"{edited.a.id[:16]}.safetensors", -5, f"{edited.a.id[:16]}.safetensors"),
+        (edited.out / "mosectl" / f"{edited.a.id}.safetensors", -5, f"{edited.a.id}.safetensors"),
         (weights, tensor_end(edited.out, touched), touched),
         (weights, tensor_end(edited.out, other), "other tensors"),
         (edited.out / "mosectl" / "base.safetensors", -5, "mosectl/base.safetensors"),
