@@ -261,7 +261,7 @@ def test_blame_names_the_patch_that_moved_an_answer(tmp_path: Path, capsys: pyte
 
 
 def test_merge_and_diff_on_the_command_line(edited: Edited, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    files = [str(edited.out / "mosectl" / f"{p.id[:16]}.safetensors") for p in (edited.a, edited.b)]
+    files = [str(edited.out / "mosectl" / f"{p.id}.safetensors") for p in (edited.a, edited.b)]
     target = tmp_path / "m.safetensors"
     assert run("merge", *files, "-o", target, "--json") == 0
     told = json.loads(capsys.readouterr().out)
