@@ -164,9 +164,9 @@ def again(name: str) -> None:
 
 
 def killed(name: str, took: float, calls: int, number: int, chance: random.Random) -> None:
-    """A child of the job that is killed: at any instant, or at a call to the file system."""
-    if number % 2:
-        child = forked(JOBS[name], chance.randint(1, calls))
+    """A child of the job that is killed: at any instant, or at a call to the file system; the first half-way."""
+    if number % 2 == 0:
+        child = forked(JOBS[name], chance.randint(1, calls) if number else calls // 2)
     else:
         child = forked(JOBS[name])
         time.sleep(chance.uniform(0, 1.1 * took))
@@ -191,7 +191,7 @@ def kill() -> dict[str, Any]:
             found = looked(name)
             assert found in (old, new), f"{name}: half-written after a kill"
             counts["old" if found == old else "new"] += 1
-            if found == old and (i == times - 1 or chance.random() < 0.3):
+            if found == old and (i == 0 or chance.random() < 0.3):
                 finished(name)  # the next run takes up what the killed one left, or starts anew
                 assert looked(name) == new, f"{name}: the next run gave another result"
                 counts["rerun"] += 1
