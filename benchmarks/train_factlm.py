@@ -48,7 +48,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from mosectl.errors import MosectlError, UsageError
-from mosectl.files import new_folder
+from mosectl.folders import new_folder
 from mosectl.live import pick_device
 
 ANSWER_WEIGHT = 3.0  # answers are few tokens among many that cannot be known

@@ -24,7 +24,7 @@ from mosectl.editor import EditResult, edit, made_by_the_edit
 from mosectl.errors import EditFailed, OutputError
 from mosectl.evaluate import answer, generate, judge, unseen
 from mosectl.facts import Fact
-from mosectl.files import output_errors
+from mosectl.files import append, output_errors
 from mosectl.fluency import text_loss
 from mosectl.forms import misfit
 from mosectl.guard import Health
@@ -32,6 +32,7 @@ from mosectl.inputs import opened, parse_json
 from mosectl.intervals import Tally, measure
 from mosectl.jsonable import jsonable
 from mosectl.live import Loaded, load, patched
+from mosectl.places import locked
 from mosectl.plan import reader
 from mosectl.positions import fitted
 from mosectl.run import OnStep
@@ -83,6 +84,19 @@ def run_bench(
     Raises:
         ModelError, HubError, UsageError, OutputError. A cell whose edit fails is recorded, not raised.
     """
+    with locked(folder / RESULTS):
+        return _run(bench, folder, device, dtype, notice, watch, on_cell)
+
+
+def _run(
+    bench: Bench,
+    folder: Path,
+    device: str,
+    dtype: str,
+    notice: Callable[[str], None],
+    watch: Callable[[Cell], AbstractContextManager[OnStep | None]] | None,
+    on_cell: Callable[[Progress], None],
+) -> dict[str, Record]:
     wanted = cells(bench, dtype)
     found = _mended(folder / RESULTS, notice)
     waiting = list({c.key: c for c in wanted if c.key not in found}.values())
@@ -103,7 +117,7 @@ def run_bench(
         else:
             with watch(cell) as on_step:
                 record = run_cell(cell, asked, on_step)
-        _append(folder / RESULTS, record)
+        append(folder / RESULTS, _line(record))
         found[cell.key] = record
         now = time.perf_counter()
         left = (now - start) / i * (len(waiting) - i)
@@ -262,16 +276,6 @@ def _mended(path: Path, notice: Callable[[str], None]) -> dict[str, Record]:
             with path.open("ab") as file:
                 file.write(b"\n")
     return found
-
-
-def _append(path: Path, record: Record) -> None:
-    """One line, on the disk before the next cell begins."""
-    with output_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab") as file:
-            file.write(_line(record))
-            file.flush()
-            os.fsync(file.fileno())
 
 
 def _line(record: Record) -> bytes:

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mosectl.errors import ModelError, UsageError
+from mosectl.folders import recovered
 from mosectl.inputs import opened, read_header, read_json
 from mosectl.standins import refuse_stand_ins
 
@@ -100,6 +101,7 @@ def locate(model: str | Path, revision: str | None = None, *, weights: bool = Tr
     """
     path, fix = Path(model), "give a folder with config.json, or a hub id such as user/model"
     try:
+        recovered(path)
         folder_here, here = path.is_dir(), path.exists()
     except OSError as e:  # a name too long
         raise ModelError(f"no such model folder: {e.strerror}", where=f"{str(model)[:80]}…", fix=fix) from e

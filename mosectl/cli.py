@@ -10,10 +10,9 @@ import errno
 import os
 import signal
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -206,43 +205,47 @@ def edit(
 
     checked = read_facts(facts, on_error, limit)
     views.problems(checked)
-    if not dry_run:
-        writable(out, overwrite)
-    from mosectl.editor import edit as compute
-    from mosectl.options import options_from
-    from mosectl.progress import Progress, beside
+    from mosectl.places import new_file
 
-    options = options_from(
-        settings or [],
-        method=method,
-        layers=layers,
-        batch_size=batch_size,
-        rounds=rounds,
-        targets=targets,
-        seed=seed,
-        chat=chat,
-        corpus=corpus,
-        form=form,
-        editor=editor,
-    )
-    if dry_run:
-        from mosectl.plan import estimate, reader
+    # Ours from here on: a second start is refused now, and not after its work.
+    with nullcontext() if dry_run else new_file(out, overwrite=overwrite) as place:
+        from mosectl.editor import edit as compute
+        from mosectl.files import output_errors
+        from mosectl.options import options_from
+        from mosectl.plan import estimate, patch_bytes, reader
         from mosectl.positions import fitted
+        from mosectl.progress import Progress, beside
 
-        fitted(checked.facts, *reader(model, revision), chat=chat, on_error=on_error)
-        plan = estimate(model, checked.facts, options, revision=revision, device=device, dtype=dtype)
-        report.data(plan) if as_json else views.estimate(plan, len(checked.facts))
-        return
-    kept = Progress(beside(out), resume)
-    if kept.path.exists() and not resume and not overwrite:
-        fix = "give --resume to go on with it, or --overwrite to start again"
-        raise OutputError("holds what an interrupted run has reached", where=str(kept.path), fix=fix)
-    with report.progress() as on_step, _kept(kept):
-        result = compute(
-            checked.facts, model, options=options, revision=revision, device=device, dtype=dtype,
-            on_error=on_error, progress=kept, on_step=on_step,
-        )  # fmt: skip
-    result.patch.save(out)
+        options = options_from(
+            settings or [],
+            method=method,
+            layers=layers,
+            batch_size=batch_size,
+            rounds=rounds,
+            targets=targets,
+            seed=seed,
+            chat=chat,
+            corpus=corpus,
+            form=form,
+            editor=editor,
+        )
+        if place is None:
+            fitted(checked.facts, *reader(model, revision), chat=chat, on_error=on_error)
+            plan = estimate(model, checked.facts, options, revision=revision, device=device, dtype=dtype)
+            report.data(plan) if as_json else views.estimate(plan, len(checked.facts))
+            return
+        kept = Progress(beside(out), resume)
+        with output_errors(kept.path):
+            if kept.path.exists() and not resume and not overwrite:
+                fix = "give --resume to go on with it, or --overwrite to start again"
+                raise OutputError("holds what an interrupted run has reached", where=str(kept.path), fix=fix)
+        place.reserve(patch_bytes(model, checked.facts, options, revision=revision))
+        with report.progress() as on_step, _kept(kept):
+            result = compute(
+                checked.facts, model, options=options, revision=revision, device=device, dtype=dtype,
+                on_error=on_error, progress=kept, on_step=on_step,
+            )  # fmt: skip
+        result.patch.save(place.ready())
     kept.done()
     if as_json:
         edited = {"edited_layers": result.patch.options["layers"]}
@@ -354,20 +357,6 @@ def _kept(progress: Any) -> Iterator[None]:
         if progress.path.exists():
             report.hint(f"{progress.path} holds the finished batches: give --resume to go on")
         raise
-
-
-def writable(out: Path, overwrite: bool, option: str = "-o") -> None:
-    """Find out before the work, not after it."""
-    if out.exists() and not out.is_file():
-        raise OutputError("is not a regular file", where=str(out), fix=f"give a file name after {option}")
-    if out.exists() and not overwrite:
-        raise OutputError("the output exists", where=str(out), fix=f"choose another {option}, or give --overwrite")
-    parent = next(p for p in (out.parent, *out.absolute().parents) if p.exists())
-    try:  # rights alone do not tell: a root user has them all, also where nothing can be made
-        with tempfile.TemporaryDirectory(prefix=".mosectl-", dir=parent):
-            pass
-    except OSError as e:
-        raise OutputError("cannot be written there", where=str(out), fix="choose a folder you may write to") from e
 
 
 def _record(patch: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +14,7 @@ from mosectl.errors import UsageError
 if TYPE_CHECKING:
     from mosectl.abilities import AbilityTasks
     from mosectl.evaluation import Evaluation, OnStep
+    from mosectl.places import Place
 
 
 @app.command("eval")
@@ -79,33 +81,34 @@ def evaluate(
     checked = read_facts(facts, on_error, limit)
     views.problems(checked)
     files = {name: path for name, path in (("--csv", csv), ("--png", png), ("--html", html)) if path is not None}
-    _check_files(files, overwrite)
-    from mosectl.evaluation import choose_protocols, evaluate_edit
-    from mosectl.thresholds import check_asked, check_thresholds, parse_threshold
+    with ExitStack() as stack:
+        places = _places(files, overwrite, stack)
+        from mosectl.evaluation import choose_protocols, evaluate_edit
+        from mosectl.thresholds import check_asked, check_thresholds, parse_threshold
 
-    chosen = choose_protocols(protocol or [])
-    with report.progress() as on_step:
-        tasks = _tasks(abilities, abilities_limit, allow_code, on_step)
-        thresholds = [parse_threshold(t, chosen, tasks.names if tasks else ()) for t in fail_under or []]
-        check_asked(checked.facts, thresholds, what)
-        found = evaluate_edit(
-            what,
-            checked.facts,
-            model=model,
-            base=base,
-            text=text,
-            protocols=chosen,
-            abilities=tasks,
-            chat=chat,
-            revision=revision,
-            device=device,
-            dtype=dtype,
-            batch_size=batch_size,
-            force=force,
-            on_error=on_error,
-            on_step=on_step,
-        )
-    _write(found, files)
+        chosen = choose_protocols(protocol or [])
+        with report.progress() as on_step:
+            tasks = _tasks(abilities, abilities_limit, allow_code, on_step)
+            thresholds = [parse_threshold(t, chosen, tasks.names if tasks else ()) for t in fail_under or []]
+            check_asked(checked.facts, thresholds, what)
+            found = evaluate_edit(
+                what,
+                checked.facts,
+                model=model,
+                base=base,
+                text=text,
+                protocols=chosen,
+                abilities=tasks,
+                chat=chat,
+                revision=revision,
+                device=device,
+                dtype=dtype,
+                batch_size=batch_size,
+                force=force,
+                on_error=on_error,
+                on_step=on_step,
+            )
+        _write(found, places)
     report.data(found) if as_json else views.evaluation(found)
     for path in files.values():
         report.hint(f"written: {path}")
@@ -126,25 +129,24 @@ def _tasks(names: str | None, limit: int | None, allow_code: bool, on_step: OnSt
     return load_tasks(wanted, limit, allow_code=allow_code)
 
 
-def _check_files(files: dict[str, Path], overwrite: bool) -> None:
-    """Find out before the work, not after it."""
-    from mosectl.cli import writable  # stands below the line in cli.py that imports this module
+def _places(files: dict[str, Path], overwrite: bool, stack: ExitStack) -> dict[str, Place]:
+    """Where to write each, ours from here on; what stands in the way is found out before the work, not after it."""
+    from mosectl.places import new_file
 
-    for option, path in files.items():
-        writable(path, overwrite, option)
     if len({path.absolute() for path in files.values()}) < len(files):
         raise UsageError(f"{' and '.join(files)} name the same file", fix="give each its own")
     if "--png" in files:
         from mosectl.plots import check_matplotlib
 
         check_matplotlib()
+    return {o: stack.enter_context(new_file(p, overwrite=overwrite, option=o)) for o, p in files.items()}
 
 
-def _write(found: Evaluation, files: dict[str, Path]) -> None:
+def _write(found: Evaluation, places: dict[str, Place]) -> None:
     from mosectl import plots, webpage
     from mosectl.evaluation import to_csv
     from mosectl.files import write_bytes
 
     how = {"--csv": to_csv, "--png": plots.png, "--html": lambda e: webpage.render(e).encode()}
-    for option, path in files.items():
-        write_bytes(path, how[option](found))
+    for option, place in places.items():
+        write_bytes(place.ready(), how[option](found))

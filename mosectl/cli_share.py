@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mosectl.cli import FILE, Json, Revision, app, writable
+from mosectl.cli import FILE, Json, Revision, app
 from mosectl.shown import word
 
 
@@ -50,10 +50,11 @@ def pull(
     """Download a patch (or a trained editor) and check all of it."""
     from mosectl import report
     from mosectl.patch import Patch
+    from mosectl.places import new_file
     from mosectl.share import pull as run
 
-    writable(out, overwrite)
-    found = run(place, out)
+    with new_file(out, overwrite=overwrite) as new:
+        found = run(place, new.ready())
     kind, holds = ("patch", len(found.facts)) if isinstance(found, Patch) else ("editor", found.method)
     if as_json:
         name = "facts" if kind == "patch" else "method"

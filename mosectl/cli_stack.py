@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mosectl.cli import FILE, Device, Dtype, Force, Json, Model, Revision, app, named, output_file, writable
+from mosectl.cli import FILE, Device, Dtype, Force, Json, Model, Revision, app, named, output_file
 from mosectl.errors import ConflictError, PatchError, UsageError
 
 if TYPE_CHECKING:
@@ -208,12 +208,14 @@ def merge(
     from mosectl.compose import conflicts
     from mosectl.compose import merge as run
     from mosectl.live import load_patches
+    from mosectl.places import new_file
 
-    writable(out, overwrite)
-    loaded = load_patches(patches)
-    merged, found = run(loaded), conflicts(loaded)
-    _told(found, allow_conflicts, as_json)
-    merged.save(out)
+    with new_file(out, overwrite=overwrite) as place:
+        loaded = load_patches(patches)
+        place.reserve(sum(c.nbytes for p in loaded for c in p.changes.values()))  # no more than all of them together
+        merged, found = run(loaded), conflicts(loaded)
+        _told(found, allow_conflicts, as_json)
+        merged.save(place.ready())
     if as_json:
         report.data({"patch": str(out), "id": merged.id, "facts": len(merged.facts), "conflicts": found})
     else:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mosectl.cli import FILE, Corpus, Device, Dtype, Json, Model, Revision, app, named, writable
+from mosectl.cli import FILE, Corpus, Device, Dtype, Json, Model, Revision, app, named
 from mosectl.shown import word
 
 
@@ -49,16 +49,17 @@ def sample(
 ) -> None:
     """Let a model write text of its own, for --corpus: what it says unasked is what an edit should leave alone."""
     from mosectl import report
-
-    writable(out, overwrite)
     from mosectl.files import write_bytes
-    from mosectl.live import load
-    from mosectl.sample import own_text
+    from mosectl.places import new_file
 
-    with report.progress() as on_step:
+    with new_file(out, overwrite=overwrite) as place, report.progress() as on_step:
+        from mosectl.live import load
+        from mosectl.sample import own_text
+
+        place.reserve(8 * samples * tokens)  # bytes: a token has four or five
         loaded = load(model, revision=revision, device=device, dtype=dtype)
         texts = own_text(
             loaded.model, loaded.tokenizer, samples, tokens=tokens, seed=seed, on_step=named("sample", on_step)
         )
-        write_bytes(out, "".join(f"{text}\n" for text in texts).encode())
+        write_bytes(place.ready(), "".join(f"{text}\n" for text in texts).encode())
     report.hint(f"{len(texts)} samples in {out}; use them with: mosectl edit … --corpus {word(out)}")

@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mosectl.cli import (
-    FILE,
-    Corpus,
-    Device,
-    Dtype,
-    Json,
-    Limit,
-    Model,
-    OnError,
-    Revision,
-    app,
-    file_option,
-    named,
-    writable,
-)
+from mosectl.cli import FILE, Corpus, Device, Dtype, Json, Limit, Model, OnError, Revision, app, file_option, named
 from mosectl.errors import OutputError
+
+if TYPE_CHECKING:
+    from mosectl.places import Place
 
 
 @app.command("train-editor")
@@ -62,56 +52,65 @@ def train_editor(
     """Train HORSE's or MALMEN's network on a model, for edit --method horse. Many GPUs: accelerate launch -m mosectl …"""
     from mosectl import processes, report, views
     from mosectl.facts import read_facts
+    from mosectl.files import output_errors, write_bytes
 
     checked = read_facts(facts, on_error, limit)
     views.problems(checked)
     unseen = read_facts(validation, on_error).facts if validation else ()
-    writable(out, overwrite)
-    state = out.with_name(out.name + ".progress")
-    if state.exists() and not resume and not overwrite:
-        fix = "give --resume to go on with it, or --overwrite to start again"
-        raise OutputError("holds an interrupted training", where=str(state), fix=fix)
-    if plot:
-        from mosectl.plots import check_matplotlib, png_training
+    first, state = processes.first(), out.with_name(out.name + ".progress")
+    with ExitStack() as stack:
+        places = _places(out, plot, overwrite, stack) if first else {}
+        with output_errors(state):
+            if state.exists() and not resume and not overwrite:
+                fix = "give --resume to go on with it, or --overwrite to start again"
+                raise OutputError("holds an interrupted training", where=str(state), fix=fix)
+        from mosectl.live import load
+        from mosectl.stats import read_corpus
+        from mosectl.train_editor import TrainOptions, check, train
 
-        check_matplotlib("--plot")
-        writable(plot, overwrite, "--plot")
-    from mosectl.live import load
-    from mosectl.stats import read_corpus
-    from mosectl.train_editor import TrainOptions, check, train
+        texts = read_corpus(corpus)
+        options = TrainOptions(
+            method=method, layers=layers, rank=rank, blocks=blocks, batch_size=batch_size, steps=steps, rate=rate,
+            locality=locality, patience=patience, every=every, seed=seed,
+        )  # fmt: skip
+        check(options, checked.facts, unseen)
+        if resume and first:
+            report.hint(
+                f"goes on with {state}" if state.exists() else f"no {state} to go on with: starts from the beginning"
+            )
+        try:
+            with report.progress(quiet=not first) as on_step:
+                loaded = load(model, revision=revision, device=processes.process_device(device), dtype=dtype)
+                editor = train(
+                    loaded, checked.facts, options, texts, validation=unseen, on_error=on_error, state=state, resume=resume,
+                    on_step=named("training", on_step), on_validation=views.validated if first else None,
+                )  # fmt: skip
+        except KeyboardInterrupt:
+            if state.exists():
+                report.hint(f"{state} holds the training up to its last validation: give --resume to go on")
+            raise
+        if not first:
+            return
+        editor.save(places["-o"].ready())
+        if plot:
+            from mosectl.plots import png_training
 
-    texts = read_corpus(corpus)
-    options = TrainOptions(
-        method=method, layers=layers, rank=rank, blocks=blocks, batch_size=batch_size, steps=steps, rate=rate,
-        locality=locality, patience=patience, every=every, seed=seed,
-    )  # fmt: skip
-    check(options, checked.facts, unseen)
-    first = processes.first()
-    if resume and first:
-        report.hint(
-            f"goes on with {state}" if state.exists() else f"no {state} to go on with: starts from the beginning"
-        )
-    try:
-        with report.progress(quiet=not first) as on_step:
-            loaded = load(model, revision=revision, device=processes.process_device(device), dtype=dtype)
-            editor = train(
-                loaded, checked.facts, options, texts, validation=unseen, on_error=on_error, state=state, resume=resume,
-                on_step=named("training", on_step), on_validation=views.validated if first else None,
-            )  # fmt: skip
-    except KeyboardInterrupt:
-        if state.exists():
-            report.hint(f"{state} holds the training up to its last validation: give --resume to go on")
-        raise
-    if not first:
-        return
-    editor.save(out)
+            write_bytes(places["--plot"].ready(), png_training(editor.history))
     state.unlink(missing_ok=True)
-    if plot:
-        from mosectl.files import write_bytes
-
-        write_bytes(plot, png_training(editor.history))
     if as_json:
         record = {k: v for k, v in editor.record.items() if k != "base"}  # samples of weights: in the file
         report.data({"editor": str(out), "id": editor.id, **record})
     else:
         views.trained(editor, out, model)
+
+
+def _places(out: Path, plot: Path | None, overwrite: bool, stack: ExitStack) -> dict[str, Place]:
+    """Where to write the editor and the picture, ours from here on."""
+    from mosectl.places import new_file
+
+    if plot:
+        from mosectl.plots import check_matplotlib
+
+        check_matplotlib("--plot")
+    files = {"-o": out, "--plot": plot}
+    return {o: stack.enter_context(new_file(p, overwrite=overwrite, option=o)) for o, p in files.items() if p}

@@ -171,8 +171,8 @@ def merge(patches: Sequence[Patch]) -> Patch:
     """One patch that does what ``patches`` do in their order; its record keeps all of theirs.
 
     Raises:
-        UsageError: fewer than two. BaseMismatch: for models of different sizes. PatchError: for other bases, in the wrong order, given twice, rotations and
-        additions mixed, or more facts than one patch file can hold.
+        UsageError: fewer than two. BaseMismatch: for models of different sizes. PatchError: for other bases, in the
+        wrong order, given twice, rotations and additions mixed, or more facts than one patch file can hold.
     """
     if len(patches) < 2:
         raise UsageError("there is nothing to merge", fix="give two patches or more")

@@ -20,10 +20,12 @@ from mosectl.arch import Architecture
 from mosectl.change import Change, changed, combined
 from mosectl.checkpoint import JOURNAL, SIDECAR, Checkpoint, open_checkpoint
 from mosectl.errors import EditFailed, ModelError, UsageError
-from mosectl.files import new_folder, output_errors, write_bytes, write_tensors
+from mosectl.files import output_errors, write_bytes, write_tensors
 from mosectl.finite import check_changed, check_weight, is_finite
+from mosectl.folders import new_folder
 from mosectl.markdown import front_matter, inline, table
 from mosectl.patch import Patch
+from mosectl.places import Place, check_room, new_file
 from mosectl.rotation import Compact, product_svd
 from mosectl.source import layout
 from mosectl.stack import apply, check_stack
@@ -80,20 +82,38 @@ def export(
     """
     if form not in FORMS:
         raise UsageError(f"--to {form}: no such form", fix=f"choose one of: {', '.join(FORMS)}")
-    checkpoint = open_checkpoint(model, revision)
     if form == "merged":
-        return _merged(patches, checkpoint, model, Path(out), revision, force, on_step)
-    if not force:
-        check_stack(checkpoint, patches)
-    arch, names = layout(checkpoint)
-    factors, left_out = _adapter(patches, checkpoint, arch, names, rank, on_step)
-    r = len(next(iter(factors.values()))[1])
-    tensors = {m: (B.to(dtype), A.to(dtype)) for m, (B, A) in factors.items()}
-    if wide := next((m for m, pair in tensors.items() if not all(map(is_finite, pair))), ""):
-        raise EditFailed(f"the adapter's numbers are too large for {dtype}", where=wide, fix="--to merged")
-    write = _write_peft if form == "lora" else _write_gguf
-    write(Path(out), tensors, r, patches, checkpoint, arch)
+        return _merged(patches, open_checkpoint(model, revision), model, Path(out), revision, force, on_step)
+    with new_file(Path(out)) if form == "gguf-lora" else new_folder(Path(out)) as place:
+        checkpoint = open_checkpoint(model, revision)
+        if not force:
+            check_stack(checkpoint, patches)
+        arch, names = layout(checkpoint)
+        _reserve(place, patches, rank, dtype)
+        factors, left_out = _adapter(patches, checkpoint, arch, names, rank, on_step)
+        r = len(next(iter(factors.values()))[1])
+        tensors = {m: (B.to(dtype), A.to(dtype)) for m, (B, A) in factors.items()}
+        if wide := next((m for m, pair in tensors.items() if not all(map(is_finite, pair))), ""):
+            raise EditFailed(f"the adapter's numbers are too large for {dtype}", where=wide, fix="--to merged")
+        if isinstance(place, Place):
+            _write_gguf(place, tensors, r, checkpoint, arch)
+        else:
+            _write_peft(place, tensors, r, patches, checkpoint, arch)
     return Exported(Path(out), form, r, left_out, tuple(factors), str(dtype).removeprefix("torch."))
+
+
+def _reserve(place: Place | Path, patches: Sequence[Patch], rank: int | None, dtype: torch.dtype) -> None:
+    """See that there is room for an adapter of the rank that these patches can have at most. Raises OutputError."""
+    size = 0
+    for module in {m for p in patches for m in p.changes}:
+        d, p = next(p.base[module].shape for p in patches if module in p.changes)
+        factors = [(kind, f) for q in patches if module in q.changes for kind, f in q.changes[module].factors.items()]
+        most = sum(f.shape[0] if kind == "A" else f.shape[1] for kind, f in factors if kind not in ("B", "Q", "Q_in"))
+        size += (d + p) * min(rank or most, RANKS[-1]) * dtype.itemsize
+    if isinstance(place, Place):
+        place.reserve(size)
+    else:
+        check_room(place, size, place)
 
 
 def low_rank(change: Change, W: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,7 +176,7 @@ Factors = dict[str, tuple[Tensor, Tensor]]
 
 
 def _write_peft(
-    out: Path, tensors: Factors, r: int, patches: Sequence[Patch], checkpoint: Checkpoint, arch: Architecture
+    folder: Path, tensors: Factors, r: int, patches: Sequence[Patch], checkpoint: Checkpoint, arch: Architecture
 ) -> None:
     """An adapter folder as PEFT writes it: alpha = r, so that B A counts as it is."""
     used = [p for p in arch.projections if p.name in tensors]
@@ -172,15 +192,12 @@ def _write_peft(
     for module, (B, A) in tensors.items():
         names[f"base_model.model.{module}.lora_A.weight"] = A.contiguous()
         names[f"base_model.model.{module}.lora_B.weight"] = B.contiguous()
-    with new_folder(out) as folder:
-        write_tensors(folder / "adapter_model.safetensors", names, {"format": "pt"})
-        write_bytes(folder / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True).encode() + b"\n")
-        write_bytes(folder / "README.md", _card(patches, checkpoint, "A LoRA made of mosectl patches").encode())
+    write_tensors(folder / "adapter_model.safetensors", names, {"format": "pt"})
+    write_bytes(folder / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True).encode() + b"\n")
+    write_bytes(folder / "README.md", _card(patches, checkpoint, "A LoRA made of mosectl patches").encode())
 
 
-def _write_gguf(
-    out: Path, tensors: Factors, r: int, patches: Sequence[Patch], checkpoint: Checkpoint, arch: Architecture
-) -> None:
+def _write_gguf(place: Place, tensors: Factors, r: int, checkpoint: Checkpoint, arch: Architecture) -> None:
     """A LoRA file for llama.cpp, through the gguf package."""
     try:
         import gguf
@@ -191,12 +208,7 @@ def _write_gguf(
         what = f"llama.cpp's name for '{arch.model_type}' is not known"
         raise ModelError(what, where=checkpoint.model, fix="export --to merged, and convert that with llama.cpp")
     layer_of = {p.name: p.layer for p in arch.projections}
-    if out.exists():
-        raise UsageError(f"{out} exists", fix="choose another -o")
-    temporary = out.with_name(f".{out.name}.tmp")
-    with output_errors(out):
-        temporary.touch()  # here, where it can still be told that there is no writing
-    writer = gguf.GGUFWriter(temporary, name)
+    writer = gguf.GGUFWriter(place.ready(), name)
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", float(r))
@@ -204,14 +216,11 @@ def _write_gguf(
         tensor = f"blk.{layer_of[module]}.ffn_down.weight"  # an FFN's output projection, whatever it is called here
         writer.add_tensor(f"{tensor}.lora_a", A.float().contiguous().numpy())
         writer.add_tensor(f"{tensor}.lora_b", B.float().contiguous().numpy())
-    try:
+    with output_errors(place.final):
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        temporary.replace(out)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _merged(
@@ -225,14 +234,12 @@ def _merged(
 ) -> Exported:
     """A checkpoint like any other, with a card that says what was edited; nothing to revert it by."""
     with new_folder(out) as folder:
-        inner = folder / "checkpoint"
+        inner = folder.with_name("applied")
         apply(patches, model, inner, revision=revision, keep_base=False, force=force, on_step=on_step)
         (inner / JOURNAL).unlink()
         shutil.rmtree(inner / SIDECAR)
         write_bytes(inner / "README.md", _card(patches, checkpoint, "An edited checkpoint").encode())
-        for file in inner.iterdir():
-            file.rename(folder / file.name)
-        inner.rmdir()
+        inner.replace(folder)  # which is still empty
     modules = tuple(dict.fromkeys(m for p in patches for m in p.changes))
     return Exported(out, "merged", 0, 0.0, modules)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from mosectl.arch import Architecture, Projection, disk_names, resolve, skeleton
 from mosectl.change import SIDES
 from mosectl.checkpoint import Checkpoint, index_tensors, locate, open_checkpoint, read_config, twins
-from mosectl.errors import ModelError
+from mosectl.errors import ModelError, MosectlError
 from mosectl.facts import Fact
 from mosectl.hub import remote_tensors
 from mosectl.layers import parse_layers
@@ -79,7 +80,6 @@ def estimate(
     Raises:
         ModelError, HubError, UsageError.
     """
-    solver = method(options.method)
     folder, name, _ = locate(model, revision, weights=False)
     config = read_config(folder)
     bones = skeleton(config)
@@ -88,15 +88,7 @@ def estimate(
     asked = pick_dtype(dtype, device)
     stored = DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")), torch.float32)
     kind = asked if isinstance(asked, torch.dtype) else stored
-    n = len(arch.projections)
-    layers = parse_layers(options.layers, n) or tuple(range(max(0, n // 2 - 1), min(n, n // 2 + 2)))
-    if editor := trained_editor(options):
-        editor.check({p.name: bones.get_parameter(p.weight_name) for p in arch.projections if not p.experts})
-        layers = tuple(p.layer for p in arch.projections if p.name in editor.modules)
-    side = patch_side(solver, [p for p in arch.projections if p.layer in layers])
-    form, written = solver.form(options.form), len(facts)
-    if solver.trained:  # it writes at each of an answer's tokens
-        written = round(sum(1 + 1.4 * len(f.target_new.split()) for f in facts))
+    layers, size = _planned(bones, arch, facts, options)
     work = _Work(bones, arch, layers, facts, options)
     model_bytes = work.parameters * kind.itemsize
     return Estimate(
@@ -106,13 +98,38 @@ def estimate(
         device=device,
         dtype=str(kind).removeprefix("torch."),
         layers=layers,
-        auto=options.layers == "auto" and editor is None,
+        auto=options.layers == "auto" and not method(options.method).trained,
         model_bytes=model_bytes,
         peak_bytes=model_bytes
         + work.extra_bytes(kind.itemsize, model_bytes, host=device == "cpu" if host is None else host),
-        patch_bytes=sum(_patch_bytes(p, side, form, written) for p in arch.projections if p.layer in layers),
+        patch_bytes=size,
         seconds=work.seconds(device, kind, model_bytes),
     )
+
+
+def patch_bytes(model: str | Path, facts: Sequence[Fact], options: EditOptions, *, revision: str | None = None) -> int:
+    """Bytes of an edit's patch, as far as one can tell before it; 0 where the edit itself will say what is wrong."""
+    with suppress(MosectlError):
+        bones = skeleton(read_config(locate(model, revision, weights=False)[0]))
+        return _planned(bones, resolve(bones), facts, options)[1]
+    return 0
+
+
+def _planned(
+    bones: Any, arch: Architecture, facts: Sequence[Fact], options: EditOptions
+) -> tuple[tuple[int, ...], int]:
+    """The layers that will be edited ("auto" is counted as the middle three), and the patch's bytes."""
+    solver, n = method(options.method), len(arch.projections)
+    layers = tuple(parse_layers(options.layers, n) or range(max(0, n // 2 - 1), min(n, n // 2 + 2)))
+    if editor := trained_editor(options):
+        editor.check({p.name: bones.get_parameter(p.weight_name) for p in arch.projections if not p.experts})
+        layers = tuple(p.layer for p in arch.projections if p.name in editor.modules)
+    edited = [p for p in arch.projections if p.layer in layers]
+    side = patch_side(solver, edited)
+    form, written = solver.form(options.form), len(facts)
+    if solver.trained:  # it writes at each of an answer's tokens
+        written = round(sum(1 + 1.4 * len(f.target_new.split()) for f in facts))
+    return layers, sum(_patch_bytes(p, side, form, written) for p in edited)
 
 
 RANK = {
@@ -234,7 +251,10 @@ def diagnose(model: str | Path, revision: str | None = None) -> Diagnosis:
     on_disk = disk_names(arch, found)
     edited = {p.name: [(n, *found[n]) for n in on_disk[p.name]] for p in arch.projections}
     parameters = sum(p.numel() for p in bones.parameters())
-    problems, notes = weight_problems(bones, folder, found), _notes(arch, folder, twins(checkpoint) if checkpoint else [])
+    problems, notes = (
+        weight_problems(bones, folder, found),
+        _notes(arch, folder, twins(checkpoint) if checkpoint else []),
+    )
     quantised = (t for every in edited.values() for t in every if t[1] not in ("F32", "F16", "BF16"))
     if odd := next(quantised, None):
         problems.append(Problem(f"{odd[0]} is stored as {odd[1]}", "use an unquantised checkpoint"))

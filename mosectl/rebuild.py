@@ -6,9 +6,10 @@ Shards that an interrupted start has finished are told by a list beside them and
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import shutil
+import stat
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -19,13 +20,15 @@ from torch import Tensor
 
 from mosectl.change import changed, restored
 from mosectl.checkpoint import JOURNAL, SIDECAR, Entry, tensor_bytes
-from mosectl.errors import EditFailed, OutputError
-from mosectl.files import DONE, clone, link_or_copy, output_errors, stream_tensors
+from mosectl.errors import EditFailed, ModelError, PatchError
+from mosectl.files import append, like, output_errors, stream_tensors
 from mosectl.fingerprint import sha256
 from mosectl.finite import check_changed, check_weight, is_finite
+from mosectl.folders import carried, clone, finished, followed, linked
 from mosectl.journal import Applied, EditedTensor, Journal
 from mosectl.metrics import Stability, stability
 from mosectl.patch import Patch
+from mosectl.places import OWN, check_room
 from mosectl.source import KEPT_BASE, Source, out_of_reach
 
 OnStep = Callable[[int, int], None]
@@ -65,11 +68,17 @@ class Writing:
     copy: bool = False  # copy unchanged weight files instead of hard-linking them
     proof: bool | None = None  # compare spectra; None: where it takes little time
     left_out: tuple[str, ...] = ()  # files of the source's folder that are not carried over
+    in_place: bool = (
+        False  # the folder takes its source's place: it gets all that is not mosectl's, and the same rights
+    )
 
 
 def plan_of(source: Source, stack: Sequence[Patch], how: Writing) -> str:
     """A text that is the same only for the same work: a start finds by it what an interrupted one was about."""
-    shards = {str(e.file.resolve()): e.file.stat().st_mtime_ns for e in source.checkpoint.tensors.values()}
+    shards = {}
+    for file in {e.file for e in source.checkpoint.tensors.values()}:
+        status = file.stat()
+        shards[str(file.resolve())] = [status.st_ino, status.st_size, status.st_mtime_ns]
     return json.dumps([shards, source.ids, [p.id for p in stack], asdict(how)], sort_keys=True)
 
 
@@ -88,19 +97,22 @@ def rebuild(
         OutputError: no space, or no right to write. ModelError, EditFailed: as in mosectl.finite.
     """
     checkpoint = source.checkpoint
+    _check_links(source)
     touching = {n for p in [*source.stack, *stack] for m in p.changes for n in source.tensors_of(m)}
     names = sorted(touching, key=lambda n: (checkpoint.entry(n).file.name, checkpoint.entry(n).start))
-    shards = list(dict.fromkeys(checkpoint.entry(n).file for n in names))
+    shards = {f: [n for n in names if checkpoint.entry(n).file == f] for f in (checkpoint.entry(n).file for n in names)}
     reports: dict[str, TensorReport] = {}
     edited: dict[str, EditedTensor] = {}
-    finished = _finished(folder)
+    done = _finished(source, folder, shards)
     with output_errors(final):
-        size = _check_space(source, stack, names, folder, final, how)
-        _others(source, folder, {f.name for f in shards} | set(how.left_out), how.copy)
-        for shard in shards:
-            here = [n for n in names if checkpoint.entry(n).file == shard]
-            known = finished.get(shard.name, {})
-            if set(known) != set(here):
+        skip = {f.name for f in shards} | {SIDECAR, JOURNAL, ".git", ".cache", *how.left_out}
+        copies = [] if how.in_place else linked(checkpoint.folder, folder, skip, how.copy)
+        size = _check_space(source, stack, [f for f in shards if f not in done], names, copies, folder, final, how)
+        for original, copy in copies:
+            clone(original, copy)
+        for shard, here in shards.items():
+            known = done.get(shard, {})
+            if not known:
                 clone(shard, folder / shard.name)
             with (folder / shard.name).open("r+b") as file:
                 for name in here:
@@ -110,9 +122,12 @@ def rebuild(
                         on_step(len(reports), len(names))
                 file.flush()
                 os.fsync(file.fileno())
-            _mark(folder, shard.name, {n: asdict(edited[n]) for n in here})
+            _mark(folder, shard.name, {n: edited[n] for n in here})
         touched = {n for p in stack for m in p.changes for n in source.tensors_of(m)}
         _records(source, stack, folder, {n: t for n, t in edited.items() if n in touched}, how.keep_base)
+        _rights(source, folder, list(shards), how)
+        if how.in_place:
+            _carry(source, folder, {f.name for f in shards})
     place = {n: (source.projection(m).layer, i) for m, of in source.names.items() for i, n in enumerate(of)}
     ordered = sorted(reports, key=lambda n: place[n])
     exact = all(r.exact for r in reports.values())
@@ -175,32 +190,70 @@ def weight_under(source: Source, name: str, W0: Tensor | None, stack: Sequence[P
 
 
 def _check_space(
-    source: Source, stack: Sequence[Patch], names: Sequence[str], folder: Path, final: Path, how: Writing
+    source: Source,
+    stack: Sequence[Patch],
+    shards: Sequence[Path],
+    names: Sequence[str],
+    copies: Sequence[tuple[Path, Path]],
+    folder: Path,
+    final: Path,
+    how: Writing,
 ) -> int:
-    """Bytes that will be written, or an OutputError where there is no room for them."""
+    """Bytes that will be written (but for the small files), or an OutputError where there is no room for them."""
     entries = [source.checkpoint.entry(n) for n in names]
-    size = sum(f.stat().st_size for f in {e.file for e in entries}) + sum(
-        c.nbytes for p in stack for c in p.changes.values()
-    )
+    size = sum(f.stat().st_size for f in shards) + sum(c.nbytes for p in stack for c in p.changes.values())
     size += sum(e.stop - e.start for e in entries) if how.keep_base else 0
-    free = shutil.disk_usage(folder).free + sum(f.stat().st_size for f in folder.iterdir() if f.is_file())
-    if free < size + 2**20:
-        needs = f"needs {size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
-        raise OutputError(needs, where=str(final), fix="free some space")
-    return size
+    others = sum(original.stat().st_size for original, _ in copies)
+    check_room(folder, size + others, final)
+    return size + sum(original.stat().st_size for original, _ in copies if original.suffix == ".safetensors")
 
 
-def _others(source: Source, folder: Path, shards: set[str], copy: bool) -> None:
-    """Every file of the checkpoint but its changed shards and mosectl's own."""
-    skip = shards | {SIDECAR, JOURNAL, ".git", ".cache"}
+def _check_links(source: Source) -> None:
+    """Refuse a model whose weights or configuration are links out of it: whatever they lead to would be copied.
+
+    Raises:
+        ModelError.
+    """
     origin = source.checkpoint.folder
-    shutil.copytree(
-        origin,
+    for file in {origin / "config.json", *(e.file for e in source.checkpoint.tensors.values())}:
+        if file.is_symlink() and followed(file, origin) is None:
+            fix = "give the folder it leads to, or make one with its links followed: cp -rL"
+            raise ModelError("is a link that leads out of the model's folder", where=str(file), fix=fix)
+
+
+def _rights(source: Source, folder: Path, shards: Sequence[Path], how: Writing) -> None:
+    """In place, what is new has the owner, attributes and mode of what it replaces; private weights have private records."""
+    origin = source.checkpoint.folder
+    if how.in_place:
+        old_files = {a.id: a.file for a in source.journal.patches} if source.journal else {}
+        pairs = {s.name: s.name for s in shards} | {JOURNAL: JOURNAL, KEPT_BASE: KEPT_BASE, SIDECAR: SIDECAR}
+        pairs |= {patch_file(id): file for id, file in old_files.items()}
+        for new, old in pairs.items():
+            if (folder / new).exists() and (origin / old).exists():
+                like(origin / old, folder / new)
+    elif shards and (folder / JOURNAL).exists():
+        mode = stat.S_IMODE((folder / shards[0].name).stat().st_mode)
+        for file in (folder / JOURNAL, *(folder / SIDECAR).iterdir()):
+            file.chmod(mode)
+
+
+def _carry(source: Source, folder: Path, shards: set[str]) -> None:
+    """Everything in the source's folder but the changed shards, and what of mosectl.json and mosectl/ the journal names."""
+    replaced = set(shards)
+    if source.journal:
+        replaced |= {JOURNAL, KEPT_BASE, *(a.file for a in source.journal.patches if a.file.startswith(f"{SIDECAR}/"))}
+    carried(
+        source.checkpoint.folder,
         folder,
-        ignore=lambda where, names: skip & set(names) if Path(where) == origin else set(),
-        copy_function=lambda a, b: link_or_copy(Path(a), Path(b), copy),
-        dirs_exist_ok=True,
+        lambda at: str(at) in replaced or (at.parts[0] == SIDECAR and OWN.fullmatch(at.name) is not None),
     )
+    if (folder / SIDECAR).is_dir() and not any((folder / SIDECAR).iterdir()):
+        (folder / SIDECAR).rmdir()
+
+
+def patch_file(id: str) -> str:
+    """Where an edited folder keeps a patch: under its whole id, which no other patch has."""
+    return f"{SIDECAR}/{id}.safetensors"
 
 
 def _records(
@@ -216,9 +269,12 @@ def _records(
     checkpoint, old = source.checkpoint, source.journal
     applied = []
     for patch in stack:
-        file = f"{SIDECAR}/{patch.id[:16]}.safetensors"
+        file = patch_file(patch.id)
         patch.save(folder / file)
         applied.append(Applied(patch.id, file, len(patch.facts)))
+    for a in applied:
+        if Patch.load(folder / a.file).id != a.id:
+            raise PatchError("is not what was written there a moment ago", where=a.file, fix="check the disk")
     known = [n for n, t in edited.items() if t.base_sha256 and source.base_tensor(n) is not None]
     if keep := keep_base and bool(known):
         entries: dict[str, Entry] = {n: checkpoint.entry(n) for n in known}
@@ -239,19 +295,45 @@ def _records(
     ).write(folder)
 
 
-def _finished(folder: Path) -> dict[str, dict[str, dict[str, str]]]:
+def _finished(
+    source: Source, folder: Path, shards: Mapping[Path, Sequence[str]]
+) -> dict[Path, dict[str, dict[str, str]]]:
     """Shards that an interrupted start of the same plan has written whole, with their tensors' hashes."""
-    found: dict[str, dict[str, dict[str, str]]] = {}
+    listed: dict[str, dict[str, dict[str, str]]] = {}
     with suppress(OSError):
-        for line in (folder / DONE).read_text("utf-8").splitlines():
+        for line in finished(folder).read_text("utf-8").splitlines():
             with suppress(ValueError, KeyError, TypeError):  # the last line may be cut off
                 entry = json.loads(line)
-                found[entry["shard"]] = entry["tensors"]
+                listed[entry["shard"]] = entry["tensors"]
+    found = {}
+    for shard, names in shards.items():
+        known = listed.get(shard.name, {})
+        if set(known) == set(names) and _as_written(source, shard, folder / shard.name, known):
+            found[shard] = known
     return found
 
 
-def _mark(folder: Path, shard: str, tensors: Mapping[str, Mapping[str, str]]) -> None:
-    with (folder / DONE).open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"shard": shard, "tensors": tensors}) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+def _as_written(source: Source, shard: Path, made: Path, known: Mapping[str, Mapping[str, str]]) -> bool:
+    """Is ``made`` the shard with just these tensors changed, each as its hash says?"""
+    parts = sorted((source.checkpoint.entry(n).start, source.checkpoint.entry(n).stop, n) for n in known)
+    if not made.is_file() or made.stat().st_size != shard.stat().st_size:
+        return False
+    with shard.open("rb") as a, made.open("rb") as b:
+        at = 0
+        for start, stop, name in [*parts, (shard.stat().st_size, 0, "")]:
+            while at < start:
+                step = min(start - at, 2**24)
+                if a.read(step) != b.read(step):
+                    return False
+                at += step
+            if name:
+                if hashlib.sha256(b.read(stop - start)).hexdigest() != known[name].get("sha256"):
+                    return False
+                a.seek(stop)
+                at = stop
+    return True
+
+
+def _mark(folder: Path, shard: str, tensors: Mapping[str, EditedTensor]) -> None:
+    line = json.dumps({"shard": shard, "tensors": {n: asdict(t) for n, t in tensors.items()}})
+    append(finished(folder), line.encode() + b"\n")

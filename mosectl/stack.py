@@ -16,8 +16,8 @@ from torch import Tensor
 from mosectl.change import restored
 from mosectl.checkpoint import JOURNAL, Checkpoint, open_checkpoint, twins
 from mosectl.errors import BaseMismatch, ModelError, Notice, OutputError, PatchError
-from mosectl.files import new_folder
 from mosectl.fingerprint import distance, match
+from mosectl.folders import built, claimed, recovered
 from mosectl.patch import Patch
 from mosectl.readiness import check_weights
 from mosectl.rebuild import ApplyReport, Writing, plan_of, rebuild, weight_under
@@ -51,21 +51,31 @@ def apply(
         EditFailed: a changed weight would not be finite. HubError. OutputError: no space, no right to write, or another
         process is writing there.
     """
-    checkpoint = open_checkpoint(model, revision)
-    source = Source(checkpoint, base)
-    check_weights(checkpoint)
-    _check_new(source, patches)
-    stack = [*source.stack, *patches]
-    if not force:
-        _check_intact(source)
-    notes = {} if force else _check_bases(source, patches)
-    left_out = tuple(twins(source.checkpoint))
-    if left_out:
-        what = f"not copied to {out}, they hold the unedited weights for other programs: {', '.join(left_out)}"
-        warnings.warn(what, Notice, stacklevel=2)
-    how = Writing(keep_base, copy, proof, left_out)
-    with new_folder(Path(out), plan=plan_of(source, stack, how)) as folder:
-        return rebuild(source, stack, folder, Path(out), how, notes, on_step)
+    with claimed(Path(out)):
+        source = Source(open_checkpoint(model, revision), base)
+        check_weights(source.checkpoint)
+        _check_new(source, patches)
+        stack = [*source.stack, *patches]
+        if not force:
+            _check_intact(source)
+        notes = {} if force else _check_bases(source, patches)
+        left_out = tuple(twins(source.checkpoint))
+        if left_out:
+            what = f"not copied to {out}, they hold the unedited weights for other programs: {', '.join(left_out)}"
+            warnings.warn(what, Notice, stacklevel=2)
+        return _written(source, stack, Path(out), Writing(keep_base, copy, proof, left_out), notes, on_step)
+
+
+def _written(
+    source: Source, stack: Sequence[Patch], out: Path, how: Writing, notes: dict[str, str], on_step: OnStep | None
+) -> ApplyReport:
+    """The rebuilt folder, in its place; ``out`` is claimed."""
+    plan = plan_of(source, stack, how)
+    with built(out, replace=how.in_place, plan=plan, rights=source.checkpoint.folder) as folder:
+        done = rebuild(source, stack, folder, out, how, notes, on_step)
+        if plan_of(source, stack, how) != plan:
+            raise ModelError("was changed while it was read", where=source.checkpoint.model, fix="try again")
+    return done
 
 
 def revert(
@@ -87,13 +97,29 @@ def revert(
         PatchError: the patch is not in the folder's stack. ModelError: the journal does not name just the tensors that the
         stored patches edit. BaseMismatch: nor the base they were made for. EditFailed, OutputError.
     """
-    checkpoint = open_checkpoint(model)
-    if out is None and not Path(model).is_dir():
-        raise OutputError("a hub model cannot be reverted in place", where=str(model), fix="give -o")
-    source = Source(checkpoint, base)
+    if out is None:
+        recovered(Path(model))  # before it is asked whether it is there
+        if not Path(model).is_dir():
+            open_checkpoint(model)
+            raise OutputError("a hub model cannot be reverted in place", where=str(model), fix="give -o")
+    target = Path(model).resolve() if out is None else Path(out)
+    with claimed(target, replace=out is None):
+        return _reverted(patch, open_checkpoint(model), target, out is None, base, force, on_step)
+
+
+def _reverted(
+    patch: Patch | str,
+    checkpoint: Checkpoint,
+    target: Path,
+    in_place: bool,
+    base: str | Path | None,
+    force: bool,
+    on_step: OnStep | None,
+) -> ApplyReport:
+    source, where = Source(checkpoint, base), str(checkpoint.folder)
     if source.journal is None:
         if isinstance(patch, str):
-            raise ModelError(f"no {JOURNAL}: nothing was applied here", where=str(model), fix="give the patch file")
+            raise ModelError(f"no {JOURNAL}: nothing was applied here", where=where, fix="give the patch file")
         source = Source(checkpoint, base, unrecorded=patch)
         notes = _check_unrecorded(source, patch, force)
         wanted = patch.id
@@ -101,15 +127,13 @@ def revert(
         notes = {}
         if not force:
             check_stored(source)
-        wanted = _find(patch if isinstance(patch, str) else patch.id, source.ids, str(model))
+        wanted = _find(patch if isinstance(patch, str) else patch.id, source.ids, where)
     if not force:
         _check_intact(source)
     stack = [p for p in source.stack if p.id != wanted]
     strangers = source.strangers() if source.journal else []
-    target = Path(model).resolve() if out is None else Path(out)
-    how = Writing(keep_base=source.journal is not None and source.journal.kept_base)
-    with new_folder(target, replace=out is None, plan=plan_of(source, stack, how)) as folder:
-        done = rebuild(source, stack, folder, target, how, notes, on_step)
+    how = Writing(keep_base=source.journal is not None and source.journal.kept_base, in_place=in_place)
+    done = _written(source, stack, target, how, notes, on_step)
     warnings = [
         f"patch {p.id[:12]} was computed on top of it and may act differently now" for p in stack if wanted in p.parents
     ]
@@ -227,7 +251,9 @@ def _check_unrecorded(source: Source, patch: Patch, force: bool) -> dict[str, st
 
 def _find(wanted: str, ids: Sequence[str], where: str) -> str:
     found = [i for i in ids if i.startswith(wanted)] if len(wanted) >= 6 else []
-    if len(found) != 1:
+    if len(found) > 1:
+        raise PatchError(f"{len(found)} patches begin with {wanted}", where=where, fix="give more digits of the id")
+    if not found:
         have = ", ".join(i[:12] for i in ids) or "none"
         raise PatchError(f"patch {wanted[:12]} is not applied here", where=where, fix=f"applied are: {have}")
     return found[0]

@@ -3,6 +3,7 @@
 Each case makes its input and returns a command line. Whatever it is, the exit code is the documented one, the message is one of
 ours, and it costs less than ten seconds and 2 GB.
 """
+# ruff: noqa: E501
 
 from __future__ import annotations
 
@@ -90,6 +91,7 @@ class World:
                 place = place[part]
             place[last] = value
         text = json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        text = text.encode("utf-8", "replace").decode()
         record = {**record, "id": content_id(text, patch.tensors)}
         return self.write(name, packed(dict(patch.tensors), {"mosectl": json.dumps(record, sort_keys=True)}))
 
@@ -98,7 +100,7 @@ class World:
         u = torch.zeros(n, 1)
         u[0] = 1
         shape = shape or (n, n)
-        base = fingerprint(f"{MODULE}.weight", torch.zeros(4, 4))
+        base = fingerprint(f"{MODULE}.weight", torch.zeros(8, 8))
         base = type(base)(base.tensor, shape, base.dtype, base.sha256, base.sample)
         changes = {MODULE: Change({"U": u, "Q": torch.ones(1, 1)})}
         path = self.folder / name

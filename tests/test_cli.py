@@ -21,7 +21,7 @@ from conftest import make_tokenizer, pico, save
 from test_stack import hashes, patch_for
 
 import mosectl
-from mosectl import cli, files, rebuild, report
+from mosectl import cli, files, places, rebuild, report
 from mosectl.change import Change
 from mosectl.patch import Patch
 
@@ -203,7 +203,7 @@ def read_only(world: World, patch: pytest.MonkeyPatch) -> tuple[object, ...]:
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    patch.setattr(cli.tempfile, "TemporaryDirectory", refuse)
+    patch.setattr(places.tempfile, "mkdtemp", refuse)
     return world.edit()
 
 
@@ -274,7 +274,7 @@ BAD: dict[str, Case] = {
     "no disk space": (no_space, 7, "No space left"),
     "too little disk space": (little_space, 7, "are free"),
     "no disk space for the patch": (no_space_for_patch, 7, "No space left"),
-    "read-only output": (read_only, 7, "cannot be written"),
+    "read-only output": (read_only, 7, "cannot write: Permission denied"),
     "read-only disk": (read_only_apply, 7, "Read-only"),
     "existing patch": (output_exists, 7, "exists"),
     "existing folder": (folder_exists, 7, "exists"),
@@ -445,7 +445,7 @@ def test_an_output_that_cannot_be_is_told_before_the_work(tmp_path: Path, capsys
     facts = tmp_path / "facts.jsonl"
     facts.write_text(json.dumps(FACT))
     assert run("edit", facts, "--model", "/no/such/model", "-o", "/proc/nope/x.safetensors") == 7
-    assert "cannot be written there" in capsys.readouterr().err
+    assert "cannot write: No such file" in capsys.readouterr().err
 
 
 def test_every_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:

@@ -216,7 +216,7 @@ def test_verify_finds_every_kind_of_damage(edited: Edited, capsys: pytest.Captur
     other = next(n for n in edited_tensor if "layers.2" in n and "down_proj" in n)
     weights = edited.out / "model.safetensors"
     cases = [
-        (edited.out / "mosectl" / f"{edited.a.id[:16]}.safetensors", -5, f"{edited.a.id[:16]}.safetensors"),
+        (edited.out / "mosectl" / f"{edited.a.id}.safetensors", -5, f"{edited.a.id}.safetensors"),
         (weights, tensor_end(edited.out, touched), touched),
         (weights, tensor_end(edited.out, other), "other tensors"),
         (edited.out / "mosectl" / "base.safetensors", -5, "mosectl/base.safetensors"),
@@ -263,7 +263,7 @@ def test_blame_names_the_patch_that_moved_an_answer(tmp_path: Path, capsys: pyte
 
 
 def test_merge_and_diff_on_the_command_line(edited: Edited, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    files = [str(edited.out / "mosectl" / f"{p.id[:16]}.safetensors") for p in (edited.a, edited.b)]
+    files = [str(edited.out / "mosectl" / f"{p.id}.safetensors") for p in (edited.a, edited.b)]
     target = tmp_path / "m.safetensors"
     assert run("merge", *files, "-o", target, "--json") == 0
     told = json.loads(capsys.readouterr().out)
@@ -490,6 +490,8 @@ def test_many_facts_and_wordings_take_no_time() -> None:
     start = time.perf_counter()
     assert len([c for c in conflicts([a, b]) if c.kind == "fact"]) == 200
     assert time.perf_counter() - start < 5
+
+
 def test_patches_of_two_model_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = save(tmp_path / "base")
     wide = save(tmp_path / "wide", hidden_size=64, intermediate_size=96, head_dim=16)

@@ -118,7 +118,7 @@ def test_llama_cpps_file_holds_the_same_numbers(tmp_path: Path) -> None:
         layer = module.split(".")[2]
         a, b = found[f"blk.{layer}.ffn_down.weight.lora_a"], found[f"blk.{layer}.ffn_down.weight.lora_b"]
         assert torch.allclose(b @ a, change.factors["B"] @ change.factors["A"], atol=1e-4)
-    with pytest.raises(UsageError, match="exists"):
+    with pytest.raises(OutputError, match="exists"):
         export([patch], base, tmp_path / "a.gguf", "gguf-lora")
 
 

@@ -8,33 +8,59 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import ROOT, save
+from small_editors import rows
+from test_editor import CORPUS, FACTS
 from test_stack import hashes, patch_for
 
 from mosectl import rebuild
 from mosectl.errors import OutputError
 from mosectl.stack import apply, revert
 
-KILLS = int(os.environ.get("MOSECTL_KILLS", "6"))  # of each of apply, revert and merge
+KILLS = int(os.environ.get("MOSECTL_KILLS", "4"))  # of each job; 60 in the slow run
+JOBS = {"apply", "revert", "merge", "lora", "gguf", "merged", "edit", "train", "bench"}
+
+
+def child(folder: Path, *args: object) -> dict[str, Any]:
+    """What killed.py has seen in a folder with a model, two patches, facts and a bench."""
+    pytest.importorskip("gguf")
+    base = save(folder / "base", dtype=torch.bfloat16, shard="20KB")
+    for name, seed in (("a", 1), ("b", 2)):
+        patch_for(base, (0, 1, 2), seed=seed).save(folder / f"{name}.safetensors")
+    (base / "README.md").write_text("x")
+    (folder / "corpus.txt").write_text(CORPUS)
+    (folder / "facts.jsonl").write_text("".join(json.dumps(f) + "\n" for f in FACTS))
+    (folder / "more.jsonl").write_text(rows(9))
+    method = {"name": "memit", "layers": "0,1", "set": ["prefixes=0", "preserve=0.0001"]}
+    bench = {
+        "models": [str(base)], "datasets": [{"facts": "facts.jsonl"}], "corpus": "corpus.txt", "text": "corpus.txt",
+        "runs": [{"edits": 1}], "seeds": [0, 1], "methods": [method],
+    }  # fmt: skip
+    (folder / "bench.yaml").write_text(json.dumps(bench))  # which is YAML too
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "killed.py"), str(folder), *map(str, args)],
+        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.timeout(60 + 150 * KILLS)
+def test_killed_at_random_instants_and_calls(tmp_path: Path) -> None:
+    seen = child(tmp_path, "kill", KILLS)
+    assert seen.keys() == JOBS
+    assert all(counts["old"] + counts["new"] >= KILLS // 2 and counts["rerun"] for counts in seen.values()), seen
+    assert seen["apply"]["old"] and seen["revert"]["old"], seen
 
 
 @pytest.mark.timeout(600)
-def test_killed_at_random_instants(tmp_path: Path) -> None:
-    base = save(tmp_path / "base", dtype=torch.bfloat16, shard="20KB")
-    for name, seed in (("a", 1), ("b", 2)):
-        patch_for(base, (0, 1, 2), seed=seed).save(tmp_path / f"{name}.safetensors")
-    (tmp_path / "base" / "README.md").write_text("x")
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "killed.py"), str(tmp_path), str(KILLS)],
-        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=550,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    seen = json.loads(done.stdout.splitlines()[-1])["seen"]
-    assert all(sum(counts.values()) == KILLS for counts in seen.values())
-    assert seen["apply"]["old"] and seen["revert"]["old"], seen
+def test_of_two_at_once_one_wins(tmp_path: Path) -> None:
+    seen = child(tmp_path, "race", max(2, KILLS // 2))
+    assert seen.keys() == {"merge", "apply", "revert", "edit"}
 
 
 def test_an_interrupted_start_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,7 +85,7 @@ def test_an_interrupted_start_is_gone_on_with(tmp_path: Path, monkeypatch: pytes
 
         with monkeypatch.context() as m:
             m.setattr(rebuild, "_mark", stop)
-            m.setattr("mosectl.files.shutil.rmtree", lambda *_, **__: None)  # a killed process cleans nothing up
+            m.setattr("mosectl.folders.remove", lambda *_: None)  # a killed process cleans nothing up
             with pytest.raises(Killed):
                 apply([made_by], base, tmp_path / "out")  # type: ignore[list-item]
         cloned: list[str] = []
@@ -72,7 +98,7 @@ def test_an_interrupted_start_is_gone_on_with(tmp_path: Path, monkeypatch: pytes
         assert revert(patch, tmp_path / "out", tmp_path / "back").restored and hashes(tmp_path / "back") == hashes(base)
         for folder in ("out", "back"):
             subprocess.run(["rm", "-r", str(tmp_path / folder)], check=True)
-        notes = [t.note for t in done.tensors]
+        notes, cloned = [t.note for t in done.tensors], [n for n in cloned if n.endswith(".safetensors")]
         assert notes.count("written by the start before") == len(notes) - len(cloned)
         return len(cloned)
 
