@@ -56,7 +56,11 @@ def output_file(text: str, option: str = "-o") -> Path:
     Raises:
         OutputError: a folder is named.
     """
-    if str(text).endswith(("/", os.sep)) or Path(text).is_dir():
+    try:
+        folder = str(text).endswith(("/", os.sep)) or Path(text).is_dir()
+    except OSError as e:  # a name too long
+        raise OutputError(f"cannot write: {e.strerror}", where=str(text), fix="choose a shorter name") from e
+    if folder:
         fix = f"give a file name after {option}, such as {Path(text) / 'name'}"
         raise OutputError("is a folder, not a file", where=str(text), fix=fix)
     return Path(text)

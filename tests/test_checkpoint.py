@@ -174,8 +174,15 @@ def test_files_that_are_none(name: str, make: Callable[[Path], None], tmp_path: 
     with pytest.raises(ModelError) as e:
         load(folder)
     assert e.value.fix and str(tmp_path) in e.value.where and time.perf_counter() - start < 5
-    with pytest.raises(ModelError):
-        diagnose(folder)
+    assert not ready(folder)
+
+
+def ready(folder: Path) -> bool:
+    """Does doctor find nothing wrong with a folder?"""
+    try:
+        return not diagnose(folder).problems
+    except ModelError:
+        return False
 
 
 @pytest.mark.parametrize(
@@ -253,8 +260,7 @@ def test_shapes_are_as_the_config_says(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"shape \[32, 48\], its config.json says \[32, 64\]") as e:
         layout(open_checkpoint(folder))
     assert NAME in e.value.where
-    with pytest.raises(ModelError, match="config"):
-        diagnose(folder)
+    assert not ready(folder)
 
 
 # Anything at all
