@@ -109,7 +109,7 @@ def estimate(
 
 def patch_bytes(model: str | Path, facts: Sequence[Fact], options: EditOptions, *, revision: str | None = None) -> int:
     """Bytes of an edit's patch, as far as one can tell before it; 0 where the edit itself will say what is wrong."""
-    with suppress(MosectlError):
+    with suppress(MosectlError, ArithmeticError, ValueError, TypeError):  # an odd config.json: told by the edit
         bones = skeleton(read_config(locate(model, revision, weights=False)[0]))
         return _planned(bones, resolve(bones), facts, options)[1]
     return 0
