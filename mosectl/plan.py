@@ -322,4 +322,5 @@ def reader(model: str | Path, revision: str | None = None) -> tuple[Any, Window]
         ModelError: there is no tokenizer that can be loaded, or no such model. HubError.
     """
     folder, _, _ = locate(model, revision, weights=False)
-    return load_tokenizer(folder), window(skeleton(read_config(folder)))
+    bones = skeleton(read_config(folder))  # first: transformers reads the config for a tokenizer too, whatever it claims
+    return load_tokenizer(folder), window(bones)
