@@ -406,6 +406,7 @@ def main() -> None:
     _own_output()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary files are cleaned up
     warnings.showwarning = _shown
+    warnings.simplefilter("always", Notice)
     guard_streams()
     pressed: list[int] = []
 

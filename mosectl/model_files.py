@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from mosectl.errors import ModelError
 from mosectl.inputs import parse_json, read_bytes
@@ -37,19 +36,3 @@ def check_model_files(folder: Path) -> None:
                     raise ValueError("not a JSON object")
             except ValueError as e:
                 raise ModelError(f"damaged: {e}", where=str(file), fix=_FIX) from e
-
-
-def read_tokenizer(folder: Path, name: str) -> Any:
-    """The tokenizer of a model folder; ``name`` is the model's.
-
-    Raises:
-        ModelError: there is none, or it cannot be loaded.
-    """
-    from transformers import AutoTokenizer
-
-    check_model_files(folder)
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as e:  # of files that are JSON but no tokenizer, transformers and tokenizers raise anything
-        first = (str(e).strip() or type(e).__name__).split("\n")[0]
-        raise ModelError(f"its tokenizer cannot be loaded: {first}", where=name, fix="check the model folder") from e

@@ -261,7 +261,8 @@ def diagnose(model: str | Path, revision: str | None = None) -> Diagnosis:
     try:
         tokenizer = load_tokenizer(folder)
     except ModelError as e:
-        problems.append(Problem(e.what, e.fix))
+        at = f"{Path(e.where).name}: " if Path(e.where).is_file() else ""
+        problems.append(Problem(at + e.what, e.fix))
     else:
         problems += reading_problems(bones, folder, tokenizer)
         notes += check_tokenizer(tokenizer)
@@ -322,5 +323,7 @@ def reader(model: str | Path, revision: str | None = None) -> tuple[Any, Window]
         ModelError: there is no tokenizer that can be loaded, or no such model. HubError.
     """
     folder, _, _ = locate(model, revision, weights=False)
-    bones = skeleton(read_config(folder))  # first: transformers reads the config for a tokenizer too, whatever it claims
+    bones = skeleton(
+        read_config(folder)
+    )  # first: transformers reads the config for a tokenizer too, whatever it claims
     return load_tokenizer(folder), window(bones)

@@ -13,8 +13,9 @@ from conftest import save
 from test_cli import run
 
 from mosectl.errors import ModelError
-from mosectl.model_files import OBJECTS, check_model_files, read_tokenizer
+from mosectl.model_files import OBJECTS, check_model_files
 from mosectl.plan import diagnose
+from mosectl.readiness import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +96,6 @@ def test_others(folder: Path) -> None:
 @pytest.mark.parametrize("content", ['{"model": 5}', "{}", '{"model": {"type": "BPE", "vocab": [], "merges": 7}}'])
 def test_json_that_is_no_tokenizer(content: str, folder: Path) -> None:
     (folder / "tokenizer.json").write_text(content)
-    with pytest.raises(ModelError, match="my model: its tokenizer cannot be loaded"):
-        read_tokenizer(folder, "my model")
+    with pytest.raises(ModelError, match="its tokenizer cannot be loaded"):
+        load_tokenizer(folder)
     assert any("tokenizer cannot be loaded" in p for p in diagnose(folder).problems)
