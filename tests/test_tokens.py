@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 from mosectl.errors import FactsError, ModelError, UsageError
 from mosectl.facts import Fact, fact_from_dict, join, read_facts
 from mosectl.tokens import check_tokenizer, describe, encode, render_chat
+from mosectl.words import last_word
 
 TEXT = [
     "The capital of Avaland is Brinmouth. Tomas Veldrin was born in Lower Quill and plays the cello.",
@@ -223,7 +224,7 @@ def test_random_texts(kind: str) -> None:
         subject, target = text(chance.randint(1, 4)), text(chance.randint(1, 3))
         before, after = text(3) + " ", text(chance.randint(0, 2))
         prompt, prefix = before + subject + " " + after, chance.choice(["", text(4) + " "])
-        at = len(prefix) + prompt.rindex(subject)
+        at = len(prefix) + last_word(prompt, subject)
         e = encode(tokenizer, prompt, subject, target, prefix=prefix)
         ids = list(e.input_ids)
         whole = prefix + join(prompt, target)
@@ -241,7 +242,9 @@ def test_slow_tokenizer(prompt: str, subject: str) -> None:
     assert not tokenizer.is_fast
     e = encode(tokenizer, prompt, subject, "é x", prefix="東京🦊. ")
     assert tokenizer.decode(e.input_ids[e.subject_first : e.subject_last + 1]) == subject
-    assert tokenizer.decode(e.input_ids) == f"東京🦊. {prompt} é x" and e.input_ids[-1] != tokenizer.eos_token_id
+    assert (
+        tokenizer.decode(e.input_ids) == f"東京🦊. {join(prompt, 'é x')}" and e.input_ids[-1] != tokenizer.eos_token_id
+    )
     assert e.subject_last - e.subject_first + 1 == len(subject.encode())
     tokenizer.chat_template = "{{ messages[0].content }}</s>A: "
     e = encode(tokenizer, prompt, subject, "x", chat=True)
