@@ -1,8 +1,8 @@
 """The end of an answer's last word: "Rishi Sunakumar" begins with all tokens of "Rishi Sunak" and is not that answer.
 
-The target's tokens alone do not say where its word ends. For facts that the model answers with the target and more letters of
-its last word, the end is asked for as well: what goes on with a word must not lead behind the target. Other facts
-are edited as if there was no such thing.
+The target's tokens alone do not say where its word ends. For facts that the model answers with the target and more letters
+of its last word, the end is asked for as well: what goes on with a word must not lead behind the target. Other facts are
+edited as if there was no such thing.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ROWS = 256  # sequences run at once
 
 @torch.no_grad()
 def running_on(model: nn.Module, tokenizer: Any, contexts: Contexts) -> Tensor:
-    """Which facts (n,) bool the model answers, asked with the bare prompt, with the target and then goes on with its word."""
+    """Which facts (n,) bool the model answers, asked with the bare prompt, with the target and more of its last word."""
     c = contexts
     bare = F.pad(c.fact[1:] != c.fact[:-1], (1, 0), value=True).nonzero().flatten()  # each fact's first row
     out = torch.zeros(len(bare), dtype=torch.bool)
