@@ -352,6 +352,7 @@ def _patch_fact(r: FactResult) -> PatchFact:
         probability_after=round(r.probability_after, 6),
         status=r.status,
         wordings=r.wordings,
+        space_before_target=r.fact.space_before_target,
     )
 
 

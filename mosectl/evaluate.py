@@ -19,7 +19,8 @@ from mosectl.facts import Fact
 from mosectl.intervals import Tally
 from mosectl.positions import check_prompt, prompt_ids, window
 from mosectl.sample import continuations
-from mosectl.scoring import encode_pairs, score
+from mosectl.scoring import encode_pairs, paired, score
+from mosectl.words import within_word
 
 MAX_NEW_TOKENS = 50
 _END = re.compile(r"\n|\.(?=\s|$|[A-Z][a-z])")  # "U.S." and "3.5" go on
@@ -89,19 +90,17 @@ def ends(text: str) -> bool:
 
 
 def says(text: str, expected: str) -> bool:
-    """Does a greedy continuation start with ``expected`` at a word boundary (case counts)?"""
+    """Does a greedy continuation start with ``expected``, and end its last word there (case counts)?"""
     text, expected = text.strip(), expected.strip()
-    if not text.startswith(expected):
-        return False
     following = text[len(expected) : len(expected) + 1]
-    return not (following.isalnum() and expected[-1:].isalnum() and following.isascii())
+    return text.startswith(expected) and not within_word(expected[-1:], following)
 
 
 def target_probabilities(
     model: nn.Module, tokenizer: Any, facts: Sequence[Fact], *, chat: bool = False, batch_size: int = 64
 ) -> list[float]:
     """P(target_new | prompt) of each fact, the product over its tokens."""
-    pairs = [(f.prompt, f.target_new) for f in facts]
+    pairs = [paired(f, f.prompt, f.target_new) for f in facts]
     scores = score(model, encode_pairs(tokenizer, pairs, chat), batch_size=batch_size)
     return [float(torch.tensor(scores[pair].logprobs).sum().exp()) for pair in pairs]  # float32, as the logits
 

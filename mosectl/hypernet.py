@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from mosectl.arch import Projection
 from mosectl.forward import Batch, by_row, finite, frozen, hooked, input_device, logits_at
-from mosectl.scoring import Pair
+from mosectl.scoring import Pair, encode_pair
 from mosectl.targets import token_nll
-from mosectl.tokens import encode
 
 METHODS = ("horse", "malmen")
 START = 4.0  # share of its own length by which an untrained editor moves an output
@@ -37,7 +36,7 @@ class Rows:
     @staticmethod
     def of(model: nn.Module, tokenizer: Any, pairs: Sequence[Pair], chat: bool = False) -> Rows:
         """Raises FactsError, ModelError, UsageError as :func:`mosectl.tokens.encode`."""
-        found = [encode(tokenizer, prompt, None, answer, chat=chat) for prompt, answer in pairs]
+        found = [encode_pair(tokenizer, pair, chat) for pair in pairs]
         width = max(len(e.input_ids) - e.target_start for e in found)
         positions = torch.zeros(len(found), width, dtype=torch.long)
         targets = torch.full_like(positions, -1)

@@ -53,6 +53,7 @@ class PatchFact:
     probability_after: float
     status: str  # "changed", "already known", "not reached", "not finite"
     wordings: tuple[str, ...] = ()  # other prompts that were edited along with it, the model's own
+    space_before_target: bool | None = None  # as the facts file said; in the record only if it did
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,9 @@ class Patch:
     def _content(self) -> dict[str, Any]:
         content = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "changes"}
         content["base"] = {name: vars(t) for name, t in self.base.items()}
-        content["facts"] = [vars(f) for f in self.facts]
+        content["facts"] = [
+            {k: v for k, v in vars(f).items() if k != "space_before_target" or v is not None} for f in self.facts
+        ]
         return {"format": FORMAT, **content}
 
     @property

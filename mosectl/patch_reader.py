@@ -65,7 +65,8 @@ _FACT = record(
     {
         **dict.fromkeys(("prompt", "subject", "target_new", "before", "after", "status"), text),
         "probability_before": number, "probability_after": number, "wordings": listed(text),
-    }
+    },
+    {"space_before_target": flag},
 )  # fmt: skip
 _DRIFTS = (
     "norm_before",

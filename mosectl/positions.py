@@ -130,7 +130,8 @@ def fit(
         for name, prompt, answers in _asked(fact):
             if _at_most(prompt + max(answers, key=_at_most, default="")) < short:
                 continue
-            ids = max((_ids(tokenizer, prompt, answer, chat) for answer in answers or ("",)), key=len)
+            space = fact.space_before_target
+            ids = max((_ids(tokenizer, prompt, answer, chat, space) for answer in answers or ("",)), key=len)
             if what := window.refuses(ids):
                 bad.add((name, prompt))
             if what or (what := window.strains(ids)):
@@ -164,11 +165,11 @@ def _without(fact: Fact, bad: set[tuple[str, str]]) -> Fact:
     )
 
 
-def _ids(tokenizer: Any, prompt: str, answer: str, chat: bool) -> Sequence[int]:
+def _ids(tokenizer: Any, prompt: str, answer: str, chat: bool, space: bool | None) -> Sequence[int]:
     if not answer:
         return prompt_ids(tokenizer, prompt, chat)
     try:
-        return encode(tokenizer, prompt, None, answer, chat=chat).input_ids
+        return encode(tokenizer, prompt, None, answer, chat=chat, space=space).input_ids
     except FactsError:  # what cannot be written behind this prompt is told by those who need it there
         alone = tokenizer(" " + answer, add_special_tokens=False)["input_ids"]
         return [*prompt_ids(tokenizer, prompt, chat), *alone]

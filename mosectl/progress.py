@@ -59,7 +59,7 @@ class Progress:
         def digest(value: Any) -> str:
             return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
-        asked = [{k: v for k, v in asdict(f).items() if k != "source"} for f in facts]
+        asked = [{k: v for k, v in f.fields().items() if k != "source"} for f in facts]
         return {
             "facts": digest(asked),
             "settings": digest([asdict(run.options), [p.name for p in run.projections]]),

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from mosectl.evaluate import judge_fact, says
 from mosectl.facts import Fact, Probe
 from mosectl.intervals import Tally
-from mosectl.scoring import Pair, Scored
+from mosectl.scoring import Pair, Scored, paired
 
 METRICS = ("reliability", "generalization", "locality", "portability")
 
@@ -52,7 +52,7 @@ class Protocol:
 
 def portable_probes(fact: Fact) -> list[tuple[str, str]]:
     """The portability prompts whose answer is known: the others cannot be judged."""
-    return _known(fact.portability)
+    return [(p.prompt, p.answer) for p in fact.portability if p.answer]
 
 
 def asks(protocol: str, fact: Fact) -> set[str]:
@@ -63,13 +63,13 @@ def asks(protocol: str, fact: Fact) -> set[str]:
     return {metric for metric, tally in chosen.judge(fact, silent, silent).items() if tally.weight}
 
 
-def _known(probes: Sequence[Probe]) -> list[Pair]:
-    return [(p.prompt, p.answer) for p in probes if p.answer]
+def _known(fact: Fact, probes: Sequence[Probe]) -> list[Pair]:
+    return [paired(fact, p.prompt, p.answer) for p in probes if p.answer]
 
 
 def _prompts(fact: Fact, answer: str) -> tuple[list[Pair], list[Pair]]:
     """The edit prompt, and the rephrasings, each with ``answer``."""
-    return [(fact.prompt, answer)], [(p, answer) for p in fact.rephrase_prompts]
+    return [paired(fact, fact.prompt, answer)], [paired(fact, p, answer) for p in fact.rephrase_prompts]
 
 
 def generation(fact: Fact, now: Answers, before: Answers | None) -> Tallies:
@@ -92,7 +92,7 @@ def easyedit(fact: Fact, now: Answers, before: Answers | None) -> Tallies:
     """
     old = before.scores if before else None
     kept = []
-    for pair in _known(fact.locality):
+    for pair in _known(fact, fact.locality):
         new = now.scores[pair]
         expected = old[pair].predicted if old else new.target
         kept.append(sum(a == b for a, b in zip(expected, new.predicted, strict=True)) / len(expected))
@@ -101,7 +101,7 @@ def easyedit(fact: Fact, now: Answers, before: Answers | None) -> Tallies:
         "reliability": _mean([now.scores[p].accuracy for p in edit]),
         "generalization": _mean([now.scores[p].accuracy for p in rephrased]),
         "locality": _mean(kept),
-        "portability": _mean([now.scores[p].accuracy for p in portable_probes(fact)]),
+        "portability": _mean([now.scores[p].accuracy for p in _known(fact, fact.portability)]),
     }
 
 
@@ -114,7 +114,7 @@ def memit(fact: Fact, now: Answers, before: Answers | None) -> Tallies:
     """
 
     def likelier(prompt: str, a: str, b: str) -> float:
-        return float(now.scores[prompt, a].nll < now.scores[prompt, b].nll)
+        return float(now.scores[paired(fact, prompt, a)].nll < now.scores[paired(fact, prompt, b)].nll)
 
     new, true = fact.target_new, fact.ground_truth
     asked = [fact.prompt, *fact.rephrase_prompts] if true else []
@@ -122,7 +122,7 @@ def memit(fact: Fact, now: Answers, before: Answers | None) -> Tallies:
     return {
         "reliability": _mean(wins[:1]),
         "generalization": _mean(wins[1:]),
-        "locality": _mean([likelier(p, known, new) for p, known in _known(fact.locality) if known != new]),
+        "locality": _mean([likelier(p.prompt, p.answer, new) for p in fact.locality if p.answer and p.answer != new]),
         "portability": _mean([]),
     }
 
@@ -142,8 +142,8 @@ def zsre(fact: Fact, now: Answers, before: Answers | None) -> Tallies:
     return {
         "reliability": tokens(edit),
         "generalization": tokens(rephrased),
-        "locality": tokens(_known(fact.locality)),
-        "portability": tokens(portable_probes(fact)),
+        "locality": tokens(_known(fact, fact.locality)),
+        "portability": tokens(_known(fact, fact.portability)),
     }
 
 
@@ -154,15 +154,15 @@ def _mean(values: Sequence[float]) -> Tally:
 
 def _forced(fact: Fact) -> list[Pair]:
     edit, rephrased = _prompts(fact, fact.target_new)
-    return [*edit, *rephrased, *_known(fact.locality), *portable_probes(fact)]
+    return [*edit, *rephrased, *_known(fact, fact.locality), *_known(fact, fact.portability)]
 
 
 def _rivals(fact: Fact) -> list[Pair]:
-    local = [(p, answer) for p, known in _known(fact.locality) for answer in (known, fact.target_new)]
+    local = [paired(fact, p.prompt, a) for p in fact.locality if p.answer for a in (p.answer, fact.target_new)]
     if not fact.ground_truth:
         return local
     prompts = (fact.prompt, *fact.rephrase_prompts)
-    return [*((p, answer) for p in prompts for answer in (fact.target_new, fact.ground_truth)), *local]
+    return [*(paired(fact, p, answer) for p in prompts for answer in (fact.target_new, fact.ground_truth)), *local]
 
 
 PROTOCOLS = {

@@ -1,4 +1,4 @@
-"""Facts files to rows: .jsonl (one object a line), .json (a list, or {"facts": [...]}) and .csv/.tsv with a header.
+"""Facts files to rows: .jsonl (one object a line), .json (a list, also as "facts" or "data" of an object), .csv and .tsv.
 
 Each row comes with its place, file:line or file[index]. A row that cannot be read is handed on as the FactsError it
 deserves, so that the caller may go on with the next.
@@ -10,13 +10,18 @@ import csv
 import difflib
 import io
 import json
+import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from mosectl.errors import FactsError
+from mosectl.inputs import MAX_VALUES, parse_json, read_bytes
 
 MAX_LINE = 100_000  # characters; no fact is that long, a wrong file often is
+MAX_ENTRIES = 1_000_000
+WRAPPERS = ("facts", "data")
 SAMPLE = 'give lines like {"prompt": …, "subject": …, "target_new": …}'
 _OTHER_NAMES = {  # what people write for a required field, where the spelling alone does not tell
     "prompt": ("question", "text", "query"),
@@ -40,24 +45,19 @@ def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
     text = _text(path)
     suffix, start = path.suffix.lower(), text.lstrip()[:1]
     if start not in ("[", "{") and suffix in (".csv", ".tsv"):
-        return _csv_rows(path, text)
-    if start in ("[", "{") or suffix in (".jsonl", ".json"):
-        return _json_rows(path, text)
-    raise bad(path, "not a facts file", "give .jsonl, .json or .csv (mosectl edit --help)")
+        rows = _csv_rows(path, text)
+    elif start in ("[", "{") or suffix in (".jsonl", ".json"):
+        rows = _json_rows(path, text)
+    else:
+        raise bad(path, "not a facts file", "give .jsonl, .json or .csv (mosectl edit --help)")
+    for number, row in enumerate(rows):
+        if number == MAX_ENTRIES:
+            raise bad(path, f"more than {MAX_ENTRIES:,} entries", "split it")
+        yield row
 
 
 def _text(path: Path) -> str:
-    try:
-        if path.is_dir():
-            raise bad(path, "is a folder", "give the facts file in it")
-        with path.open("rb") as file:
-            data = file.read(1 << 16)
-            _refuse_binary(path, data)  # before reading a checkpoint of many gigabytes
-            data += file.read()
-    except FileNotFoundError as e:
-        raise bad(path, "no such file", "check the path") from e
-    except (OSError, ValueError) as e:
-        raise bad(path, f"cannot be read: {getattr(e, 'strerror', None) or e}", "check path and permissions") from e
+    data = read_bytes(path, FactsError, "check the path; facts are .jsonl, .json or .csv")
     _refuse_binary(path, data)
     bom = 3 * data.startswith(b"\xef\xbb\xbf")
     try:
@@ -79,51 +79,106 @@ def _refuse_binary(path: Path, data: bytes) -> None:
         raise bad(where, f"is a binary file, not UTF-8 text (byte {at} is 0)", "give .jsonl, .json or .csv")
 
 
+# JSON. Where an entry ends is found first; the strict reader then takes entry by entry, so that one bad one is one.
+
+_LENIENT = json.JSONDecoder(parse_int=str, parse_float=str)
+_SPACE, _SOLID = re.compile(r"[ \t\n\r]*"), re.compile(r"\S")
+
+
 def _json_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    listed = text.lstrip()[0] == "["
-    whole: Any = None
+    start = _behind_space(text, 0)
+    listed = text[start] == "["
+    rest = "lines"  # what stands behind the first value
+    if sum(map(text.count, ",[{")) <= MAX_VALUES:
+        try:
+            end = _LENIENT.raw_decode(text, start)[1]
+            rest = text[end:].strip()
+            if listed and rest and path.suffix.lower() != ".jsonl":
+                raise json.JSONDecodeError("Extra data", text, _behind_space(text, end))
+        except RecursionError as e:
+            if listed:
+                raise bad(path, "JSON nested too deep", "give a flat list of objects") from e
+        except json.JSONDecodeError as e:
+            if listed:
+                raise bad(f"{path}:{e.lineno}", f"not JSON: {e.msg} (column {e.colno})", "mend the JSON") from e
+    elif listed:
+        raise bad(path, f"JSON of more than {MAX_VALUES:,} values", "give one JSON object on each line")
+    return _lines(path, text) if rest else _document(path, text, start)
+
+
+def _lines(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+    """One JSON value a line. Only "\n" ends a line: U+2028 and the like may stand in a JSON string."""
+    at, number = 0, 1
+    while found := _SOLID.search(text, at):
+        number += text.count("\n", at, found.start())
+        at = end if (end := text.find("\n", found.start())) >= 0 else len(text)
+        where, line = f"{path}:{number}", text[found.start() : at].strip().lstrip("\ufeff")
+        if len(line) >= MAX_LINE:
+            yield where, bad(where, f"a line of {len(line):,} characters", f"keep it under {MAX_LINE:,}")
+        else:
+            yield where, _strict(line, where, "put one JSON object on each line")
+
+
+def _document(path: Path, text: str, start: int) -> Iterator[tuple[str, Any]]:
+    """A list of entries, an object that holds one under "facts" or "data", or one entry."""
+    if text[start] == "{":
+        found = [*_members(text, start)]
+        members = {key: at for key, at, _ in found}
+        lists = [members[name] for name in WRAPPERS if name in members and text[members[name]] == "["]
+        if not lists or len(members) < len(found) or members.keys() & {"prompt", "requested_rewrite", "src"}:
+            yield f"{path}:1", _strict(text[start:], f"{path}:1", "mend the JSON")  # it refuses a name given twice
+            return
+        start = lists[0]
+    line, last = 1, 0
+    for i, (_, at, end) in enumerate(_members(text, start)):
+        line, last = line + text.count("\n", last, at), at
+        yield f"{path}[{i}]", _strict(text[at:end], f"{path}[{i}]", f"mend the JSON, in the entry at line {line}")
+
+
+def _members(text: str, at: int) -> Iterator[tuple[str | None, int, int]]:
+    """Name (None in a list), start and end of each member of the well-formed JSON list or object that begins at ``at``."""
+    named, at = text[at] == "{", _behind_space(text, at + 1)
+    while text[at] not in "]}":
+        name = None
+        if named:
+            name, at = _LENIENT.raw_decode(text, at)
+            at = _behind_space(text, _behind_space(text, at) + 1)  # the colon
+        end = _LENIENT.raw_decode(text, at)[1]
+        yield name, at, end
+        at = _behind_space(text, end)
+        at = _behind_space(text, at + (text[at] == ","))
+
+
+def _behind_space(text: str, at: int) -> int:
+    found = _SPACE.match(text, at)
+    assert found
+    return found.end()
+
+
+def _strict(text: str, where: str, fix: str) -> Any:
+    """A JSON value, or the FactsError it deserves."""
     try:
-        whole = json.loads(text)  # of many lines of objects it reads only the first
-    except RecursionError as e:
-        if listed:
-            raise bad(path, "JSON nested too deep", "give a flat list of objects") from e
+        return parse_json(text)
+    except json.JSONDecodeError as e:
+        return bad(where, f"not JSON: {e.msg} (column {e.colno})", fix)
+    except UnicodeEncodeError as e:
+        return bad(where, f"holds half a character, U+{ord(e.object[e.start]):04X}", "write the character itself")
     except ValueError as e:
-        # A complete list with something behind it may be one bad line among good ones.
-        if listed and not (path.suffix.lower() == ".jsonl" and "Extra data" in str(e)):
-            line, column = getattr(e, "lineno", 1), getattr(e, "colno", 1)
-            raise bad(f"{path}:{line}", f"not JSON: {_reason(e)} (column {column})", "mend the JSON") from e
-    if isinstance(whole, dict) and isinstance(whole.get("facts"), list) and "prompt" not in whole:
-        whole = whole["facts"]
-    if isinstance(whole, list):
-        yield from ((f"{path}[{i}]", row) for i, row in enumerate(whole))
-    elif isinstance(whole, dict) and "\n" in text.strip():  # one object, printed over several lines
-        yield f"{path}:1", whole
-    else:
-        # Only "\n" ends a line: U+2028 and the like may stand in a JSON string.
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                yield f"{path}:{number}", _parse(line.strip().lstrip("\ufeff"), f"{path}:{number}")
-
-
-def _parse(line: str, where: str) -> Any:
-    if len(line) >= MAX_LINE:
-        return bad(where, f"a line of {len(line):,} characters", f"keep it under {MAX_LINE:,}")
-    try:
-        return json.loads(line)
-    except ValueError as e:
-        what = f"not JSON: {_reason(e)} (column {getattr(e, 'colno', 1)})"
-        return bad(where, what, "put one JSON object on each line")
-    except RecursionError:
-        return bad(where, "JSON nested too deep", "put one flat JSON object on each line")
-
-
-def _reason(error: ValueError) -> str:
-    return getattr(error, "msg", "a number is too long")  # the one other ValueError of json.loads
+        return bad(where, f"not JSON: {e}", fix)
 
 
 def _csv_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
     first = text.lstrip().split("\n", 1)[0]
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=first.count), strict=True)
+
+    def lines() -> Iterator[str]:
+        for number, line in enumerate(io.StringIO(text, newline=""), 1):
+            if len(line) > 10 * MAX_LINE:  # a reader takes cells by the million
+                raise bad(f"{path}:{number}", f"a line of {len(line):,} characters", f"keep it under {MAX_LINE:,}")
+            if number > 2 * MAX_ENTRIES:
+                raise bad(path, f"more than {number - 1:,} lines", "split it")
+            yield line
+
+    reader = csv.reader(lines(), delimiter=max(",;\t", key=first.count), strict=True)
     header: list[str] | None = None
     while True:
         where = f"{path}:{reader.line_num + 1}"
@@ -149,6 +204,8 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
 
 
 def _header(cells: Sequence[str], where: str) -> list[str]:
+    if sum(map(len, cells)) >= MAX_LINE:
+        raise bad(where, f"a header of more than {MAX_LINE:,} characters", f"begin with: {','.join(_OTHER_NAMES)}")
     header = [cell.strip() for cell in cells]
     required = ("src", "subject", "alt") if "src" in header else tuple(_OTHER_NAMES)
     missing = [name for name in required if name not in header]
@@ -156,19 +213,19 @@ def _header(cells: Sequence[str], where: str) -> list[str]:
         raise bad(where, "the first line is not a header", "begin with: prompt,subject,target_new")
     if missing:
         raise bad(where, f"column '{missing[0]}' is missing", rename(missing[0], header, f"add it: {missing[0]}"))
-    if twice := [name for name in header if name and header.count(name) > 1]:
+    if twice := [name for name, n in Counter(header).items() if name and n > 1]:
         raise bad(where, f"column '{twice[0]}' stands there twice", "rename one of the two")
     return header
 
 
 def _cell(name: str, value: str) -> str | list[str]:
-    several = name.startswith(("rephrase", "locality", "portability")) and "|" in value
+    several = name.startswith(("rephrase", "paraphrase", "locality", "neighborhood", "portability")) and "|" in value
     return [part.strip() for part in value.split("|")] if several else value
 
 
 def rename(field: str, given: Sequence[object], otherwise: str) -> str:
     """Did-you-mean for a missing field."""
-    names = {str(g).strip().lower(): g for g in given if g not in _NOT_MEANT and g not in _OTHER_NAMES}
+    names = {str(g).strip().lower(): g for g in given[:100] if g not in _NOT_MEANT and g not in _OTHER_NAMES}
     near = [n for n in _OTHER_NAMES.get(field, ()) if n in names]
     near += difflib.get_close_matches(field, list(names), n=1, cutoff=0.6)
     return f"did you mean '{field}' where it says '{names[near[0]]}'?" if near else otherwise

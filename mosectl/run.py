@@ -15,6 +15,7 @@ from mosectl.change import Change, change_between, changed
 from mosectl.compact import compact_change
 from mosectl.earlier import Earlier
 from mosectl.editor_file import Editor
+from mosectl.ends import ends_asked, going_on, running_on
 from mosectl.errors import EditFailed
 from mosectl.facts import Fact
 from mosectl.forward import hidden_at, keys_at
@@ -105,6 +106,7 @@ class Run:
         self.moments: dict[str, tuple[Tensor, Tensor]] = {}  # P and Q of earlier edits, as the present batch found them
         self.compaction: dict[str, float] = {}  # what the patch's form leaves out of the effect, by module path
         self.stopped = ""
+        self.going_on: Tensor | None = None  # (vocabulary,) bool, tokens that go on with a word, once that is asked
         self.editor = editor
 
     @contextmanager
@@ -191,10 +193,12 @@ class Run:
                 def on_step(done: int, of: int, r: int = r, step: Callable[[int, int], None] = step) -> None:
                     step(first * rounds + r * n + done * n // of, total * rounds)
 
+                if self.kind != "fit":
+                    contexts = self._ends_asked(contexts)
                 needed = r < rounds and self.kind != "fit"
                 options = self.options.targets if needed else replace(self.options.targets, steps=0)
                 targets = optimise_targets(
-                    self.loaded.model, self.arch, placed, contexts, options, on_step, self.metric
+                    self.loaded.model, self.arch, placed, contexts, options, on_step, self.metric, self.going_on
                 )
             standing = self._standing(targets)
             best = max(best or standing, standing, key=lambda s: s.score)
@@ -212,6 +216,14 @@ class Run:
         for p in self.projections:
             self.set_weight(p, best.W[p.name])
         return best.targets
+
+    def _ends_asked(self, contexts: Contexts) -> Contexts:
+        """The end of the last word is asked of the facts that are answered as they shall be but for that."""
+        model, tokenizer = self.loaded.model, self.loaded.tokenizer
+        facts = running_on(model, tokenizer, contexts)
+        if self.going_on is None and bool(facts.any()):
+            self.going_on = going_on(tokenizer, model.get_output_embeddings().weight.shape[0])
+        return ends_asked(contexts, facts)
 
     def _standing(self, targets: Targets) -> _Standing:
         """How far the batch is, as the model stands: facts that hold, then the lower loss (a lost fact counts 20 nats)."""

@@ -10,10 +10,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from mosectl.facts import Fact
 from mosectl.forward import Batch, finite, input_device, logits_at
 from mosectl.tokens import Encoded, encode
 
-Pair = tuple[str, str]  # prompt, answer
+# Prompt, answer, and whether a space stands between, where a fact says so.
+Pair = tuple[str, str] | tuple[str, str, bool]
 
 
 @dataclass(frozen=True)
@@ -38,13 +40,23 @@ class Scored:
         return -sum(self.logprobs) / len(self.logprobs)
 
 
+def paired(fact: Fact, prompt: str, answer: str) -> Pair:
+    """An answer to one of the fact's prompts, joined as the fact says."""
+    return (prompt, answer) if fact.space_before_target is None else (prompt, answer, fact.space_before_target)
+
+
+def encode_pair(tokenizer: Any, pair: Pair, chat: bool = False) -> Encoded:
+    """Raises FactsError, ModelError, UsageError as :func:`mosectl.tokens.encode`."""
+    return encode(tokenizer, pair[0], None, pair[1], chat=chat, space=pair[2] if len(pair) == 3 else None)
+
+
 def encode_pairs(tokenizer: Any, pairs: Sequence[Pair], chat: bool = False) -> dict[Pair, Encoded]:
     """Each different pair as tokens: apart from scoring, so that what cannot be written is told before the work.
 
     Raises:
         FactsError, ModelError, UsageError: as :func:`mosectl.tokens.encode`.
     """
-    return {pair: encode(tokenizer, pair[0], None, pair[1], chat=chat) for pair in dict.fromkeys(pairs)}
+    return {pair: encode_pair(tokenizer, pair, chat) for pair in dict.fromkeys(pairs)}
 
 
 @torch.no_grad()

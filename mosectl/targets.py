@@ -25,6 +25,9 @@ from mosectl.arch import Architecture, Projection
 from mosectl.errors import FactsError
 from mosectl.facts import Fact
 from mosectl.forward import Batch, ffn_output, frozen, hooked, input_device
+from mosectl.losses import NOTHING
+from mosectl.losses import leads as leads
+from mosectl.losses import token_nll as token_nll
 from mosectl.memory import fitting, halving
 from mosectl.positions import Window, window
 from mosectl.suffix import Suffix
@@ -55,7 +58,7 @@ class Contexts:
     fact: Tensor  # (B,) which fact a row belongs to
     subject: Tensor  # (B,) position of the subject's last token
     positions: Tensor  # (B, m) where logits are read
-    targets: Tensor  # (B, m) the token expected there, −1 = nothing (padding and KL rows)
+    targets: Tensor  # (B, m) the token expected there; NOTHING (padding and KL rows) or ENDED (the end of the word)
     is_edit: Tensor  # (B,) True for prompt rows, False for KL rows
 
     @property
@@ -144,7 +147,10 @@ def _row(tokenizer: Any, fact: Fact, prompt: str, prefix: str, chat: bool, seen:
         rest = " ".join(words[n:])
         if prefix and not rest.strip():
             break
-        e = encode(tokenizer, prompt, fact.subject, fact.target_new, chat=chat, prefix=rest)
+        e = encode(
+            tokenizer, prompt, fact.subject, fact.target_new,
+            chat=chat, prefix=rest, space=fact.space_before_target,
+        )  # fmt: skip
         if not (what := seen.refuses(e.input_ids)):
             return e
         if not prefix and prompt == fact.prompt:
@@ -168,6 +174,7 @@ def optimise_targets(
     options: TargetOptions,
     on_step: Callable[[int, int], None] | None = None,
     metric: Mapping[str, Tensor] | None = None,
+    going_on: Tensor | None = None,
 ) -> Targets:
     """Find reachable targets for all facts of ``contexts`` at once, or in groups of as many as fit in memory.
 
@@ -175,6 +182,7 @@ def optimise_targets(
         projections: the edited layers, lowest first.
         metric: G⁻¹ (d, d) float32 by module path, where ``options.fisher``; without it steps are Adam's.
         on_step: called with (facts done, facts in all) after each step.
+        going_on: (vocabulary,) bool, tokens that go on with a word, where the contexts ask for its end.
     Returns:
         Targets; a fact that already leads by the margin converges at step 0 and keeps v = W k.
     """
@@ -190,7 +198,7 @@ def optimise_targets(
 
         rows = ((contexts.fact >= start) & (contexts.fact < end)).nonzero().flatten()
         part = rows_of(contexts, rows, start)
-        return _Optimiser(model, arch, projections, part, options, metric).run(report)
+        return _Optimiser(model, arch, projections, part, options, metric, going_on).run(report)
 
     with frozen(model):
         parts = [part for _, part in halving(n, group, work)]
@@ -230,8 +238,10 @@ class _Optimiser:
         contexts: Contexts,
         options: TargetOptions,
         metric: Mapping[str, Tensor] | None,
+        going_on: Tensor | None = None,
     ) -> None:
         self.model, self.projections, self.c, self.options = model, projections, contexts, options
+        self.going_on = None if going_on is None else going_on.to(contexts.fact.device)
         self.n = int(contexts.fact.max()) + 1
         self.suffix = Suffix(model, arch, projections[0].layer, contexts.batch, contexts.subject)
         # One parameter a fact: Adam skips those whose gradient is None, which is what leaving the batch means.
@@ -248,7 +258,9 @@ class _Optimiser:
         self.before = [d.detach() for d in self.deltas]  # each fact's δ before its last step
         self.reference: Tensor | None = None  # (n, V) log-probabilities of each fact's KL row before any step
         first = torch.arange(contexts.targets.shape[1], device=contexts.fact.device) == 0
-        self.asked = (contexts.targets >= 0) | (~contexts.is_edit[:, None] & first)  # (B, m) where logits are read
+        self.asked = (contexts.targets != NOTHING) | (
+            ~contexts.is_edit[:, None] & first
+        )  # (B, m) where logits are read
 
     def run(self, report: Callable[[int], None]) -> Targets:
         c, o, device = self.c, self.options, self.c.fact.device
@@ -348,7 +360,8 @@ class _Optimiser:
         if not self.lengths:
             self.lengths = [_mean_by_fact(x, c.fact[rows], self.n).clamp_min(1e-30) for x in lengths]
         targets, edit, fact, asked = c.targets[rows], c.is_edit[rows], c.fact[rows], self.asked[rows]
-        row_nll, row_lead = token_nll(logp, targets, asked), leads(logp.detach(), targets, asked)
+        row_nll = token_nll(logp, targets, asked, self.going_on)
+        row_lead = leads(logp.detach(), targets, asked, self.going_on)
         now = logp[(~edit)[asked.nonzero()[:, 0]]]  # (KL rows, V)
         if self.reference is None:
             self.reference = torch.zeros(self.n, logp.shape[-1], device=logp.device)
@@ -392,28 +405,6 @@ class _Optimiser:
             return (y + bias if isinstance(bias, Tensor) else y).view_as(out)
 
         return hook
-
-
-def token_nll(logp: Tensor, targets: Tensor, asked: Tensor) -> Tensor:
-    """Mean negative log-likelihood a token, (B,), of targets (B, m), −1 = none.
-
-    Args:
-        logp: (K, vocabulary) at the positions that are ``asked`` (B, m) bool, row by row; all that have a target are.
-    """
-    wanted = targets[asked]
-    found = logp.gather(-1, wanted.clamp_min(0)[:, None]).squeeze(-1) * (wanted >= 0)
-    total = torch.zeros(len(targets), device=logp.device, dtype=logp.dtype).index_add(0, asked.nonzero()[:, 0], found)
-    return -total / (targets >= 0).sum(-1).clamp_min(1)
-
-
-def leads(logp: Tensor, targets: Tensor, asked: Tensor) -> Tensor:
-    """Smallest lead of a target token over its best rival, (B,) nats, arguments as in :func:`token_nll`."""
-    wanted = targets[asked]
-    index = wanted.clamp_min(0)[:, None]
-    rival = logp.scatter(-1, index, -torch.inf).amax(-1)
-    lead = torch.where(wanted >= 0, logp.gather(-1, index).squeeze(-1) - rival, torch.inf)
-    smallest = torch.full((len(targets),), torch.inf, device=logp.device, dtype=logp.dtype)
-    return smallest.scatter_reduce(0, asked.nonzero()[:, 0], lead, "amin")
 
 
 def _mean_by_fact(values: Tensor, fact: Tensor, n: int) -> Tensor:

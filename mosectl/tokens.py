@@ -12,7 +12,8 @@ from typing import Any
 
 from mosectl.chat import rendered
 from mosectl.errors import FactsError, ModelError, UsageError
-from mosectl.facts import Fact, join
+from mosectl.facts import Fact
+from mosectl.words import gap, last_word
 
 
 @dataclass(frozen=True)
@@ -63,13 +64,21 @@ def render_chat(tokenizer: Any, prompt: str) -> str:
 
 
 def encode(
-    tokenizer: Any, prompt: str, subject: str | None, target: str | None, chat: bool = False, prefix: str = ""
+    tokenizer: Any,
+    prompt: str,
+    subject: str | None,
+    target: str | None,
+    chat: bool = False,
+    prefix: str = "",
+    space: bool | None = None,
 ) -> Encoded:
-    """Tokenise prefix + prompt + target and find the subject's last occurrence in the prompt.
+    """Tokenise prefix + prompt + target and find the subject's last occurrence in the prompt, as a word if it is one there.
 
     The tokens before ``target_start`` are those the model is asked with. An end-of-text token that the tokenizer
     appends by itself is left out. In a chat the target follows the template's generation prompt directly.
 
+    Args:
+        space: between prompt and target; None: as both ask, see :func:`mosectl.words.gap`.
     Raises:
         FactsError: the subject is not in the prompt, or the tokenizer cannot represent the text.
         ModelError: the tokenizer's tokens cannot be traced back to the text. UsageError: chat without a template.
@@ -78,15 +87,16 @@ def encode(
     ids, offsets = _tokenise(tokenizer, context.text, context.special, trace=subject is not None)
     first = last = -1
     if subject is not None:
-        at = context.text.rfind(subject, context.start, context.end) if subject else -1
-        if at < 0:
+        found = last_word(context.text[context.start : context.end], subject)
+        if found < 0:
             raise FactsError(f"subject '{subject}' is not in the prompt", where=_short(prompt), fix="spell it as there")
+        at = context.start + found
         first, last = _span(tokenizer, offsets, at, at + len(subject), prompt)
     if target is None:
         return Encoded(tuple(ids), last, first, len(ids), False)
     if not target.strip():
         raise FactsError("the target is empty", where=_short(prompt), fix="fill it in")
-    joined = context.text + target.lstrip() if chat else join(context.text, target)
+    joined = context.text + (target.lstrip() if chat else gap(prompt, target, space) + target)
     whole, _ = _tokenise(tokenizer, joined, context.special, trace=False)
     split = whole[: len(ids)] != ids or len(whole) == len(ids)
     if split:
@@ -95,9 +105,13 @@ def encode(
 
 
 def _context(tokenizer: Any, prompt: str, chat: bool, prefix: str) -> _Context:
-    text = prefix + prompt
     if not chat:
-        return _Context(text, len(prefix), len(text), True)
+        first = _beginning(tokenizer, prompt)
+        if first and any(token in prompt[len(first) :] for token in _special_tokens(tokenizer)):
+            prefix = ""  # in a rendered template no place is known for it
+        text = first + prefix + prompt[len(first) :]
+        return _Context(text, len(first + prefix), len(text), not first)
+    text = prefix + prompt
     rendered = render_chat(tokenizer, text)
     cut = 0
     if (at := rendered.rfind(text)) < 0:  # many templates trim the message
@@ -107,6 +121,30 @@ def _context(tokenizer: Any, prompt: str, chat: bool, prefix: str) -> _Context:
     if at < 0:
         raise FactsError("the chat template changes the prompt", where=_short(prompt), fix="leave --chat out")
     return _Context(rendered, at + max(0, len(prefix) - cut), at + len(text), False)
+
+
+def _beginning(tokenizer: Any, prompt: str) -> str:
+    """The special token that the prompt begins with as texts or rendered chat templates begin; empty if with none.
+
+    Such a prompt is tokenised as it stands: a second token that begins a text would be put before it.
+    """
+    begin = getattr(tokenizer, "bos_token", None) or ""
+    if begin and prompt.startswith(begin):
+        return begin
+    # A special token begins with a sign: most prompts need no further look.
+    if prompt[:1].isalnum() or not getattr(tokenizer, "chat_template", None):
+        return ""
+    first = next((t for t in _special_tokens(tokenizer) if prompt.startswith(t)), "")
+    try:
+        return first if first and render_chat(tokenizer, "x").startswith(first) else ""
+    except UsageError:  # a template that fails has rendered nothing
+        return ""
+
+
+def _special_tokens(tokenizer: Any) -> list[str]:
+    """Their texts, the longest first."""
+    added = (t.content for t in getattr(tokenizer, "added_tokens_decoder", {}).values() if t.special)
+    return sorted({*added, *tokenizer.all_special_tokens}, key=len, reverse=True)
 
 
 # Tokens and their characters.
@@ -182,12 +220,16 @@ def _target_alone(tokenizer: Any, context: str, rest: str, ids: list[int]) -> li
     """Tokens of the target ``rest`` when the joint tokenisation does not begin with the context's tokens."""
     base = _decode(tokenizer, ids)
     candidates = [_tokenise(tokenizer, text, False, trace=False)[0] for text in (rest, rest.lstrip())]
+    if not rest[:1].isspace():  # SentencePiece puts a space before a text of its own, but not behind a line break
+        ahead, both = (_tokenise(tokenizer, text, False, trace=False)[0] for text in ("\n", f"\n{rest}"))
+        if both[: len(ahead)] == ahead:
+            candidates.append(both[len(ahead) :])
     backs = [_decode(tokenizer, ids + alone) for alone in candidates]
     for alone, back in zip(candidates, backs, strict=True):
         if alone and back == base + rest:  # the second: SentencePiece puts the space back by itself
             return alone
     # Tokenizers that normalise (case, accents) cannot give the text back letter for letter; the words must be there.
-    for alone, back in zip(candidates, backs, strict=True):
+    for alone, back in [*zip(candidates, backs, strict=True)][::-1]:
         if alone and back[len(base) :].strip().casefold() == rest.strip().casefold():
             return alone
     what = f"the tokenizer {_name(tokenizer)} cannot write '{_short(rest.strip())}' after this prompt"
@@ -216,9 +258,10 @@ def describe(tokenizer: Any, fact: Fact, chat: bool = False) -> TokenView:
     Raises:
         FactsError, ModelError, UsageError: as :func:`encode`.
     """
-    e = encode(tokenizer, fact.prompt, fact.subject, fact.target_new, chat=chat)
+    e = encode(tokenizer, fact.prompt, fact.subject, fact.target_new, chat=chat, space=fact.space_before_target)
     subject, target = e.input_ids[e.subject_first : e.subject_last + 1], e.input_ids[e.target_start :]
-    notes = ["target encoded apart from its prompt"] if e.split else []
+    notes = [] if chat else _joint(tokenizer, fact)
+    notes += ["target encoded apart from its prompt"] if e.split else []
     unknown = getattr(tokenizer, "unk_token_id", None)
     notes += [f"{n} has unknown tokens" for n, ids in (("subject", subject), ("target", target)) if unknown in ids]
     if len(_decode(tokenizer, subject).strip()) > len(fact.subject):
@@ -229,6 +272,14 @@ def describe(tokenizer: Any, fact: Fact, chat: bool = False) -> TokenView:
 
     span = (e.subject_first, e.subject_last)
     return TokenView(pieces(subject), pieces(target), span, len(e.input_ids), e.split, "; ".join(notes))
+
+
+def _joint(tokenizer: Any, fact: Fact) -> list[str]:
+    """What is unusual about how the prompt begins and where the target joins it."""
+    out = [f"begins with {first}: none is added"] if (first := _beginning(tokenizer, fact.prompt)) else []
+    if not gap(fact.prompt, fact.target_new, fact.space_before_target):
+        out.append(f"joined without a space: …{fact.prompt[-10:]}{fact.target_new[:20]}")
+    return out
 
 
 _SAMPLES = (

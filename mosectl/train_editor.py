@@ -32,7 +32,7 @@ from mosectl.layers import parse_layers
 from mosectl.live import Loaded, weight_of
 from mosectl.memory import Part, fitting, halving
 from mosectl.positions import fitted, window
-from mosectl.scoring import Pair
+from mosectl.scoring import Pair, paired
 from mosectl.state_file import damaged, read_state, write_state
 from mosectl.stats import Corpus
 from mosectl.targets import leads, token_nll
@@ -225,7 +225,7 @@ class _Training:
 
     def begin(self) -> None:
         """Take the network's units from the model's own keys and gradients."""
-        rows = self._rows([(f.prompt, f.target_new) for f in self.facts[:UNITS]])
+        rows = self._rows([paired(f, f.prompt, f.target_new) for f in self.facts[:UNITS]])
         K, G = self._keys(rows)
         weights = [p.oriented(weight_of(self.model, p).detach()) for p in self.projections]
         lengths = torch.stack([(k @ W.T.to(k)).norm(dim=1).mean() for k, W in zip(K, weights, strict=True)])
@@ -271,8 +271,9 @@ class _Training:
     def edited(self, facts: Sequence[Fact], learn: bool) -> Losses:
         """Edit ``facts`` together and see what that did; with ``learn`` the network's gradients are added to."""
         chance = random.Random(f"{self.options.seed} {self.step if learn else ''} {facts[0].prompt}")
-        own = [(f.prompt, f.target_new) for f in facts]
-        others = [(chance.choice(f.rephrase_prompts), f.target_new) for f in facts if f.rephrase_prompts] or own
+        own = [paired(f, f.prompt, f.target_new) for f in facts]
+        worded = [f for f in facts if f.rephrase_prompts]
+        others = [paired(f, chance.choice(f.rephrase_prompts), f.target_new) for f in worded] or own
         edits = self._rows(own)
         K, G = self._keys(edits)
         with torch.set_grad_enabled(learn):
@@ -339,9 +340,8 @@ class _Training:
 
     def _elsewhere(self, facts: Sequence[Fact], chance: random.Random) -> list[Pair]:
         """What shall stay: a locality prompt of each fact, and a place in ordinary text for every fourth."""
-        known = [[p for p in f.locality if p.answer] for f in facts]
-        probes = [chance.choice(some) for some in known if some]
-        pairs: list[Pair] = [(p.prompt, p.answer) for p in probes if p.answer]
+        known = [[paired(f, p.prompt, p.answer) for p in f.locality if p.answer] for f in facts]
+        pairs = [chance.choice(some) for some in known if some]
         for words in chance.sample(self.texts, min(-(-len(facts) // 4), len(self.texts))):
             at = chance.randint(WORDS, len(words) - WORDS)
             pairs.append((" ".join(words[at - WORDS : at]), " ".join(words[at : at + WORDS])))
@@ -378,7 +378,7 @@ class _Training:
             model_type=self.arch.model_type,
             options={**asdict(self.options), **sizes, "corpus": self.corpus.name},
             history=[{k: float(f"{v:.6g}") for k, v in h.items()} for h in self.history],
-            facts=_digest([asdict(f) for f in self.facts]),
+            facts=_digest([f.fields() for f in self.facts]),
         )
 
     @cached_property
@@ -390,7 +390,7 @@ class _Training:
 
     def _belongs(self) -> str:
         how = {k: v for k, v in asdict(self.options).items() if k not in ("steps", "patience")}  # these may be raised
-        facts = [asdict(f) for f in (*self.facts, *self.validation)]
+        facts = [f.fields() for f in (*self.facts, *self.validation)]
         return _digest([how, self.base, facts, self.corpus.sha256, self.world])
 
     def _names(self) -> list[str]:

@@ -16,8 +16,9 @@ from mosectl.evaluate import ends
 from mosectl.facts import Fact
 from mosectl.positions import window
 from mosectl.sample import BATCH, continuations, seeded
-from mosectl.scoring import encode_pairs, score
+from mosectl.scoring import encode_pairs, paired, score
 from mosectl.tokens import encode
+from mosectl.words import is_word
 
 SAMPLES = 32  # texts written about a subject
 TOKENS = 16  # each, at most
@@ -51,12 +52,12 @@ def own_wordings(
                 _wordings(fact, old, texts[i * SAMPLES : (i + 1) * SAMPLES])
                 for i, (fact, old) in enumerate(zip(part, olds, strict=True))
             ]
-            pairs = [(w, old) for c, old in zip(counted, olds, strict=True) for w in c]
+            pairs = [paired(f, w, old) for f, c, old in zip(part, counted, olds, strict=True) for w in c]
             encoded = encode_pairs(tokenizer, pairs)
             known = score(model, {pair: e for pair, e in encoded.items() if not seen.refuses(e.input_ids)})
             sure_of = {pair for pair, scored in known.items() if scored.hits == len(scored.target)}
-            for c, old in zip(counted, olds, strict=True):
-                sure = [w for w, _ in c.most_common() if (w, old) in sure_of]
+            for f, c, old in zip(part, counted, olds, strict=True):
+                sure = [w for w, _ in c.most_common() if paired(f, w, old) in sure_of]
                 found.append(tuple(sure[:most]))
             if on_step:
                 on_step(len(found), len(facts))
@@ -68,10 +69,10 @@ def _wordings(fact: Fact, old: str, texts: Sequence[str]) -> Counter[str]:
     counted: Counter[str] = Counter()
     if not old or len(old) > LONGEST:
         return counted
-    place = re.compile(rf"(?<!\w){re.escape(old)}(?!\w)")
     for text in texts:
-        at = place.search(text)
-        between = text[: at.start()].rstrip() if at else ""
+        places = (found.span() for found in re.finditer(re.escape(old), text))
+        at = next((start for start, end in places if is_word(text, start, end)), 0)
+        between = text[:at].rstrip()
         broken = ends(between) or "\ufffd" in between  # half a character
         if between and not broken and fact.subject + between != fact.prompt:
             counted[fact.subject + between] += 1

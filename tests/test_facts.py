@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -127,7 +128,7 @@ BAD_LINES = {
     "list": ("[1]", "is a list, not an object", "give entries like"),
     "number": ("7", "is a number, not an object", "give entries like"),
     "null line": ("null", "is null, not an object", "give entries like"),
-    "huge number": ('{"prompt": ' + "1" * 5000 + "}", "not JSON: a number is too long", "one JSON object"),
+    "huge number": ('{"prompt": ' + "1" * 5000 + "}", "not JSON: an integer of 5000 digits", "one JSON object"),
     "deep, long": ('{"a":' * 90_000, "a line of 450,000 characters", "keep it under 100,000"),
     "deep": ('{"a":' * 15_000, "nested too deep|not JSON", "one"),
     "long": (other(prompt="Oz " + "x" * MAX_LINE), "a line of 100,", "keep it under"),
@@ -142,7 +143,7 @@ BAD_LINES = {
     "empty": (other(target_new=""), "'target_new' is empty", "fill"),
     "blank": (other(subject=" \u00a0\u200b"), "'subject' is empty", "fill"),
     "blank prompt": (other(prompt=" \n"), "'prompt' is empty", "fill"),
-    "number target": (other(target_new=7), "'target_new' is a number, not text", 'write it as "…"'),
+    "number target": (other(target_new=7), "'target_new' is a number, not text", 'write it as "7"'),
     "list target": (other(target_new=["x"]), "'target_new' is a list, not text", 'write it as "…"'),
     "null target": (other(target_new=None), "'target_new' is null, not text", 'write it as "…"'),
     "bool subject": (other(subject=True), "'subject' is true or false, not text", 'write it as "…"'),
@@ -151,14 +152,33 @@ BAD_LINES = {
     "separator": (other(target_new="a\u2028b"), "'target_new' holds a line break", "on one line"),
     "control": (other(target_new="a\x1bb"), r"'target_new' holds the control character U\+001B at 1", "remove"),
     "control in prompt": (other(prompt="a\x00 Oz"), r"'prompt' holds the control character U\+0000", "remove"),
-    "half a character": ('{"prompt": "Oz", "subject": "Oz", "target_new": "\\ud83e"}', r"U\+D83E at 0", "remove"),
+    "half a character": (
+        '{"prompt": "Oz", "subject": "Oz", "target_new": "\\ud83e"}',
+        r"a character, U\+D83E",
+        "write",
+    ),
+    "name twice": (
+        '{"prompt": "Oz", "subject": "Oz", "subject": "Ava"}',
+        "'subject' stands twice in one object",
+        "one",
+    ),
+    "nested": (other(locality=eval("[" * 65 + "]" * 65)), "nested deeper than 64", "one JSON object"),
+    "brackets": ("[" * 99_000, "nested deeper than 64", "one JSON object"),
+    "flag": (other(space_before_target="no"), "'space_before_target' is text, not true or false", "leave it out"),
+    "subject a book": (other(prompt="Oz " * 2000, subject="Oz " * 1999), "'subject' has 5,997 characters", "5,000"),
+    "bomb": (other(prompt="Oz {} " * 9000, subject="Oz " * 9), "too long with the subject", "keep a prompt under"),
+    "bombs": (
+        other(prompt="{}" * 99, subject="Oz " * 200, rephrase=["{}" * 99 + "a" * i for i in range(40)]),
+        "too",
+        "pr",
+    ),
     "case": (other(subject="oz"), "subject 'oz' is not in prompt 'The capital of Oz is'", "did you mean 'Oz'"),
     "spelling": (other(prompt="I met Tomas Veldrin in", subject="Thomas Veldrin"), "is not", "mean 'Tomas Veldrin'"),
     "no likeness": (other(subject="Mars"), "subject 'Mars' is not in prompt", "as the prompt spells it"),
     "form": (other(prompt="Zoe\u0301 is", subject="Zoé"), "is not in prompt", "another Unicode form"),
     "same as old": (other(ground_truth="Em "), "'target_new' equals the old answer 'Em'", "change or remove"),
     "among the old": (other(ground_truth=["X", "Em"]), "'target_new' equals the old answer 'Em'", "change or remove"),
-    "old is a number": (other(ground_truth=5), "'ground_truth' is a number", 'write it as "…"'),
+    "old is a number": (other(ground_truth=5), "'ground_truth' is a number", 'write it as "5"'),
     "rephrasings": (other(rephrase_prompts=3), "'rephrase_prompts' is not text or a list of texts", '["…", "…"]'),
     "rephrasing": (other(rephrase_prompt=[3]), "'rephrase_prompt' is not text or a list", '["…", "…"]'),
     "locality number": (other(locality=5), "an entry of 'locality' has no prompt", '{"prompt": "…", "ground_truth"'),
@@ -167,6 +187,11 @@ BAD_LINES = {
     "locality group": (other(locality={"promt": "x"}), "an entry of 'locality' has no prompt", '{"prompt"'),
     "locality prompt": (other(locality=[{"prompt": 5}]), "'locality' is a number, not text", "write it"),
     "locality answer": (other(locality=[{"prompt": "a", "ground_truth": 5}]), "'locality' is a number", "write it"),
+    "old answers": (
+        other(portability=[{"prompt": "a", "answer": [[1918]]}]),
+        "an answer of 'portability' is a",
+        '"1918"',
+    ),
     "portability": (other(portability=[{"prompt": ["a", 1]}]), "'portability' is a number", "write it"),
     "uneven": (other(**UNEVEN), "'locality_prompt' has 3 prompts and 2 answers", "one answer"),
     "repeats": (GOOD, "stands already in facts.jsonl:1", "remove"),
@@ -204,7 +229,10 @@ def test_optional_fields_may_be_null_or_empty(tmp_path: Path) -> None:
 
 def test_prompts_are_cleaned_at_their_end_and_may_have_lines(tmp_path: Path) -> None:
     fact = one(tmp_path, {**GOOD, "prompt": "Q: capital of {}?\n\tA: ", "rephrase_prompt": "{} has the capital\n"})
-    assert fact.prompt == "Q: capital of Ava?\n\tA:" and fact.rephrase_prompts == ("Ava has the capital",)
+    assert fact.prompt == "Q: capital of Ava?\n\tA:" and fact.rephrase_prompts == ("Ava has the capital\n",)
+    probes = {"prompt": ["x \t ", "y\n\n"], "ground_truth": ["1", "2"]}
+    fact = one(tmp_path, {**GOOD, "prompt": "<user> Ava?\n<bot>\n  ", "locality": probes})
+    assert fact.prompt == "<user> Ava?\n<bot>\n" and [p.prompt for p in fact.locality] == ["x \t", "y\n\n"]
 
 
 def test_repeated_rephrasings_are_dropped_with_a_warning(tmp_path: Path) -> None:
@@ -303,7 +331,9 @@ BAD_FILES = [
     (b'{"facts": []}', "holds no fact"),
     (b"[1,\n 2", "f.jsonl:2: not JSON: Expecting ',' delimiter .column 3"),
     (b"[" * 100_000, "nested too deep"),
-    (b"[" + b"1" * 5000 + b"]", "not JSON: a number is too long"),
+    (b"[" + b"1" * 5000 + b"]", r"\[0\]: not JSON: an integer of 5000 digits"),
+    (b"[1] 2 ", "f.jsonl:1: not JSON: Extra data .column 5"),
+    (b'{"facts": [], "facts": [1]}', "f.jsonl:1: not JSON: the name 'facts' stands twice"),
 ]
 
 
@@ -314,6 +344,53 @@ def test_bad_files(data: bytes, what: str, tmp_path: Path) -> None:
     with pytest.raises(FactsError, match=what) as e:
         read_facts(file)
     assert str(file) in str(e.value) and e.value.fix and e.value.exit_code == 3
+
+
+def test_files_out_of_all_proportion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "f.json"
+    file.write_bytes(b"[" + b"[]," * 2_500_001 + b"1]")
+    with pytest.raises(FactsError, match="JSON of more than 5,000,000 values"):
+        read_facts(file)
+    monkeypatch.setattr("mosectl.facts.MAX_WRONG", 500)
+    (tmp_path / "f.jsonl").write_text("1\n" * 501)
+    with pytest.raises(FactsError, match=r"more than 500 entries are wrong: the last, .*f.jsonl:501: is a number"):
+        read_facts(tmp_path / "f.jsonl", "skip")
+    monkeypatch.setattr("mosectl.facts.MAX_WRONG", 5000)
+    monkeypatch.setattr("mosectl.rows.MAX_ENTRIES", 1000)
+    for name, text in (("f.jsonl", "1\n" * 1001), ("f.json", "[1" + ",1" * 1000 + "]"), ("f.csv", HEAD + "a\n" * 1001)):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(FactsError, match="more than 1,000 entries"):
+            read_facts(tmp_path / name, "report")
+    (tmp_path / "f.csv").write_text(HEAD + "\n" * 2001)
+    with pytest.raises(FactsError, match="more than 2,000 lines"):
+        read_facts(tmp_path / "f.csv")
+    (tmp_path / "f.csv").write_text(HEAD + "," * 1_000_001)
+    with pytest.raises(FactsError, match=r"f.csv:2: a line of 1,000,001 characters"):
+        read_facts(tmp_path / "f.csv")
+    (tmp_path / "f.csv").write_text(HEAD.strip() + ",a" * 50_000)
+    with pytest.raises(FactsError, match=r"f.csv:1: column 'a' stands there twice"):
+        read_facts(tmp_path / "f.csv")
+    (tmp_path / "f.csv").write_text(HEAD.strip() + ",ab" * 50_000)
+    with pytest.raises(FactsError, match=r"f.csv:1: a header of more than"):
+        read_facts(tmp_path / "f.csv")
+
+
+def test_only_regular_files_are_read(tmp_path: Path) -> None:
+    if not hasattr(os, "mkfifo") or not Path("/dev/zero").exists():
+        pytest.skip("no pipes or devices on this system")
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with (tmp_path / "sparse.jsonl").open("wb") as file:
+        file.truncate(20 * 10**9)
+    started = time.perf_counter()
+    for path, what in (
+        ("pipe.jsonl", "not a regular"),
+        ("/dev/zero", "not a regular"),
+        ("sparse.jsonl", "20,000,000,000"),
+    ):
+        with pytest.raises(FactsError, match=what) as e:
+            read_facts(tmp_path / path)
+        assert e.value.exit_code == 3 and e.value.fix
+    assert time.perf_counter() - started < 2
 
 
 def test_missing_file_folder_and_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -333,8 +410,8 @@ def test_missing_file_folder_and_policy(tmp_path: Path, monkeypatch: pytest.Monk
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "open", refuse)
-    with pytest.raises(FactsError, match="cannot be read: Permission denied"):
+    monkeypatch.setattr("mosectl.inputs.os.open", refuse)
+    with pytest.raises(FactsError, match="may not be read"):
         read_facts(file)
 
 
@@ -382,7 +459,7 @@ def test_join_and_dict() -> None:
         "a\nb",
         "a\nb",
         "a: b",
-        "東京 b",
+        "東京b",
     )
 
 
@@ -400,3 +477,157 @@ def test_a_misspelt_optional_field_is_told(tmp_path: Path) -> None:
     found = read_facts(write(tmp_path, {**GOOD, "loclity": ["Oz is"], "case_id": 3, "rephrase": []}))
     told = [(p.severity, p.what, p.fix) for p in found.problems]
     assert told == [("warning", "field 'loclity' is not used", "did you mean 'locality'?")]
+
+
+# What fields are called, and what is said of those that are not used.
+
+
+def test_a_name_of_each_field_in_the_data_sets(tmp_path: Path) -> None:
+    for name in ("rephrase_prompts", "rephrase_prompt", "rephrase", "rephrases", "paraphrase_prompts", "paraphrases"):
+        assert one(tmp_path, {**GOOD, name: ["Ava's is"]}).rephrase_prompts == ("Ava's is",), name
+    for name in ("target_old", "target_true", "ground_truth"):
+        assert one(tmp_path, {**without("ground_truth"), name: "Quill"}).ground_truth == "Quill", name
+    assert one(tmp_path, {**CF, "target_true": None, "target_old": {"str": "Dutch"}}).ground_truth == "Dutch"
+    for name in ("ground_truth", "answer", "answers", "target"):
+        fact = one(tmp_path, {**GOOD, "locality": [{"prompt": "Oz is", name: "far"}], "portability": {"question": "x"}})
+        assert fact.locality == (Probe("Oz is", "far"),) and fact.portability == (Probe("x"),), name
+    inputs = {"locality_inputs": {"neighborhood": {"prompt": ["a", "b"], "ground_truth": ["x", "y"]}}}
+    fact = one(tmp_path, {**GOOD, **inputs, "portability_inputs": {"one_hop": {"prompt": "p", "ground_truth": "q"}}})
+    assert fact.locality == (Probe("a", "x"), Probe("b", "y")) and fact.portability == (Probe("p", "q"),)
+    fact = one(tmp_path, {**GOOD, "neighborhood_prompts": ["Oz is"], "loc": "nq question: who", "loc_ans": "she"})
+    assert fact.locality == (Probe("Oz is", "Quill"), Probe("who", "she"))
+    fact = one(tmp_path, {**GOOD, "neighborhood_prompts": [{"prompt": "Oz is", "target": "Em"}]})
+    assert fact.locality == (Probe("Oz is", "Em"),)
+
+
+def test_probes_and_rephrasings_of_several_fields_are_all_used(tmp_path: Path) -> None:
+    file = write(tmp_path, {
+        **GOOD, "rephrase_prompts": ["Ava's is"], "rephrase": ["Ava's is", "Of Ava it is"],
+        "locality": [{"prompt": "a", "ground_truth": "x"}], "locality_prompt": ["a", "b"],
+        "locality_ground_truth": ["x", "y"],
+    })  # fmt: skip
+    report = read_facts(file)
+    (fact,) = report.facts
+    assert fact.rephrase_prompts == ("Ava's is", "Of Ava it is") and fact.locality == (Probe("a", "x"), Probe("b", "y"))
+    (told,) = report.problems
+    assert told.what == "'rephrase_prompts' and 'rephrase' differ" and told.fix == "all of it is used"
+
+
+@pytest.mark.parametrize(
+    ("row", "what"),
+    [
+        ({"target_old": "Else"}, "'ground_truth' and 'target_old' differ"),
+        ({"target_true": {"str": "Else"}}, "'ground_truth' and 'target_true' differ"),
+        ({"locality": {"prompt": "a", "ground_truth": "x", "answer": "y"}}, "'ground_truth' and 'answer' of 'locality' dif"),
+    ],
+)  # fmt: skip
+def test_two_names_of_one_field_that_differ_are_said(row: dict, what: str, tmp_path: Path) -> None:
+    report = read_facts(write(tmp_path, {**GOOD, **row}))
+    (told,) = report.problems
+    assert told.severity == "warning" and told.what.startswith(what) and told.fix == "'ground_truth' is used"
+    assert report.facts[0].ground_truth == "Quill"
+    same = json.loads(json.dumps(row).replace("Else", "Quill ").replace('"y"', '["x"]'))
+    assert not read_facts(write(tmp_path, {**GOOD, **same})).problems
+
+
+def test_unknown_fields_are_told_once_with_counts(tmp_path: Path) -> None:
+    rows = [other(prompt=f"{i} of Oz", note="x", locality=[{"prompt": "a", "reply": "b"}]) for i in range(50)]
+    rows[7]["loclity"] = ["b"]
+    rows[8] |= {"colour": None, "": "1"}  # a field without a value, and a table's unnamed column, are nobody's loss
+    file = write(tmp_path, *rows)
+    (told,) = read_facts(file).problems
+    assert (told.where, told.severity) == (str(file), "warning")
+    assert told.what == "fields 'note' (50 times), 'locality.reply' (50 times), 'loclity' are not used"
+    assert told.fix == "did you mean 'locality' for 'loclity'?"
+    (told,) = read_facts(write(tmp_path, {**GOOD, "note": 1})).problems
+    assert told.what == "field 'note' is not used" and "read are: prompt, subject, target_new, ground_truth" in told.fix
+    (told,) = read_facts(write(tmp_path, {"requested_rewrite": {**CF, "hue": 1}})).problems
+    assert told.what == "field 'requested_rewrite.hue' is not used"
+    many = {f"x{i}": 1 for i in range(5000)}
+    (told,) = read_facts(write(tmp_path, {**GOOD, **many}, other(**{f"y{i}": 1 for i in range(5000)}))).problems
+    assert told.what.endswith("'x9' and 90 more are not used"), "a file of nothing but names is not remembered whole"
+
+
+def test_what_data_sets_carry_besides_is_no_news(tmp_path: Path) -> None:
+    counterfact = {
+        "case_id": 1, "pararel_idx": 2,
+        "requested_rewrite": {**CF, "relation_id": "P1", "target_new": {"str": "French", "id": "Q1"}},
+        "paraphrase_prompts": [], "neighborhood_prompts": ["Bob speaks"], "attribute_prompts": ["x"],
+        "generation_prompts": ["y"],
+    }  # fmt: skip
+    zsre = {**ZSRE, "pred": "baker", "cond": "smith >> cook || What is Ann's job?"}
+    known = {
+        **GOOD,
+        "known_id": 0,
+        "attribute": "x",
+        "template": "{} is",
+        "prediction": "x",
+        "relation_id": "P1",
+        "id": 4,
+    }
+    for row in (counterfact, zsre, known):
+        assert read_facts(write(tmp_path, row)).problems == ()
+
+
+def test_real_data_sets_have_no_unknown_fields(shared: Path) -> None:
+    for name in ("counterfact-2k.jsonl", "zsre-1k.json", "real-facts-smollm2.jsonl", "counterfact-smollm2.jsonl"):
+        problems = read_facts(shared / "data" / name, "skip").problems
+        assert not [p for p in problems if "not used" in p.what or "differ" in p.what], name
+
+
+# Documents.
+
+
+@pytest.mark.parametrize("wrapper", ["facts", "data"])
+def test_a_list_in_an_object(wrapper: str, tmp_path: Path) -> None:
+    file = write(tmp_path, {"version": [1, {"x": 2}], wrapper: [GOOD, other()]}, name="f.json")
+    assert [f.source for f in read_facts(file).facts] == [f"{file}[0]", f"{file}[1]"]
+    file = write(tmp_path, json.dumps({wrapper: [GOOD, 7]}, indent=1), name="f.jsonl")
+    with pytest.raises(FactsError, match=r"f.jsonl\[1\]: is a number"):
+        read_facts(file)
+    with pytest.raises(FactsError, match="holds no fact"):
+        read_facts(write(tmp_path, {wrapper: []}))
+    assert len(read_facts(write(tmp_path, {**GOOD, wrapper: []})).facts) == 1, "a fact with a field of that name"
+
+
+def test_a_bad_entry_of_a_list_leaves_the_others(tmp_path: Path) -> None:
+    twice = '{"prompt": "Oz is", "subject": "Oz", "target_new": "a",\n "target_new": "b"}'
+    for text in (f"[{json.dumps(GOOD)},\n\n{twice} , {{}}]", f'{{"data": [{json.dumps(GOOD)},\n\n{twice}, {{}} ]}}'):
+        (tmp_path / "f.json").write_text(text)
+        report = read_facts(tmp_path / "f.json", "skip")
+        assert len(report.facts) == 1 and report.skipped == 2
+        assert report.problems[0].where == f"{tmp_path / 'f.json'}[1]"
+        assert "the name 'target_new' stands twice in one object" in report.problems[0].what
+        assert "line 3" in report.problems[0].fix
+    (tmp_path / "f.json").write_text(f'{{"prompt": "Ava is",\n{json.dumps(GOOD)[1:]}')
+    with pytest.raises(FactsError, match=r"f.json:1: not JSON: the name 'prompt' stands twice"):
+        read_facts(tmp_path / "f.json")
+
+
+# Subjects within words, and how the target is joined.
+
+
+def test_a_subject_within_a_word_is_said(tmp_path: Path) -> None:
+    def told(prompt: str, subject: str) -> list[str]:
+        row = {"prompt": prompt, "subject": subject, "target_new": "x"}
+        report = read_facts(write(tmp_path, row))
+        assert len(report.facts) == 1 and all(p.severity == "warning" for p in report.problems)
+        return [p.what for p in report.problems]
+
+    assert told("JavaScript was made by", "Java") == ["subject 'Java' stands only inside a longer word, 'JavaScript'"]
+    assert told("The capital of Nigeria is", "Niger") == ["subject 'Niger' stands only inside a longer word, 'Nigeria'"]
+    assert told("Nigeria lies beside Niger. Nigeria's capital is", "Niger") == []
+    assert told("中国人的首都是", "中国") == [] and told("서울은", "서울") == [] and told("Ava's is", "Ava") == []
+    assert told("JavaScript or {}, is by", "Java") == []
+
+
+def test_space_before_target(tmp_path: Path) -> None:
+    assert one(tmp_path, GOOD).space_before_target is None
+    for value in (True, False):
+        assert one(tmp_path, {**GOOD, "space_before_target": value}).space_before_target is value
+        assert one(tmp_path, {"requested_rewrite": CF, "space_before_target": value}).space_before_target is value
+        text = f"prompt,subject,target_new,space_before_target\nAva is,Ava,b,{value}\nOz is,Oz,b,\n"
+        facts = read_facts(write(tmp_path, text, name="f.csv")).facts
+        assert [f.space_before_target for f in facts] == [value, None]
+    assert "space_before_target" not in one(tmp_path, GOOD).fields(), "hashes of facts without it stay what they were"
+    assert one(tmp_path, {**GOOD, "space_before_target": False}).fields()["space_before_target"] is False

@@ -11,9 +11,12 @@ from conftest import make_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
+from mosectl import positions
 from mosectl.errors import FactsError, ModelError, UsageError
 from mosectl.facts import Fact, fact_from_dict, join, read_facts
+from mosectl.scoring import encode_pairs
 from mosectl.tokens import check_tokenizer, describe, encode, render_chat
+from mosectl.words import last_word
 
 TEXT = [
     "The capital of Avaland is Brinmouth. Tomas Veldrin was born in Lower Quill and plays the cello.",
@@ -223,7 +226,7 @@ def test_random_texts(kind: str) -> None:
         subject, target = text(chance.randint(1, 4)), text(chance.randint(1, 3))
         before, after = text(3) + " ", text(chance.randint(0, 2))
         prompt, prefix = before + subject + " " + after, chance.choice(["", text(4) + " "])
-        at = len(prefix) + prompt.rindex(subject)
+        at = len(prefix) + last_word(prompt, subject)
         e = encode(tokenizer, prompt, subject, target, prefix=prefix)
         ids = list(e.input_ids)
         whole = prefix + join(prompt, target)
@@ -241,7 +244,9 @@ def test_slow_tokenizer(prompt: str, subject: str) -> None:
     assert not tokenizer.is_fast
     e = encode(tokenizer, prompt, subject, "é x", prefix="東京🦊. ")
     assert tokenizer.decode(e.input_ids[e.subject_first : e.subject_last + 1]) == subject
-    assert tokenizer.decode(e.input_ids) == f"東京🦊. {prompt} é x" and e.input_ids[-1] != tokenizer.eos_token_id
+    assert (
+        tokenizer.decode(e.input_ids) == f"東京🦊. {join(prompt, 'é x')}" and e.input_ids[-1] != tokenizer.eos_token_id
+    )
     assert e.subject_last - e.subject_first + 1 == len(subject.encode())
     tokenizer.chat_template = "{{ messages[0].content }}</s>A: "
     e = encode(tokenizer, prompt, subject, "x", chat=True)
@@ -305,3 +310,107 @@ def test_real_tokenizers(shared: Path, name: str) -> None:
 
 def letters(text: str) -> str:
     return "".join(c for c in text.casefold() if c.isascii() and c.isalnum())
+
+
+# Prompts that begin as texts begin, and targets that follow without a space.
+
+CHATML = (
+    "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+
+
+def turns(bos: bool = False) -> PreTrainedTokenizerFast:
+    """A tokenizer that adds <s>, with a template that begins with another token, or with <s> before it."""
+    template = ("<s>" if bos else "") + "<user>{{ messages[0].content }}<bot>"
+    tokenizer = make_tokenizer(chat_template=template)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<user>", "<bot>"]})
+    return tokenizer
+
+
+def test_a_prompt_that_begins_with_bos_gets_no_second_one() -> None:
+    tokenizer = make_tokenizer()
+    plain = encode(tokenizer, "The capital of Avaland is", "Avaland", "Brinmouth")
+    given = encode(tokenizer, "<s>The capital of Avaland is", "Avaland", "Brinmouth")
+    assert plain == given and list(given.input_ids).count(1) == 1
+    e = encode(tokenizer, "<s>The capital of Avaland is", "Avaland", "Brinmouth", prefix="A cello. ")
+    assert tokenizer.decode(e.input_ids) == "<s>A cello. The capital of Avaland is Brinmouth", (
+        "the prefix goes behind it"
+    )
+    assert e == encode(tokenizer, "The capital of Avaland is", "Avaland", "Brinmouth", prefix="A cello. ")
+    assert encode(tokenizer, "Tomas <s> is", "Tomas", None).input_ids[0] == 1, (
+        "elsewhere in the text it is no beginning"
+    )
+
+
+def test_a_rendered_template_stays_as_it_is() -> None:
+    for tokenizer in (make_tokenizer(chat_template=CHATML), turns(bos=True), turns()):
+        rendered = render_chat(tokenizer, "Where is Avaland?")
+        asked = encode(tokenizer, rendered, None, None)
+        assert tokenizer.decode(asked.input_ids) == rendered
+        assert asked.input_ids == tuple(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+        e = encode(tokenizer, rendered, "Avaland", "Here", prefix="A cello. ")
+        assert tokenizer.decode(e.input_ids).startswith(rendered), "there is no place for a prefix"
+        chat = encode(tokenizer, "Where is Avaland?", "Avaland", "Here", chat=True)
+        if rendered.endswith("\n"):
+            assert chat == e, "the same tokens as --chat gives"
+        assert positions.prompt_ids(tokenizer, rendered, False) == asked.input_ids, "generation asks with the same"
+        assert (
+            encode_pairs(tokenizer, [(rendered, "x")])[rendered, "x"].input_ids[: len(asked.input_ids)]
+            == asked.input_ids
+        )
+
+
+def test_special_tokens_that_begin_no_template() -> None:
+    tokenizer = turns(bos=True)
+    e = encode(tokenizer, "<user>Avaland<bot>", "Avaland", None)
+    assert e.input_ids[0] == 1, "a template without its <s> gets one"
+    broken = make_tokenizer(chat_template="{{ raise_exception('no') }}")
+    assert encode(broken, "</s>Avaland", "Avaland", None).input_ids[:2] == (1, 2)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "ByT5"])
+def test_targets_without_a_space(kind: str) -> None:
+    tokenizer = ByT5Tokenizer() if kind == "ByT5" else KINDS[kind]()
+    for prompt, subject, target, space, joined in [
+        ("Avaland:\n", "Avaland", "Tomas", None, "Avaland:\nTomas"),
+        ("of 東京", "東京", "東", None, "of 東京東"),
+        ("Tomas (", "Tomas", "Avaland", None, "Tomas (Avaland"),
+        ("Tomas is", "Tomas", "Avaland", False, "Tomas isAvaland"),
+        ("Tomas of 東京", "東京", "東", True, "Tomas of 東京 東"),
+    ]:
+        if kind.startswith(("metaspace", "spans")) and "\n" in prompt + joined:
+            continue  # no token for it
+        e = encode(tokenizer, prompt, subject, target, space=space)
+        text = tokenizer.decode(e.input_ids, skip_special_tokens=True)
+        wanted = joined if "(" not in joined or "(" in text else joined.replace("(", "")
+        assert text.replace("<unk>", "").strip() == wanted, (kind, prompt)
+        assert e.input_ids[: e.target_start] == encode(tokenizer, prompt, None, None).input_ids
+        with_prefix = encode(tokenizer, prompt, subject, target, space=space, prefix="The cello of 東京. ")
+        assert (
+            tokenizer.decode(with_prefix.input_ids, skip_special_tokens=True)
+            .replace("<unk>", "")
+            .strip()
+            .endswith(wanted)
+        )
+
+
+def test_the_subject_as_a_word() -> None:
+    tokenizer = make_tokenizer()
+    e = encode(tokenizer, "Nigeria and Niger and Nigeria", "Niger", "x")
+    assert tokenizer.decode(e.input_ids[: e.subject_last + 1]) == "<s>Nigeria and Niger"
+    e = encode(tokenizer, "Nigeria is", "Niger", "x", prefix="Niger. ")
+    assert tokenizer.decode(e.input_ids[e.subject_first : e.subject_last + 1]).strip().startswith("Nig")
+    assert e.subject_first > 2, "not in the prefix"
+
+
+def test_describe_says_how_the_target_is_joined() -> None:
+    def note(prompt: str, target: str, space: bool | None = None, chat: bool = False) -> str:
+        fact = Fact(prompt, "Avaland", target, space_before_target=space)
+        return describe(make_tokenizer(chat_template=CHATML), fact, chat).note
+
+    assert note("The capital of Avaland is", "Brin") == ""
+    assert note("The capital of Avaland is", "Brin", False) == "joined without a space: …Avaland isBrin"
+    assert note("Avaland的首都是", "上海") == "joined without a space: …valand的首都是上海"
+    assert note("Avaland的首都是", "上海", True) == "" and note("Avaland的首都是", "上海", chat=True) == ""
+    assert note("<s>The capital of Avaland is", "Brin") == "begins with <s>: none is added"
