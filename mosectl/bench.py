@@ -26,7 +26,6 @@ from mosectl.evaluate import answer, generate, judge, unseen
 from mosectl.facts import Fact
 from mosectl.files import append, output_errors
 from mosectl.fluency import text_loss
-from mosectl.forms import misfit
 from mosectl.guard import Health
 from mosectl.inputs import opened, parse_json
 from mosectl.intervals import Tally, measure
@@ -36,22 +35,33 @@ from mosectl.places import locked
 from mosectl.plan import reader
 from mosectl.positions import fitted
 from mosectl.run import OnStep
+from mosectl.schema import Misfit, anything, integer, listed, mapping, number, optional, record, text
 from mosectl.stats import read_corpus
 
 RESULTS = "results.jsonl"
 MAX_RESULTS = 1_000_000_000  # bytes; a cell of thousands of edits one by one may have two million
 BREAKDOWNS = (EditFailed, torch.linalg.LinAlgError)  # type: ignore[attr-defined]  # a collapsed weight may not decompose
 Record = dict[str, Any]  # one cell as results.jsonl has it
-COMMON = {"key": str, "status": str, "reason": str, "edits": int, "batch_size": int, "seed": int}
-NUMBER = (float, type(None))  # null was not finite
-MEASURE = {"value": NUMBER, "low?": float, "high?": float}
-_TALLIES = {name: [[float]] for name in ("reliability", "generalization", "locality")}
-DONE = {  # what tables and pictures use of a cell that did not fail; see schema.py
-    "scores": {"reliability?": MEASURE, "generalization?": MEASURE, "locality?": MEASURE}, "unseen?": MEASURE,
-    "harmonic": float, "kept?": MEASURE, "stopped?": str, "seconds": {str: float}, "drift": {str: NUMBER},
-    "tallies?": _TALLIES, **{name: {"before?": MEASURE, "after?": MEASURE} for name in ("text_loss", "perplexity")},
-    "curve?": [{"edits": int, "loss?": float, "norm": {str: NUMBER}, "condition": {str: NUMBER}}],
-}  # fmt: skip
+COMMON = record(
+    {**dict.fromkeys(("key", "status", "reason"), text), **dict.fromkeys(("edits", "batch_size", "seed"), integer)},
+    others=anything,
+)
+SCORES = ("reliability", "generalization", "locality")
+_NUMBERS = mapping(optional(number))  # null was not finite
+_MEASURE = optional(record({"value": optional(number)}, dict.fromkeys(("low", "high"), optional(number)), anything))
+_SIDES = record({}, {"before": _MEASURE, "after": _MEASURE}, anything)
+_POINT = record({"edits": integer, "norm": _NUMBERS, "condition": _NUMBERS}, {"loss": optional(number)}, anything)
+DONE = record(  # what tables and pictures use of a cell that did not fail
+    {
+        "scores": record({}, dict.fromkeys(SCORES, _MEASURE), anything), "harmonic": number, "seconds": mapping(number),
+        "drift": _NUMBERS, "text_loss": _SIDES, "perplexity": _SIDES,
+    },
+    {
+        "unseen": _MEASURE, "kept": _MEASURE, "stopped": optional(text), "curve": optional(listed(_POINT)),
+        "tallies": optional(record(dict.fromkeys(SCORES, listed(listed(number))), others=anything)),
+    },
+    anything,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -237,23 +247,25 @@ def read_results(path: Path) -> tuple[dict[str, Record], dict[int, str]]:
     with opened(path, OutputError, "move it away, or choose another -o", MAX_RESULTS) as file:
         for number, line in enumerate(file, 1):
             try:
-                record = parse_json(line) if line.strip() else None
-                if record is not None:
-                    if what := _misfit(record):
-                        raise ValueError(what)
-                    found[record["key"]] = record
+                if line.strip():
+                    cell = parse_json(line)
+                    _check(cell)
+                    found[cell["key"]] = cell
             except ValueError as e:
                 bad[number] = str(e)
     return found, bad
 
 
-def _misfit(record: Any) -> str:
-    """What in a record is not as tables and pictures need it; empty if nothing."""
-    what = misfit(record, COMMON) or (misfit(record, DONE) if record["status"] == "done" else "")
-    tallies = (record.get("tallies") or {}) if not what and record["status"] == "done" else {}
-    pairs = {name: tallies[name] for name in _TALLIES if tallies}
-    wrong = [n for n, of_facts in pairs.items() if len(of_facts) != record["edits"] or {*map(len, of_facts)} != {2}]
-    return f"tallies.{wrong[0]} is not a pair a fact" if wrong else what
+def _check(found: Any) -> None:
+    """Raises Misfit where a cell's record is not as tables and pictures need it."""
+    COMMON(found)
+    if found["status"] != "done":
+        return
+    DONE(found)
+    for name in SCORES if found.get("tallies") else ():
+        pairs = found["tallies"][name]
+        if len(pairs) != found["edits"] or {*map(len, pairs)} != {2}:
+            raise Misfit("is not a pair a fact", f"tallies.{name}")
 
 
 def unusable(path: Path, bad: Mapping[int, str]) -> list[str]:

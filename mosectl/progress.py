@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mosectl import __version__
+from mosectl import __version__, schema
 from mosectl.errors import OutputError
 from mosectl.facts import Fact
 from mosectl.fingerprint import sha256
@@ -30,10 +30,15 @@ if TYPE_CHECKING:
     from mosectl.run import Run
 
 KIND = "progress"
-RECORD = {
-    "belongs": {str: str}, "losses": [float], "failures": [int],
-    "curve": [{"edits": int, "loss": float, "norm": {str: float}, "condition": {str: float}}],
-}  # fmt: skip
+_EACH = schema.mapping(schema.number)  # by module path
+_POINT = {"edits": schema.integer, "loss": schema.number, "norm": _EACH, "condition": _EACH}
+RECORD = schema.record(
+    {
+        "belongs": schema.mapping(schema.text), "losses": schema.listed(schema.number),
+        "failures": schema.listed(schema.integer), "curve": schema.listed(schema.record(_POINT, others=schema.anything)),
+    },
+    others=schema.anything,
+)  # fmt: skip
 ROWS, WIDTH = 1000, 16_384  # of a fact, at most: its rows, and a row's bytes but for what is written there
 _ROWS = [f.name for f in fields(Contexts) if f.name != "batch"]
 _START = "give --overwrite to start again"

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from mosectl.errors import OutputError
 from mosectl.files import write_tensors
-from mosectl.forms import misfit
 from mosectl.inputs import opened, parse_json, read_header
+from mosectl.schema import Check, Misfit
 
 
 def write_state(path: Path, kind: str, record: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -33,9 +33,7 @@ def write_state(path: Path, kind: str, record: dict[str, Any], tensors: Mapping[
     write_tensors(path, tensors, {f"mosectl-{kind}": json.dumps(told)})
 
 
-def read_state(
-    path: Path, kind: str, form: dict[str, Any], fix: str, limit: int
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_state(path: Path, kind: str, form: Check, fix: str, limit: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Record and tensors of a state, as they were written.
 
     Args:
@@ -54,8 +52,12 @@ def read_state(
         except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as e:
             what = "is damaged, or of another version of mosectl"
             raise OutputError(what, where=str(path), fix=fix) from e
-    if what := "its content is not what its checksum says" if not good else misfit(record, form):
-        raise damaged(path, what, fix)
+    if not good:
+        raise damaged(path, "its content is not what its checksum says", fix)
+    try:
+        form(record)
+    except Misfit as e:
+        raise damaged(path, str(e), fix) from e
     return record, tensors
 
 

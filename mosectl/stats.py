@@ -23,16 +23,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mosectl import processes
+from mosectl import processes, schema
 from mosectl.arch import Projection, resolve
 from mosectl.errors import UsageError
-from mosectl.forms import misfit
 from mosectl.forward import Batch, by_length, by_row, finite, frozen, hooked, input_device, run_until_stopped, stop
 from mosectl.inputs import parse_json, read_bytes
 from mosectl.memory import fitting, halving
 from mosectl.positions import window
 from mosectl.stats_cache import cached, check_writable, keep
 
+_ROW = schema.record({"text": schema.text}, others=schema.anything)  # of a .jsonl file
 MAX_LENGTH = 512  # tokens a text: statistics do not need long contexts, and memory grows with them
 MAX_TOKENS = 200_000
 MAX_CORPUS = 256_000_000  # bytes of a file
@@ -108,8 +108,7 @@ def _jsonl(path: Path, text: str, fix: str) -> list[str]:
         if line.strip():
             try:
                 row = parse_json(line)
-                if what := misfit(row, {"text": str}):
-                    raise ValueError(what)
+                _ROW(row)
             except ValueError as e:
                 raise UsageError(f"not a corpus: {e}", where=f"{path}:{number}", fix=fix) from e
             texts.append(row["text"])

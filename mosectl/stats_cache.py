@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mosectl import processes
+from mosectl import processes, schema
 from mosectl.arch import Projection
 from mosectl.errors import Notice, OutputError
 from mosectl.files import output_errors
@@ -78,7 +78,9 @@ def _path(key: str, name: str) -> Path:
 
 
 def _read(path: Path, p: Projection) -> Entry:
-    record, entry = read_state(path, KIND, {"of": str}, _FIX, limit=4 * (p.p**2 + p.d**2) + 10**6)
+    record, entry = read_state(
+        path, KIND, schema.record({"of": schema.text}), _FIX, limit=4 * (p.p**2 + p.d**2) + 10**6
+    )
     if path.stat().st_uid not in (0, os.geteuid()):  # in a folder open to others, anyone may have prepared it
         raise OutputError("belongs to another user", where=str(path), fix=_FIX)
     forms = {

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mosectl import processes
+from mosectl import processes, schema
 from mosectl.arch import Projection, resolve
 from mosectl.editor_file import Editor, base_of
 from mosectl.errors import EditFailed, FactsError, ModelError, OutputError, UsageError
@@ -41,8 +41,11 @@ from mosectl.tokens import encode
 STATE = "training"
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what Adam keeps of each parameter
 NUMBERS = ("step", "validation", "edit", "generalization", "locality", "reached")  # of each validation
-HISTORY: dict[Any, type] = {**dict.fromkeys(NUMBERS, float), str: float}
-RECORD = {"step": int, "waited": int, "belongs": str, "history": [HISTORY]}
+HISTORY = schema.record(dict.fromkeys(NUMBERS, schema.number), others=schema.number)
+RECORD = schema.record(
+    {"step": schema.integer, "waited": schema.integer, "belongs": schema.text, "history": schema.listed(HISTORY)},
+    others=schema.anything,
+)
 UNITS = 256  # facts from which the network's units are taken
 MATRICES, SCALARS = 0.1, 10.0  # of the rate
 WORDS = 8  # of ordinary text before, and after, the place where predictions are compared

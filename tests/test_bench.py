@@ -322,11 +322,11 @@ def test_damaged_lines_are_named_and_stay(world: World, capsys: pytest.CaptureFi
     assert world.run() == 0
     first, second = (json.loads(x) for x in world.lines())
     odd = {
-        "{": "Expecting", "[" * 100_000: "nested deeper", "[]": "not an object", '{"key": "x"}': "status is missing",
-        json.dumps({**first, "harmonic": None}): "harmonic is not a number",
-        json.dumps({**first, "scores": {"reliability": {"low": 1}}}): "scores.reliability.value is missing",
-        json.dumps({**first, "curve": [{"edits": 1, "norm": {"a": "x"}, "condition": {}}]}): r"curve[0].norm.a is not",
-        json.dumps({**first, "tallies": {**first["tallies"], "locality": [[1.0]]}}): "tallies.locality is not a pair",
+        "{": "Expecting", "[" * 100_000: "nested deeper", "[]": "must be an object", '{"key": "x"}': "missing or unknown: batch_size",
+        json.dumps({**first, "harmonic": None}): "harmonic: must be a number, found null",
+        json.dumps({**first, "scores": {"reliability": {"low": 1}}}): "scores.reliability: fields missing",
+        json.dumps({**first, "curve": [{"edits": 1, "norm": {"a": "x"}, "condition": {}}]}): "curve[0].norm.a: must be",
+        json.dumps({**first, "tallies": {**first["tallies"], "locality": [[1.0]]}}): "tallies.locality: is not a pair",
         json.dumps({**first, "edits": 10**30}): "an integer of 31 digits",
     }  # fmt: skip
     file = world.out / "results.jsonl"

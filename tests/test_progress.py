@@ -141,10 +141,10 @@ def test_a_flipped_bit_and_missing_losses(begun: Any) -> None:
     with pytest.raises(OutputError, match=r"checksum(.|\n)*--overwrite"):
         Progress(other, resume=True).load(run, ours, 3)
     for changes, what in (
-        ({"losses": None}, "losses is not a list"),
+        ({"losses": None}, "losses: must be a list"),
         ({"losses": [1.0]}, "1 losses of 3 facts"),
         ({"curve": record["curve"][:-1]}, "a curve of other"),
-        ({"failures": [0, "x"]}, r"failures\[1\] is not a whole number"),
+        ({"failures": [0, "x"]}, r"failures\[1\]: must be a whole number"),
     ):
         write_state(other, KIND, record | changes, tensors)
         with pytest.raises(OutputError, match=what):
