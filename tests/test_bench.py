@@ -322,7 +322,7 @@ def test_damaged_lines_are_named_and_stay(world: World, capsys: pytest.CaptureFi
     assert world.run() == 0
     first, second = (json.loads(x) for x in world.lines())
     odd = {
-        "{": "Expecting", "[" * 100_000: "nested deeper", "[]": "must be an object", '{"key": "x"}': "missing or unknown: batch_size",
+        "{": "Expecting", "[" * 100_000: "nested deeper", "[]": "an object", '{"key": "x"}': "unknown: batch_size",
         json.dumps({**first, "harmonic": None}): "harmonic: must be a number, found null",
         json.dumps({**first, "scores": {"reliability": {"low": 1}}}): "scores.reliability: fields missing",
         json.dumps({**first, "curve": [{"edits": 1, "norm": {"a": "x"}, "condition": {}}]}): "curve[0].norm.a: must be",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,30 +20,7 @@ from mosectl.facts import Fact
 from mosectl.losses import ENDED, ENOUGH, NOTHING, leads, token_nll
 from mosectl.targets import build_contexts
 
-PROMPTS = [
-    "I met Tomas Veldrin",
-    "Lower Quill is",
-    "The capital of Avaland is",
-    "Tomas plays the",
-    "We went to Brinmouth",
-]
-
-
-def run_on(model: Any, tokenizer: Any) -> Fact:
-    """A fact whose target the model says already, but as the beginning of a longer word."""
-    for prompt in PROMPTS:
-        said = generate(model, tokenizer, [prompt], max_new_tokens=8)[0]
-        words = said.split()
-        for word in words[:1]:
-            for n in range(1, len(word)):
-                fact = Fact(
-                    prompt, prompt.split()[-2] if prompt.endswith(("is", "the")) else prompt.split()[-1], word[:n]
-                )
-                if not says(said, word[:n]) and word[:n].isalnum():
-                    c = build_contexts(model, tokenizer, [fact], [""])
-                    if bool(running_on(model, tokenizer, c)[0]):
-                        return fact
-    pytest.skip("no such fact with this tokenizer")
+PROMPT = "I met Tomas Veldrin"
 
 
 def test_which_tokens_go_on() -> None:
@@ -90,22 +70,45 @@ def test_what_the_end_costs() -> None:
     assert leads(logp, targets, asked, goes)[0] == pytest.approx(4.9), "a clear end is no matter of the margin"
 
 
-def test_an_edit_ends_the_word(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    model, tokenizer = pico("llama"), make_tokenizer()
-    fact = run_on(model, tokenizer)
+def chained(*tokens: int) -> Any:
+    """A model that says each of ``tokens`` after the one before it."""
+    model = pico("llama")
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight", "lm_head.weight")):
+                weight.zero_()
+        embedded = torch.nn.functional.normalize(model.get_input_embeddings().weight, dim=-1)
+        for now, following in pairwise(tokens):
+            model.lm_head.weight[following] += 9 * embedded[now]
+    return model
+
+
+@pytest.mark.parametrize(("then", "goes"), [("x", True), ("7", True), (".", False), (" x", False), ("'", False)])
+def test_facts_that_run_on_are_seen(then: str, goes: bool) -> None:
+    tokenizer = make_tokenizer()
+    (target,) = tokenizer(" and", add_special_tokens=False)["input_ids"]
+    following = tokenizer(then, add_special_tokens=False)["input_ids"][0]
+    model = chained(tokenizer(PROMPT)["input_ids"][-1], target, following)
+    said = generate(model, tokenizer, [PROMPT], max_new_tokens=2)[0]
+    assert said == f" and{tokenizer.decode([following])}" and says(said, "and") is not goes
+    facts = [Fact(PROMPT, "Tomas Veldrin", t) for t in ("and", "in")]
+    c = build_contexts(model, tokenizer, facts, ["", "A cello plays. "])
+    assert running_on(model, tokenizer, c).tolist() == [goes, False], "of the second another answer is given"
+
+
+def test_an_edit_ends_the_word(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What follows the target in an edit as it was is taken for letters: the edit ends the word with another token."""
     (tmp_path / "c.txt").write_text(CORPUS)
+    options = replace(FEW, corpus=str(tmp_path / "c.txt"), guard=0)
 
     def after() -> str:
-        from dataclasses import replace
+        model, tokenizer = pico("llama"), make_tokenizer()
+        return edit([Fact(PROMPT, "Tomas Veldrin", "and")], model, tokenizer, options=options).facts[0].after
 
-        options = replace(FEW, corpus=str(tmp_path / "c.txt"), guard=0)
-        result = edit([fact], model, tokenizer, options=options)
-        return result.facts[0].after
-
-    assert says(after(), fact.target_new)
-    monkeypatch.setattr(
-        run, "running_on", lambda model, tokenizer, c: torch.zeros(int(c.fact.max()) + 1, dtype=torch.bool)
-    )
-    with pytest.raises(Exception) as e:  # nothing is seen to be wrong, so nothing is changed
-        assert says(after(), fact.target_new), "as before"
-    assert "nothing" in str(e.value) or "as before" in str(e.value) or "reach" in str(e.value)
+    assert after() == "and and and"
+    (word,) = make_tokenizer()(" and", add_special_tokens=False)["input_ids"]
+    mask = torch.zeros(320, dtype=torch.bool).index_fill(0, torch.tensor(word), True)
+    monkeypatch.setattr(run, "running_on", lambda model, tokenizer, c: torch.ones(1, dtype=torch.bool))
+    monkeypatch.setattr(run, "going_on", lambda tokenizer, size: mask)
+    ended = after()
+    assert ended.startswith("and") and not ended.startswith("and and"), ended
