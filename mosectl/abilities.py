@@ -280,7 +280,13 @@ def _model(loaded: Loaded, context: int, batch_size: int, step: Step) -> Any:
     """The model as the harness wants it, telling how far it is."""
     from lm_eval.models.huggingface import HFLM
 
+    from mosectl.sandbox import bounded
+
     class Told(HFLM):
+        def apply_chat_template(self, *args: Any, **more: Any) -> str:
+            with bounded():  # a template is a stranger's program
+                return super().apply_chat_template(*args, **more)
+
         def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[Any]:
             return _in_batches(super().loglikelihood, requests, batch_size, step("abilities, choices"))
 

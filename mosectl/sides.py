@@ -14,10 +14,12 @@ from torch import Tensor
 from mosectl.arch import disk_names, resolve
 from mosectl.checkpoint import open_checkpoint
 from mosectl.errors import Notice, UsageError
+from mosectl.hub import cached_model, looks_like_repo
 from mosectl.journal import read_journal
 from mosectl.live import Loaded, as_live, exchanged, load, patched, weights_of
 from mosectl.patch import Patch, PatchFact
 from mosectl.share import SCHEME, local
+from mosectl.shown import word
 from mosectl.source import Source, find_base, given_base, out_of_reach, stored_patches
 from mosectl.stack import check_stack, check_stored
 
@@ -82,11 +84,9 @@ def _name(model: Any) -> str:
 
 
 def _with_patch(patch: Patch, name: str, model: Any, how: How, ask: Ask[T]) -> tuple[Subject, T | None, T]:
-    revision = how.revision
+    revision, base = how.revision, patch.model if model is None else _name(model)
     if model is None:
-        model, revision = patch.model, revision or patch.revision
-        if patch.revision is None and not Path(model).is_dir():  # the name of a folder may be that of a hub model
-            raise UsageError(f"the patch was made for a folder '{model}', not found here", fix="say where by --model")
+        model, revision = _at_hand(patch, revision), None
     checkpoint = model.checkpoint if isinstance(model, Loaded) else open_checkpoint(model, revision)
     if checkpoint is not None and not how.force:
         check_stack(checkpoint, [patch])
@@ -95,7 +95,20 @@ def _with_patch(patch: Patch, name: str, model: Any, how: How, ask: Ask[T]) -> t
     with patched(loaded.model, patch, force=how.force or checkpoint is not None):
         after = ask(loaded, "after")
     earlier = stored_patches(checkpoint) if checkpoint else []
-    return _subject("patch", name, f"{_name(model)} without the patch", [*earlier, patch]), before, after
+    return _subject("patch", name, f"{base} without the patch", [*earlier, patch]), before, after
+
+
+def _at_hand(patch: Patch, revision: str | None) -> Path:
+    """The folder of the model a patch names, here or in the Hub's local cache: a patch cannot make anything be fetched."""
+    commit = revision or patch.revision
+    if patch.revision is None and Path(patch.model).is_dir():
+        return Path(patch.model)
+    if patch.revision and commit and looks_like_repo(patch.model) and (found := cached_model(patch.model, commit)):
+        return found
+    if patch.revision is None:  # the name of a folder may be that of a hub model
+        raise UsageError(f"the patch was made for a folder '{patch.model}', not found here", fix="say where by --model")
+    what = f"the patch was made for {patch.model} on the Hub, which is not in the cache"
+    raise UsageError(what, fix=f"--model {word(patch.model)} fetches it")
 
 
 def _of_model(what: Any, base: Any, how: How, ask: Ask[T]) -> tuple[Subject, T | None, T]:

@@ -240,7 +240,7 @@ def _check_unrecorded(source: Source, patch: Patch, force: bool) -> dict[str, st
             raise BaseMismatch("this patch is not applied here", where=name, fix="nothing to revert")
         undone = projection.stored(restored([patch.changes[module]], projection.oriented(W)))
         error = distance(made_for, undone)
-        if error > 0.05 and not force:
+        if not error <= 0.05 and not force:  # NaN too
             raise BaseMismatch(
                 f"undoing the patch leads {error:.0%} away from its base", where=name, fix="is it applied here? --force"
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -237,3 +238,12 @@ def test_chat(harness: Any, tmp_path: Path) -> None:
     ask(tasks, Loaded(pico("gpt2"), make_tokenizer(chat_template=template), None), chat=True)
     (asked,) = tasks.loaded["tasks"]["mosectl_nq_open"].instances
     assert "[user] Q: what is the capital of france?\nA:[assistant] Paris" in asked.args[0]
+
+
+def test_a_chat_template_that_never_ends_is_stopped(harness: Any) -> None:
+    loops = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    tokenizer = make_tokenizer(chat_template=loops)
+    start = time.perf_counter()
+    with pytest.raises(UsageError, match="takes more than 2 seconds"):
+        ask(load_tasks(["mosectl_rte"], limit=1), Loaded(pico("gpt2"), tokenizer, None), chat=True)
+    assert time.perf_counter() - start < 10

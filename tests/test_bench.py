@@ -196,6 +196,7 @@ def test_configurations_that_are_no_file(make: Any, tmp_path: Path) -> None:
         read_bench(tmp_path / "bench.yaml")
 
 
+@pytest.mark.slow
 @FUZZ
 @given(st.integers(0, 2**32))
 def test_damaged_configurations(tmp_path_factory: pytest.TempPathFactory, seed: int) -> None:
@@ -358,6 +359,7 @@ def test_a_sparse_results_file(world: World, capsys: pytest.CaptureFixture[str])
     assert world.run("--report-only") == 7 and "20,000,000,000 bytes" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @FUZZ
 @given(st.integers(0, 2**32))
 def test_damaged_records(tmp_path_factory: pytest.TempPathFactory, seed: int) -> None:

@@ -271,6 +271,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(tmp_path_factory.mktemp("fuzz") / "m", shard="20KB")
 
 
+@pytest.mark.slow
 def test_any_config(sharded: Path) -> None:
     file = sharded / "config.json"
     good = file.read_bytes()
@@ -292,6 +293,7 @@ def test_any_config(sharded: Path) -> None:
         file.write_bytes(good)
 
 
+@pytest.mark.slow
 def test_any_index(sharded: Path) -> None:
     file = sharded / INDEX
     good = file.read_bytes()

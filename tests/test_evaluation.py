@@ -313,3 +313,28 @@ def test_the_demo_patch_still_holds() -> None:
         assert metric.after.value == pytest.approx(patch.metrics["scores"][name], abs=1e-6), (
             "as measured when it was made"
         )
+
+
+def test_a_model_that_a_patch_names_is_told_and_not_fetched(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without --model: the patch is a stranger's, and a download is done with the user's token."""
+    import huggingface_hub
+
+    asked: list[bool] = []
+    fetch = huggingface_hub.snapshot_download
+
+    def download(*where: Any, local_files_only: bool = False, **more: Any) -> str:
+        asked.append(local_files_only)
+        return fetch(*where, local_files_only=True, **more)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    replace(world.patch, model="me/model", revision="a" * 40).save(world.file)
+    assert run("eval", world.file, world.facts) == 2
+    assert "--model me/model fetches it" in capsys.readouterr().err and asked and all(asked)
+    commit = world.folder / "hub" / "models--me--model" / "snapshots" / ("a" * 40)
+    commit.parent.mkdir(parents=True)
+    world.model.rename(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(world.folder / "hub"))
+    assert world.evaluate(world.file).subject.base == "me/model without the patch", "what is in the cache is at hand"
+    assert all(asked)

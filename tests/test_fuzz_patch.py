@@ -97,6 +97,7 @@ def use(patch: Patch, file: Path, other: Patch) -> None:
     assert Patch.load(file).id == merged.id, "what is written can be read"
 
 
+@pytest.mark.slow
 @fuzz
 @given(CHANCE)
 def test_patches(files: Files, tmp_path_factory: pytest.TempPathFactory, chance: random.Random) -> None:
@@ -115,6 +116,7 @@ def test_patches(files: Files, tmp_path_factory: pytest.TempPathFactory, chance:
     use(patch, file, chance.choice(SEEDS))
 
 
+@pytest.mark.slow
 @fuzz
 @given(CHANCE)
 def test_headers_on_the_hub(files: Files, chance: random.Random) -> None:
@@ -133,6 +135,7 @@ def test_headers_on_the_hub(files: Files, chance: random.Random) -> None:
     json.dumps({**record, "tensors": tensors})
 
 
+@pytest.mark.slow
 @fuzz
 @given(CHANCE)
 def test_editors(trained: Path, tmp_path_factory: pytest.TempPathFactory, chance: random.Random) -> None:
@@ -159,6 +162,7 @@ PLACES = st.one_of(
 )
 
 
+@pytest.mark.slow
 @fuzz
 @given(PLACES)
 def test_places(text: str) -> None:

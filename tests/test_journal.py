@@ -358,6 +358,7 @@ def test_files_that_are_no_journal(kind: str, folder: Folder, capsys: pytest.Cap
     assert time.perf_counter() - start < 5 and folder.untouched()
 
 
+@pytest.mark.slow
 def test_any_journal(tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = Folder(tmp_path_factory.mktemp("fuzz"))
     before = {name: sha256(open_checkpoint(folder.base).read(name)) for name in folder.journal["tensors"]}

@@ -49,6 +49,7 @@ def child(folder: Path, *args: object) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60 + 150 * KILLS)
 def test_killed_at_random_instants_and_calls(tmp_path: Path) -> None:
     seen = child(tmp_path, "kill", KILLS)

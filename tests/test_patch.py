@@ -219,6 +219,7 @@ def mutant(data: bytes, chance: random.Random) -> bytes:
     return struct.pack("<Q", len(header)) + header + data[8 + n :]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["dense", "compact"])
 def test_spoilt_files_are_refused_or_the_same(form: str, tmp_path: Path) -> None:
     """None crashes, hangs, takes much memory, or is accepted with another content."""

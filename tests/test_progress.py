@@ -159,6 +159,7 @@ def test_a_flipped_bit_and_missing_losses(begun: Any) -> None:
         Progress(other, resume=True).load(run, ours, 3)
 
 
+@pytest.mark.slow
 @FUZZ
 @given(st.integers(0, 2**32))
 def test_damaged_progress(begun: Any, seed: int) -> None:

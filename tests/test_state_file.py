@@ -83,6 +83,7 @@ def test_read_as_written(tmp_path: Path) -> None:
             read_state(path, kind, form, "", limit)
 
 
+@pytest.mark.slow
 @FUZZ
 @given(st.integers(0, 2**32))
 def test_no_changed_byte_is_read(tmp_path_factory: pytest.TempPathFactory, seed: int) -> None:
@@ -199,6 +200,7 @@ def test_pipes_and_the_like_as_statistics(make: Callable[[Path], None], cached: 
     assert f"made again: {cached.files[0]}" in cached.again()
 
 
+@pytest.mark.slow
 @FUZZ
 @given(st.integers(0, 2**32))
 def test_damaged_statistics(tmp_path_factory: pytest.TempPathFactory, seed: int) -> None:
@@ -260,6 +262,7 @@ def training(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 @FUZZ
 @given(st.integers(0, 2**32))
 def test_damaged_trainings(training: Path, seed: int) -> None:

@@ -70,6 +70,7 @@ def test_corpora_that_are_read(tmp_path: Path) -> None:
     assert read_corpus(tmp_path / "c.jsonl").texts == ("a\u2028b", "é\nc")
 
 
+@pytest.mark.slow
 @FUZZ
 @given(st.integers(0, 2**32))
 def test_damaged_corpora(tmp_path_factory: pytest.TempPathFactory, seed: int) -> None:
