@@ -181,7 +181,7 @@ def test_an_edit_in_each_form(corpus: str, tmp_path: object) -> None:
     patches = {}
     for form in ("dense", "compact", "auto"):
         result = mosectl.edit(FACTS, pico("llama"), make_tokenizer(), options=few(corpus, form=form))
-        assert [r.status for r in result.facts] == ["changed", "changed"], "the second ends its word, since that is asked for"
+        assert [r.status for r in result.facts] == ["changed", "changed"], "the second ends its word: that is asked for"
         assert all(s.spectrum_drift < 1e-4 for s in result.stability)
         patches[form] = result.patch
     assert all(set(c.factors) == {"R", "R_in"} for c in patches["dense"].changes.values())
