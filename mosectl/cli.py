@@ -6,6 +6,7 @@ harm refused · 9 Hub · 10 below --fail-under · 11 stopped early · 12 patches
 
 from __future__ import annotations
 
+import atexit
 import errno
 import os
 import signal
@@ -212,7 +213,9 @@ def edit(
     from mosectl.places import new_file
 
     # Ours from here on: a second start is refused now, and not after its work.
-    with nullcontext() if dry_run else new_file(out, overwrite=overwrite) as place:
+    with (
+        nullcontext() if dry_run else new_file(out, overwrite=overwrite, reads=(facts, model, corpus, editor)) as place
+    ):
         from mosectl.editor import edit as compute
         from mosectl.files import output_errors
         from mosectl.options import options_from
@@ -420,10 +423,23 @@ def main() -> None:
         if code == 130:
             raise KeyboardInterrupt
         sys.stdout.flush()  # here, where a closed pipe or a full disk can still be told
+        _no_more_interrupts()
         sys.exit(code or 0)
     except BaseException as e:
         # Libraries that are being imported turn Ctrl-C into errors of their own.
-        sys.exit(_failed(KeyboardInterrupt() if pressed else e))
+        code = _failed(KeyboardInterrupt() if pressed else e)
+        _no_more_interrupts()
+        sys.exit(code)
+
+
+def _no_more_interrupts() -> None:
+    """The result is out, or the interruption told: what comes is the way out, with the exit code that was said.
+
+    Python ends itself by the same signal at the very end where it once came upon code that a library ran from a text.
+    """
+    signal.signal(signal.SIGINT, lambda *_: None)
+    if hasattr(signal, "pthread_sigmask"):
+        atexit.register(signal.pthread_sigmask, signal.SIG_BLOCK, {signal.SIGINT})
 
 
 def _drop_stdout() -> None:

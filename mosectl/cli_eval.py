@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -82,7 +83,7 @@ def evaluate(
     views.problems(checked)
     files = {name: path for name, path in (("--csv", csv), ("--png", png), ("--html", html)) if path is not None}
     with ExitStack() as stack:
-        places = _places(files, overwrite, stack)
+        places = _places(files, overwrite, (what, facts, model, base, text), stack)
         from mosectl.evaluation import choose_protocols, evaluate_edit
         from mosectl.thresholds import check_asked, check_thresholds, parse_threshold
 
@@ -129,7 +130,7 @@ def _tasks(names: str | None, limit: int | None, allow_code: bool, on_step: OnSt
     return load_tasks(wanted, limit, allow_code=allow_code)
 
 
-def _places(files: dict[str, Path], overwrite: bool, stack: ExitStack) -> dict[str, Place]:
+def _places(files: dict[str, Path], overwrite: bool, reads: Sequence[str | None], stack: ExitStack) -> dict[str, Place]:
     """Where to write each, ours from here on; what stands in the way is found out before the work, not after it."""
     from mosectl.places import new_file
 
@@ -139,7 +140,8 @@ def _places(files: dict[str, Path], overwrite: bool, stack: ExitStack) -> dict[s
         from mosectl.plots import check_matplotlib
 
         check_matplotlib()
-    return {o: stack.enter_context(new_file(p, overwrite=overwrite, option=o)) for o, p in files.items()}
+    how: dict[str, Any] = {"overwrite": overwrite, "reads": reads}
+    return {o: stack.enter_context(new_file(p, option=o, **how)) for o, p in files.items()}
 
 
 def _write(found: Evaluation, places: dict[str, Place]) -> None:

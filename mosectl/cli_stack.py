@@ -210,7 +210,7 @@ def merge(
     from mosectl.live import load_patches
     from mosectl.places import new_file
 
-    with new_file(out, overwrite=overwrite) as place:
+    with new_file(out, overwrite=overwrite, reads=patches) as place:
         loaded = load_patches(patches)
         place.reserve(sum(c.nbytes for p in loaded for c in p.changes.values()))  # no more than all of them together
         merged, found = run(loaded), conflicts(loaded)

@@ -52,7 +52,7 @@ def sample(
     from mosectl.files import write_bytes
     from mosectl.places import new_file
 
-    with new_file(out, overwrite=overwrite) as place, report.progress() as on_step:
+    with new_file(out, overwrite=overwrite, reads=(model,)) as place, report.progress() as on_step:
         from mosectl.live import load
         from mosectl.sample import own_text
 

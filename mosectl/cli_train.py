@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -59,7 +60,7 @@ def train_editor(
     unseen = read_facts(validation, on_error).facts if validation else ()
     first, state = processes.first(), out.with_name(out.name + ".progress")
     with ExitStack() as stack:
-        places = _places(out, plot, overwrite, stack) if first else {}
+        places = _places(out, plot, overwrite, (facts, validation, corpus, model), stack) if first else {}
         with output_errors(state):
             if state.exists() and not resume and not overwrite:
                 fix = "give --resume to go on with it, or --overwrite to start again"
@@ -104,7 +105,9 @@ def train_editor(
         views.trained(editor, out, model)
 
 
-def _places(out: Path, plot: Path | None, overwrite: bool, stack: ExitStack) -> dict[str, Place]:
+def _places(
+    out: Path, plot: Path | None, overwrite: bool, reads: Sequence[str | None], stack: ExitStack
+) -> dict[str, Place]:
     """Where to write the editor and the picture, ours from here on."""
     from mosectl.places import new_file
 
@@ -113,4 +116,5 @@ def _places(out: Path, plot: Path | None, overwrite: bool, stack: ExitStack) -> 
 
         check_matplotlib("--plot")
     files = {"-o": out, "--plot": plot}
-    return {o: stack.enter_context(new_file(p, overwrite=overwrite, option=o)) for o, p in files.items() if p}
+    how: dict[str, Any] = {"overwrite": overwrite, "reads": reads}
+    return {o: stack.enter_context(new_file(p, option=o, **how)) for o, p in files.items() if p}

@@ -184,6 +184,12 @@ def _fact(row: Any, where: str, problems: list[Problem], unknown: Counter[str]) 
         entry.notes.append(("a rephrasing repeats the prompt or another rephrasing", "it is not used"))
     locality, portability = (tuple(Probe(*p) for p in entry.probes(field)) for field in ("locality", "portability"))
     space = entry.flag("space_before_target")
+    asked = (prompt, *kept, *(p.prompt for p in (*locality, *portability)))
+    if broken := next(
+        (a for a in asked if a.endswith("\n") and a.count("\n") == 1), ""
+    ):  # a rendered template has more
+        what = f"'{short(broken.rstrip())}' ends with a line break: the answer is asked for on the next line"
+        entry.notes.append((what, "remove the line break if that is not meant"))
     problems += [Problem(where, what, fix, "warning") for what, fix in entry.notes]
     unknown.update(n for n in entry.unknown if n in unknown or len(unknown) < MOST_UNKNOWN)
     truth = truths[0] if truths else None

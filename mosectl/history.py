@@ -71,7 +71,7 @@ def _edited(folder: str | Path) -> tuple[Checkpoint, Journal]:
     checkpoint = open_checkpoint(folder)
     journal = read_journal(checkpoint.folder)
     if journal is None:
-        raise ModelError("no mosectl.json: nothing was applied here", where=str(folder), fix="give an edited folder")
+        raise ModelError("no mosectl.json: no patch is applied here", where=str(folder), fix="give an edited folder")
     return checkpoint, journal
 
 

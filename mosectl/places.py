@@ -17,7 +17,7 @@ import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +74,9 @@ def check_room(folder: Path, size: int, final: Path) -> None:
 
 
 @contextmanager
-def new_file(path: Path, *, overwrite: bool = False, option: str = "-o") -> Iterator[Place]:
+def new_file(
+    path: Path, *, overwrite: bool = False, option: str = "-o", reads: Iterable[str | Path | None] = ()
+) -> Iterator[Place]:
     """A place to make a file in, which is moved to ``path`` in one step when the block ends well.
 
     ``path`` is ours from the start: another process that is to write it is refused before its work, not after.
@@ -82,11 +84,13 @@ def new_file(path: Path, *, overwrite: bool = False, option: str = "-o") -> Iter
     Args:
         overwrite: a file there is replaced, by one with its mode, owner and attributes.
         option: of the command line, for messages.
+        reads: files and folders that the work reads, which no ``overwrite`` replaces.
     Raises:
         OutputError: ``path`` exists, is no regular file, cannot be written, or another process is writing it.
     """
     path = path.absolute()
     check_new(path, overwrite, option)
+    _check_apart(path, reads, option)
     with locked(path):
         check_new(path, overwrite, option)
         with output_errors(path):
@@ -115,6 +119,19 @@ def check_new(path: Path, overwrite: bool, option: str = "-o") -> None:
             raise OutputError("is not a regular file", where=str(path), fix=f"give a file name after {option}")
     if not overwrite:
         raise _exists(path, option)
+
+
+def _check_apart(path: Path, reads: Iterable[str | Path | None], option: str) -> None:
+    """Refuse to replace what the work reads: a file, or one in a folder. Raises OutputError."""
+    with output_errors(path):
+        if not path.exists():
+            return
+        for source in (Path(r) for r in reads if r):
+            with contextlib.suppress(OSError, ValueError):  # a hub id, or a name that no file has
+                if source.samefile(path) or (source.is_dir() and source.resolve() in path.resolve().parents):
+                    what = f"lies in {source}, which" if source.is_dir() else "is a file that"
+                    what += " this command reads: it would be lost"
+                    raise OutputError(what, where=str(path), fix=f"choose another {option}")
 
 
 def _exists(path: Path, option: str) -> OutputError:

@@ -119,7 +119,7 @@ def _reverted(
     source, where = Source(checkpoint, base), str(checkpoint.folder)
     if source.journal is None:
         if isinstance(patch, str):
-            raise ModelError(f"no {JOURNAL}: nothing was applied here", where=where, fix="give the patch file")
+            raise ModelError(f"no {JOURNAL}: no patch is applied here", where=where, fix="give the patch file")
         source = Source(checkpoint, base, unrecorded=patch)
         notes = _check_unrecorded(source, patch, force)
         wanted = patch.id

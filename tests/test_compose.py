@@ -191,8 +191,8 @@ def test_the_log_names_patches_facts_and_conflicts(edited: Edited, capsys: pytes
     assert [c.kind for c in found.conflicts] == ["order"]
     assert run("log", edited.out) == 0 and edited.a.id[:12] in capsys.readouterr().out
     assert run("log", edited.out, "--json") == 0 and len(json.loads(capsys.readouterr().out)["patches"]) == 2
-    assert run("log", edited.base) == 4 and "nothing was applied here" in capsys.readouterr().err
-    with pytest.raises(ModelError, match="nothing was applied"):
+    assert run("log", edited.base) == 4 and "no patch is applied here" in capsys.readouterr().err
+    with pytest.raises(ModelError, match="no patch is applied"):
         verify(edited.base)
 
 

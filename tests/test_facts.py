@@ -631,3 +631,17 @@ def test_space_before_target(tmp_path: Path) -> None:
         assert [f.space_before_target for f in facts] == [value, None]
     assert "space_before_target" not in one(tmp_path, GOOD).fields(), "hashes of facts without it stay what they were"
     assert one(tmp_path, {**GOOD, "space_before_target": False}).fields()["space_before_target"] is False
+
+
+def test_a_line_break_at_a_prompts_end_is_said(tmp_path: Path) -> None:
+    ends = (
+        {"prompt": "The capital of Ava is\n"},
+        {"rephrase_prompts": ["Ava's capital is\n"]},
+        {"locality": ["Oz is\n"]},
+    )
+    for change in ends:
+        (told,) = read_facts(write(tmp_path, {**GOOD, **change})).problems
+        assert told.severity == "warning" and "ends with a line break" in told.what and "remove" in told.fix
+    rendered = {**GOOD, "prompt": "user\nWhere is Ava?\nassistant\n"}
+    report = read_facts(write(tmp_path, rendered))
+    assert not report.problems and report.facts[0].prompt.endswith("assistant\n")

@@ -299,3 +299,28 @@ def test_left_overs_are_told_from_one_anothers(tmp_path: Path) -> None:
         ".a.abcdefgh.mosectl.tmp",
         ".a.mosectl.tmp",
     ]
+
+
+def test_what_a_command_reads_is_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = save(tmp_path / "model")
+    patch, other, facts, text = (tmp_path / n for n in ("p.safetensors", "q.safetensors", "f.jsonl", "t.txt"))
+    for path, seed in ((patch, 1), (other, 2)):
+        patch_for(model, seed=seed).save(path)
+    facts.write_text('{"prompt": "Ava is", "subject": "Ava", "target_new": "Oz"}')
+    text.write_text("A text.")
+    (tmp_path / "link.safetensors").symlink_to(patch)
+    whole = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    for command in (
+        ("edit", facts, "-m", model, "-o", facts),
+        ("edit", facts, "-m", model, "-o", model / "model.safetensors"),
+        ("edit", facts, "-m", model, "--corpus", text, "-o", text),
+        ("merge", patch, other, "-o", other),
+        ("merge", patch, other, "-o", tmp_path / "link.safetensors"),
+        ("sample", "-m", model, "-o", model / "config.json"),
+        ("train-editor", facts, "-m", model, "-o", facts),
+        ("eval", patch, facts, "-m", model, "--csv", facts),
+        ("eval", patch, facts, "-m", model, "--html", tmp_path / "model" / "tokenizer.json"),
+    ):
+        assert run(*command, "--overwrite") == 7, command
+        assert "this command reads: it would be lost" in capsys.readouterr().err
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == whole
