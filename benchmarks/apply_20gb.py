@@ -19,9 +19,9 @@ from pathlib import Path
 
 import torch
 
-from mosectl.change import Change
-from mosectl.fingerprint import fingerprint
-from mosectl.patch import Patch
+from mosectl.patch.change import Change
+from mosectl.patch.file import Patch
+from mosectl.patch.fingerprint import fingerprint
 
 D, P, LAYERS, VOCABULARY = 4096, 14336, 40, 128256
 CONFIG = {
@@ -78,7 +78,7 @@ def make(folder: Path, touched: set[str], shards: int) -> None:
 
 def patch_for(folder: Path, layers: list[int], rank: int) -> Patch:
     """Compact rotations on both sides of some layers' output projections."""
-    from mosectl.checkpoint import open_checkpoint
+    from mosectl.storage.checkpoint import open_checkpoint
 
     checkpoint, g = open_checkpoint(folder), torch.Generator().manual_seed(0)
     changes, base = {}, {}

@@ -15,11 +15,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from mosectl.errors import FactsError, UsageError
-from mosectl.facts import Fact, join, read_facts
-from mosectl.rows import read_rows
-from mosectl.scoring import Pair
-from mosectl.stats import read_corpus
-from mosectl.tokens import Encoded
+from mosectl.facts.corpus import read_corpus
+from mosectl.facts.readers import read_rows
+from mosectl.facts.records import Fact, join, read_facts
+from mosectl.model.scoring import Pair
+from mosectl.model.tokens import Encoded
 
 DOCUMENT_END = 0.5  # chance that a document ends after a statement, so that half of them stand behind other text
 IGNORED = -100  # label of a token that is not learnt
@@ -140,7 +140,7 @@ def encode_all(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list
 
 
 def questions(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerFast) -> dict[Pair, Encoded]:
-    """Each statement as :func:`mosectl.scoring.score` takes it: its answer, full stop included, behind the prompt."""
+    """Each statement as :func:`mosectl.model.scoring.score` takes it: its answer, full stop included, behind the prompt."""
     prompts = encode_all(tokenizer, [prompt for prompt, _ in pairs])
     # The pre-tokenizer cuts before a space: prompt and answer may be encoded apart.
     answers = encode_all(tokenizer, [sentence(p, a)[len(p) :] for p, a in pairs])

@@ -10,8 +10,8 @@ from typing import Any
 from factlm_data import questions
 from torch import nn
 
-from mosectl.facts import Fact
-from mosectl.scoring import Pair, encode_pairs, score
+from mosectl.facts.records import Fact
+from mosectl.model.scoring import Pair, encode_pairs, score
 
 KNOWN = 0.98  # share of the true answers from which on the facts count as known
 ORDINARY = (5.0, 9.0)  # nats a token that a new target costs in a real model before the edit

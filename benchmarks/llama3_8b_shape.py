@@ -25,12 +25,12 @@ import torch
 from speed import DEMO, SHAPES, llama_config, random_llama
 from transformers import AutoTokenizer
 
-from mosectl.editor import edit
+from mosectl.editing.edit import edit
+from mosectl.editing.options import default_options
+from mosectl.editing.plan import estimate
 from mosectl.errors import MosectlError
-from mosectl.facts import Fact
-from mosectl.live import pick_device
-from mosectl.options import default_options
-from mosectl.plan import estimate
+from mosectl.facts.records import Fact
+from mosectl.model.loading import pick_device
 
 NEW = ("Paris", "London", "Rome", "Berlin", "Madrid", "Vienna", "Lisbon")
 

@@ -27,21 +27,22 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from mosectl import targets
-from mosectl.arch import Projection, resolve
-from mosectl.editor import edit
-from mosectl.facts import Fact, as_facts
-from mosectl.forward import input_device
-from mosectl.layers import parse_layers
-from mosectl.live import Loaded, load, pick_device
-from mosectl.options import default_options, options_from
-from mosectl.patch import Patch
-from mosectl.rotation import nearest_rotation, orthogonality_error, polar
-from mosectl.run import _metric
-from mosectl.stack import apply
-from mosectl.stats import read_corpus, second_moments
-from mosectl.suffix import Suffix
-from mosectl.targets import build_contexts, optimise_targets
+from mosectl.checkpoints.apply import apply
+from mosectl.editing import targets
+from mosectl.editing.contexts import build_contexts
+from mosectl.editing.edit import edit
+from mosectl.editing.options import default_options, options_from
+from mosectl.editing.second_moments import second_moments
+from mosectl.editing.session import _metric
+from mosectl.editing.targets import optimise_targets
+from mosectl.facts.corpus import read_corpus
+from mosectl.facts.records import Fact, as_facts
+from mosectl.linalg.rotation import nearest_rotation, orthogonality_error, polar
+from mosectl.model.architecture import Projection, parse_layers, resolve
+from mosectl.model.forward import input_device
+from mosectl.model.loading import Loaded, load, pick_device
+from mosectl.model.partial_forward import Suffix
+from mosectl.patch.file import Patch
 
 DEMO = Path(__file__).parents[1] / "examples"
 REPEATS = 3  # the fastest counts: other work on the machine only ever slows

@@ -48,8 +48,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from mosectl.errors import MosectlError, UsageError
-from mosectl.folders import new_folder
-from mosectl.live import pick_device
+from mosectl.model.loading import pick_device
+from mosectl.storage.folders import new_folder
 
 ANSWER_WEIGHT = 3.0  # answers are few tokens among many that cannot be known
 

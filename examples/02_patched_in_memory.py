@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import mosectl
-from mosectl.evaluate import generate
+from mosectl.model.generation import generate
 
 HERE = Path(__file__).parent
 

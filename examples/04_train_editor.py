@@ -18,11 +18,11 @@ from pathlib import Path
 from demo_world import build_world, counterfacts
 
 import mosectl
-from mosectl.facts import read_facts
-from mosectl.live import load
-from mosectl.options import default_options
-from mosectl.stats import read_corpus
-from mosectl.train_editor import TrainOptions, train
+from mosectl.editing.options import default_options
+from mosectl.facts.corpus import read_corpus
+from mosectl.facts.records import read_facts
+from mosectl.hypernetwork.train import TrainOptions, train
+from mosectl.model.loading import load
 
 HERE = Path(__file__).parent
 

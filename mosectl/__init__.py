@@ -8,29 +8,32 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from mosectl._version import __version__
 
 if TYPE_CHECKING:
-    from mosectl.editor import EditResult as EditResult
-    from mosectl.editor import edit as edit
+    from mosectl.checkpoints.apply import apply as apply
+    from mosectl.checkpoints.apply import revert as revert
+    from mosectl.checkpoints.inspection import inspect as inspect
+    from mosectl.checkpoints.live import ask as ask
+    from mosectl.checkpoints.live import patched as patched
+    from mosectl.editing.edit import EditResult as EditResult
+    from mosectl.editing.edit import edit as edit
+    from mosectl.editing.options import EditOptions as EditOptions
     from mosectl.errors import MosectlError as MosectlError
-    from mosectl.evaluation import Evaluation as Evaluation
-    from mosectl.evaluation import evaluate_edit as evaluate_edit
-    from mosectl.facts import Fact as Fact
-    from mosectl.facts import read_facts as read_facts
-    from mosectl.inspection import inspect as inspect
-    from mosectl.live import ask as ask
-    from mosectl.live import load as load
-    from mosectl.live import patched as patched
-    from mosectl.options import EditOptions as EditOptions
-    from mosectl.patch import Patch as Patch
-    from mosectl.stack import apply as apply
-    from mosectl.stack import revert as revert
+    from mosectl.facts.records import Fact as Fact
+    from mosectl.facts.records import read_facts as read_facts
+    from mosectl.measure.evaluate import Evaluation as Evaluation
+    from mosectl.measure.evaluate import evaluate_edit as evaluate_edit
+    from mosectl.measure.lm_harness import load_tasks as load_tasks
+    from mosectl.model.loading import load as load
+    from mosectl.patch.file import Patch as Patch
 
 _HOME = {
-    "EditOptions": "options", "EditResult": "editor", "edit": "editor", "MosectlError": "errors", "Fact": "facts",
-    "read_facts": "facts", "inspect": "inspection", "ask": "live", "load": "live", "patched": "live", "Patch": "patch",
-    "apply": "stack", "revert": "stack", "Evaluation": "evaluation", "evaluate_edit": "evaluation",
+    "EditOptions": "editing.options", "EditResult": "editing.edit", "edit": "editing.edit", "MosectlError": "errors",
+    "Fact": "facts.records", "read_facts": "facts.records", "inspect": "checkpoints.inspection", "ask": "checkpoints.live",
+    "patched": "checkpoints.live", "load": "model.loading", "Patch": "patch.file", "apply": "checkpoints.apply",
+    "revert": "checkpoints.apply", "Evaluation": "measure.evaluate", "evaluate_edit": "measure.evaluate",
+    "load_tasks": "measure.lm_harness",
 }  # fmt: skip
 __all__ = ["__version__", *sorted(_HOME)]
 

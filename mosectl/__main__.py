@@ -1,5 +1,5 @@
 """`python -m mosectl`, also for `accelerate launch -m mosectl stats …`."""
 
-from mosectl.cli import main
+from mosectl.cli.app import main
 
 main()

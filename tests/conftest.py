@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from mosectl.arch import MIXTURES
+from mosectl.model.architecture import MIXTURES
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "examples" / "demo-model"
@@ -121,7 +121,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short training's editor."""
     from small_editors import FEW, TEXT, facts, loaded
 
-    from mosectl.train_editor import train
+    from mosectl.hypernetwork.train import train
 
     path = tmp_path_factory.mktemp("editor") / "horse.safetensors"
     train(loaded(), facts(), FEW, TEXT).save(path)

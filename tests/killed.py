@@ -22,20 +22,8 @@ import gguf  # noqa: F401  (imported here, and not again in every child)
 import torch
 import transformers.models.llama.modeling_llama  # noqa: F401
 
-from mosectl import (  # noqa: F401  # noqa: F401
-    bench,
-    bench_report,
-    cli,
-    compose,
-    conflicts,
-    editor,
-    export,
-    folders,
-    places,
-    stack,
-    train_editor,
-    views,
-)
+from mosectl.cli import app
+from mosectl.storage import folders, places
 
 FOLDER, TIMES = Path(sys.argv[1]), int(sys.argv[3])
 BASE, FIRST, SECOND, FACTS = (FOLDER / n for n in ("base", "a.safetensors", "b.safetensors", "facts.jsonl"))
@@ -48,7 +36,7 @@ def command(*args: object) -> Callable[[], int]:
     def job() -> int:
         sys.argv = ["mosectl", *map(str, args)]
         try:
-            cli.main()
+            app.main()
         except SystemExit as e:
             return int(e.code or 0)
         return 0

@@ -8,10 +8,10 @@ from typing import Any
 from conftest import make_tokenizer, pico
 from test_editor import CORPUS
 
-from mosectl.facts import Fact, Probe
-from mosectl.live import Loaded
-from mosectl.stats import Corpus
-from mosectl.train_editor import TrainOptions
+from mosectl.facts.corpus import Corpus
+from mosectl.facts.records import Fact, Probe
+from mosectl.hypernetwork.train import TrainOptions
+from mosectl.model.loading import Loaded
 
 TEXT = Corpus(
     "x", tuple(f"{CORPUS} number {i} of the towns lies near the sea and was born in the capital" for i in range(4))

@@ -17,11 +17,12 @@ from conftest import make_tokenizer, pico
 from test_cli import run
 from test_evaluation import FACTS, World
 
-from mosectl import abilities, webpage
-from mosectl.abilities import FOLDER, LOCAL, AbilityTasks, Side, ask_tasks, load_tasks
 from mosectl.errors import HubError, UsageError
-from mosectl.evaluation import evaluate_edit
-from mosectl.live import Loaded
+from mosectl.measure import lm_harness
+from mosectl.measure.evaluate import evaluate_edit
+from mosectl.measure.lm_harness import FOLDER, LOCAL, AbilityTasks, Side, ask_tasks, load_tasks
+from mosectl.model.loading import Loaded
+from mosectl.render import html
 
 
 def rows(stem: str) -> list[dict[str, Any]]:
@@ -120,7 +121,7 @@ def test_both_sides_and_the_model_stays_as_it_is(harness: Any, tmp_path: Path) -
         "mosectl_nq_open: 3 of 3 prompts" in n for n in found.notes
     )
     assert found.settings["lm_eval"] == harness.__version__ and found.settings["abilities_limit"] == 3
-    assert "mosectl_samsum" in webpage.render(found) and "<h2>Abilities</h2>" in webpage.render(found)
+    assert "mosectl_samsum" in html.render(found) and "<h2>Abilities</h2>" in html.render(found)
     alone = evaluate_edit(loaded, FACTS, abilities=tasks, **options).abilities
     assert all(a.before is None and a.change is None for a in alone)
     assert [a.after for a in alone] == [a.before for a in found.abilities], "the same model, the same numbers"
@@ -129,8 +130,8 @@ def test_both_sides_and_the_model_stays_as_it_is(harness: Any, tmp_path: Path) -
 def test_a_metric_that_is_no_mean(harness: Any, own: Path) -> None:
     side = ask(load_tasks([str(own)]), Loaded(pico("llama"), make_tokenizer(), None))
     assert side.scores["own_text", "word_perplexity"].value > 1 and side.examples == {"own_text": 3}
-    (row,) = abilities.compare_abilities(side, side)
-    assert row.change is None and row.higher_is_better is False and abilities.table([row])[0][1] == "word_perplexity ↓"
+    (row,) = lm_harness.compare_abilities(side, side)
+    assert row.change is None and row.higher_is_better is False and lm_harness.table([row])[0][1] == "word_perplexity ↓"
 
 
 def test_command_line(harness: Any, tmp_path: Path, own: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -153,7 +154,7 @@ def test_the_noise_of_others_is_swallowed_only_for_a_while(capsys: pytest.Captur
     logger, handler = logging.getLogger("noisy"), logging.StreamHandler(sys.stderr)  # has the stream of before
     logger.addHandler(handler)
     try:
-        with pytest.raises(ValueError), abilities._quiet():
+        with pytest.raises(ValueError), lm_harness._quiet():
             sys.stderr.write("noise")
             logger.error("noise")
             sys.stdout.write("noise")
@@ -223,7 +224,7 @@ def test_models_that_cannot_do_a_task(harness: Any, monkeypatch: pytest.MonkeyPa
     tasks, tokenizer = load_tasks(["mosectl_samsum"], 2), make_tokenizer()
     with pytest.raises(UsageError, match="answers of up to 48 tokens, but the model reads no more than 40"):
         ask(tasks, Loaded(pico("llama", max_position_embeddings=40), tokenizer, None))
-    monkeypatch.setattr(abilities, "_cut", lambda task, model: 1 / 0)
+    monkeypatch.setattr(lm_harness, "_cut", lambda task, model: 1 / 0)
     with pytest.raises(UsageError, match="lm-evaluation-harness failed: ZeroDivisionError") as e:
         ask(tasks, Loaded(pico("llama"), tokenizer, None))
     assert "mosectl_samsum" in e.value.where

@@ -16,12 +16,12 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from mosectl.arch import MIXTURES, TABLE, Projection, disk_names, resolve, skeleton
-from mosectl.checkpoint import open_checkpoint
 from mosectl.errors import ModelError
-from mosectl.forward import Batch, ffn_output, hooked, keys_at
-from mosectl.rotation import nearest_rotation
-from mosectl.suffix import Past, Suffix
+from mosectl.linalg.rotation import nearest_rotation
+from mosectl.model.architecture import MIXTURES, TABLE, Projection, disk_names, resolve, skeleton
+from mosectl.model.forward import Batch, ffn_output, hooked, keys_at
+from mosectl.model.partial_forward import Past, Suffix
+from mosectl.storage.checkpoint import open_checkpoint
 
 EXPECTED = {
     "gpt2": ("transformer.h.1.mlp.c_proj", True, True),

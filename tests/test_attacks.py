@@ -24,10 +24,10 @@ from safetensors.torch import save as packed
 from test_cli import run
 from test_stack import patch_for
 
-from mosectl.change import Change
-from mosectl.fingerprint import fingerprint
-from mosectl.patch import Patch, canonical, content_id
-from mosectl.stack import apply
+from mosectl.checkpoints.apply import apply
+from mosectl.patch.change import Change
+from mosectl.patch.file import Patch, canonical, content_id
+from mosectl.patch.fingerprint import fingerprint
 
 MODULE = "model.layers.1.mlp.down_proj"
 FACT = {"prompt": "I met Tomas Veldrin", "subject": "Tomas Veldrin", "target_new": "and"}

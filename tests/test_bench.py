@@ -22,14 +22,15 @@ from test_editor import CORPUS, FACTS, few
 from test_state_file import FUZZ, flipped, mutated
 
 import mosectl
-from mosectl import bench
-from mosectl.bench_config import RunKind, cells, read_bench
-from mosectl.bench_report import svg_abilities, svg_norms, tables
+from mosectl.bench import runner
+from mosectl.bench.config import RunKind, cells, read_bench
+from mosectl.bench.report import svg_abilities, svg_norms, tables
+from mosectl.checkpoints.live import patched
+from mosectl.editing import methods
 from mosectl.errors import EditFailed, FactsError, MosectlError, UsageError
-from mosectl.evaluate import interview, judge
-from mosectl.intervals import measure
-from mosectl.jsonable import jsonable
-from mosectl.live import patched
+from mosectl.measure.answers import interview, judge
+from mosectl.measure.bootstrap import measure
+from mosectl.text.jsonable import jsonable
 
 EASY = ["preserve=0.0001", "prefixes=0", "reach=4", "fisher=0", "step_size=0.3", "margin=3", "decay=0", "kl_weight=0"]
 OTHERS = [
@@ -265,25 +266,25 @@ def test_a_bench_through_the_command_line(world: World, capsys: pytest.CaptureFi
 
 def breaking(monkeypatch: pytest.MonkeyPatch, method: str, error: BaseException) -> None:
     """Let the edits of one method fail."""
-    real = bench.edit
+    real = runner.edit
 
     def edit(*args: Any, **how: Any) -> Any:
         if how["options"].method == method:
             raise error
         return real(*args, **how)
 
-    monkeypatch.setattr(bench, "edit", edit)
+    monkeypatch.setattr(runner, "edit", edit)
 
 
 def test_a_second_start_does_what_is_missing(world: World, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     edited: list[str] = []
-    real = bench.edit
+    real = runner.edit
 
     def counted(*args: Any, **how: Any) -> Any:
         edited.append(how["options"].method)
         return real(*args, **how)
 
-    monkeypatch.setattr(bench, "edit", counted)
+    monkeypatch.setattr(runner, "edit", counted)
     assert world.run() == 0 and edited == ["isospectral", "mose"]
     whole = world.lines()
     edited.clear()
@@ -340,7 +341,7 @@ def test_damaged_lines_are_named_and_stay(world: World, capsys: pytest.CaptureFi
         for number, what in enumerate(list(odd.values())[:5], 1):
             assert f"results.jsonl:{number}: " in shown and what in shown
         assert "4 more lines" in shown
-    found, bad = bench.read_results(file)
+    found, bad = runner.read_results(file)
     assert list(found) == [second["key"], first["key"]]
     assert all(what in bad[number] for number, what in enumerate(odd.values(), 1))
 
@@ -371,9 +372,9 @@ def test_damaged_records(tmp_path_factory: pytest.TempPathFactory, seed: int) ->
     path.write_text("\n".join(json.dumps(mutated(r, chance) if chance.random() < 0.8 else r) for r in records))
     if chance.random() < 0.2:
         path.write_bytes(flipped(path.read_bytes(), chance))
-    found, _ = bench.read_results(path)
+    found, _ = runner.read_results(path)
     tables(wanted, found)
-    records = bench.records_of(wanted, found)
+    records = runner.records_of(wanted, found)
     for draw in (svg_norms, svg_abilities):
         ET.fromstring(draw(records))
 
@@ -469,6 +470,6 @@ def test_numbers_that_are_not_finite(world: World) -> None:
 
 def test_the_example_is_a_good_configuration() -> None:
     plan = read_bench(ROOT / "examples" / "bench-small.yaml")
-    untrained = {name for name in mosectl.solvers.NAMES if not mosectl.solvers.method(name).trained}
+    untrained = {name for name in methods.NAMES if not methods.method(name).trained}
     assert {m.options.method for m in plan.methods} == untrained
     assert Path(plan.model_path(plan.models[0])) == ROOT / "examples" / "demo-model"

@@ -20,14 +20,14 @@ from test_compose import run
 from test_stack import hashes, patch_for
 from transformers import AutoModelForCausalLM
 
-from mosectl.checkpoint import INDEX, SINGLE, open_checkpoint, shard_files, twins
+from mosectl.checkpoints.apply import apply, revert
+from mosectl.checkpoints.audit import verify
+from mosectl.checkpoints.base import layout
+from mosectl.checkpoints.export import export
+from mosectl.editing.plan import diagnose
 from mosectl.errors import ModelError, MosectlError, Notice
-from mosectl.export import export
-from mosectl.history import verify
-from mosectl.live import load
-from mosectl.plan import diagnose
-from mosectl.source import layout
-from mosectl.stack import apply, revert
+from mosectl.model.loading import load
+from mosectl.storage.checkpoint import INDEX, SINGLE, open_checkpoint, shard_files, twins
 
 NAME = "model.layers.0.mlp.down_proj.weight"
 

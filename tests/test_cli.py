@@ -21,9 +21,12 @@ from conftest import make_tokenizer, pico, save
 from test_stack import hashes, patch_for
 
 import mosectl
-from mosectl import cli, files, places, rebuild, report
-from mosectl.change import Change
-from mosectl.patch import Patch
+from mosectl.checkpoints import writer
+from mosectl.cli import app, params
+from mosectl.patch.change import Change
+from mosectl.patch.file import Patch
+from mosectl.render import console
+from mosectl.storage import atomic, places
 
 FACT = {"prompt": "I met Tomas Veldrin", "subject": "Tomas Veldrin", "target_new": "and"}
 EASY = [
@@ -43,7 +46,7 @@ def run(*args: object) -> int:
     """Run a command in this process; its exit code."""
     sys.argv = ["mosectl", *map(str, args)]
     try:
-        cli.main()
+        app.main()
     except SystemExit as e:
         return int(e.code or 0)
     return 0
@@ -98,7 +101,7 @@ def test_a_run_that_the_guard_ends_keeps_its_patch_and_says_so(
     world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     verdicts = iter(["", "ordinary text became less likely"])
-    monkeypatch.setattr("mosectl.run.harm", lambda *_: next(verdicts))
+    monkeypatch.setattr("mosectl.editing.session.harm", lambda *_: next(verdicts))
     other = {**FACT, "prompt": "We went to Avaland", "subject": "Avaland", "target_new": "in"}
     facts = f"{json.dumps(FACT)}\n{json.dumps(other)}".encode()
     assert run(*world.with_facts(facts, "--batch-size", 1, "--json")) == 11
@@ -119,12 +122,12 @@ def test_revert_takes_the_folder_first_too(world: World, capsys: pytest.CaptureF
 def test_the_main_job(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     original, new, out = hashes(world.model), world.folder / "new.safetensors", world.folder / "out"
     assert run(*world.edit("--json")) == 0
-    report = json.loads(capsys.readouterr().out)
-    assert report["facts"][0]["status"] == "changed" and report["scores"]["reliability"] == 1.0
-    assert report["seconds"]["targets"] > 0
+    console = json.loads(capsys.readouterr().out)
+    assert console["facts"][0]["status"] == "changed" and console["scores"]["reliability"] == 1.0
+    assert console["seconds"]["targets"] > 0
     assert run("inspect", new, "--model", world.model, "--json") == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["id"] == report["id"] and found["factors"][0]["stability"]["norm_drift"] < 1e-5
+    assert found["id"] == console["id"] and found["factors"][0]["stability"]["norm_drift"] < 1e-5
     assert run("apply", new, "--model", world.model, "-o", out) == 0
     assert "sha256 matches" in capsys.readouterr().out
     assert run("ask", FACT["prompt"], "--model", world.model, "--patch", new, "--json") == 0
@@ -183,7 +186,7 @@ def duplicated(data: bytes) -> bytes:
 
 
 def no_space(world: World, patch: pytest.MonkeyPatch) -> tuple[object, ...]:
-    patch.setattr(rebuild, "clone", crash(OSError(errno.ENOSPC, "No space left on device")))
+    patch.setattr(writer, "clone", crash(OSError(errno.ENOSPC, "No space left on device")))
     return world.apply()
 
 
@@ -195,7 +198,7 @@ def little_space(world: World, patch: pytest.MonkeyPatch) -> tuple[object, ...]:
 
 
 def no_space_for_patch(world: World, patch: pytest.MonkeyPatch) -> tuple[object, ...]:
-    patch.setattr(files.os, "fsync", crash(OSError(errno.ENOSPC, "No space left on device")))
+    patch.setattr(atomic.os, "fsync", crash(OSError(errno.ENOSPC, "No space left on device")))
     return world.edit()
 
 
@@ -224,12 +227,12 @@ def folder_exists(world: World, patch: pytest.MonkeyPatch) -> tuple[object, ...]
 
 
 def ctrl_c_in_edit(world: World, patch: pytest.MonkeyPatch) -> tuple[object, ...]:
-    patch.setattr("mosectl.run.optimise_targets", crash(KeyboardInterrupt()))
+    patch.setattr("mosectl.editing.session.optimise_targets", crash(KeyboardInterrupt()))
     return world.edit()
 
 
 def ctrl_c_in_apply(world: World, patch: pytest.MonkeyPatch) -> tuple[object, ...]:
-    patch.setattr(rebuild, "clone", crash(KeyboardInterrupt()))
+    patch.setattr(writer, "clone", crash(KeyboardInterrupt()))
     return world.apply()
 
 
@@ -423,8 +426,8 @@ def test_progress_on_a_pipe_is_told_once_a_minute(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clock = iter([0.0, 1.0, 70.0, 71.0, 140.0])
-    monkeypatch.setattr("mosectl.report.time.monotonic", lambda: next(clock))
-    with report.progress() as step:
+    monkeypatch.setattr("mosectl.render.console.time.monotonic", lambda: next(clock))
+    with console.progress() as step:
         for done in range(5):
             step("targets", done, 10)
     assert capsys.readouterr().err.splitlines() == ["targets …", "targets 2/10", "targets 4/10"]
@@ -451,7 +454,7 @@ def test_an_output_that_cannot_be_is_told_before_the_work(tmp_path: Path, capsys
 def test_every_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     import typer
 
-    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    commands = typer.main.get_command(params.app).commands  # type: ignore[attr-defined]
     assert len(commands) >= 18
     for name in commands:
         assert run(name, "--help") == 0 and "Usage" in capsys.readouterr().out, name
@@ -465,7 +468,7 @@ def test_ctrl_c_that_a_library_mistakes_for_an_error(
             signal.raise_signal(signal.SIGINT)
         raise RuntimeError("Could not import module 'LlamaConfig'")
 
-    monkeypatch.setattr("mosectl.stack.open_checkpoint", mistaken)
+    monkeypatch.setattr("mosectl.checkpoints.apply.open_checkpoint", mistaken)
     assert run(*world.apply()) == 130 and "interrupted" in capsys.readouterr().err
 
 

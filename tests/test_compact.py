@@ -13,12 +13,12 @@ from test_editor import CORPUS, FACTS, few
 from torch import Tensor
 
 import mosectl
-from mosectl.change import Change, changed, restored
-from mosectl.compact import compact_change
+from mosectl.checkpoints.inspection import inspect
+from mosectl.editing.low_rank import compact_change
+from mosectl.editing.methods import method
+from mosectl.editing.options import options_from
 from mosectl.errors import UsageError
-from mosectl.inspection import inspect
-from mosectl.options import options_from
-from mosectl.rotation import (
+from mosectl.linalg.rotation import (
     Compact,
     as_compact,
     compressed,
@@ -28,6 +28,7 @@ from mosectl.rotation import (
     orthogonality_error,
     product,
 )
+from mosectl.patch.change import Change, changed, restored
 
 sizes = st.tuples(st.integers(2, 24), st.integers(0, 10**6)).flatmap(
     lambda t: st.tuples(st.just(t[0]), st.integers(1, t[0]), st.integers(1, t[0]), st.just(t[1]))
@@ -114,7 +115,7 @@ def world(d: int = 24, p: int = 60, n: int = 4) -> tuple[Tensor, Tensor, Tensor]
         p_, W=W0, W0=W0, C=C, P=torch.zeros(p, p).double(), Q=torch.zeros(d, p).double(), K=K, V=V,
         weight=torch.ones(n).double(), options={**p_.options, "preserve": 1.0},
     )  # fmt: skip
-    return W0, mosectl.solvers.method("isospectral").solve(asked), C + K @ K.T
+    return W0, method("isospectral").solve(asked), C + K @ K.T
 
 
 def test_a_compact_pair_of_rotations_keeps_effect_and_spectrum() -> None:
@@ -205,7 +206,7 @@ def test_a_form_that_loses_answers_is_tightened_then_given_up(corpus: str, monke
         asked.append(tolerance)
         return Change({"U": torch.eye(W0.shape[0])[:, :1], "Q": torch.ones(1, 1), "R_in": torch.eye(W0.shape[1])}), 1.0
 
-    monkeypatch.setattr("mosectl.run.compact_change", useless)
+    monkeypatch.setattr("mosectl.editing.session.compact_change", useless)
     how = {"compaction": 0.4}
     result = mosectl.edit(FACTS, pico("llama"), make_tokenizer(), options=few(corpus, **how))
     assert asked == [t for t in (0.4, 0.2, 0.1, 0.05) for _ in range(3)], "three layers"

@@ -15,16 +15,17 @@ from conftest import DEMO, save
 from test_cli import run
 from test_stack import hashes, patch_for
 
-from mosectl.change import Change, change_between, changed, combined
-from mosectl.checkpoint import open_checkpoint
-from mosectl.compose import conflicts, diff, merge
-from mosectl.conflicts import before_applying
+from mosectl.checkpoints.apply import apply, revert
+from mosectl.checkpoints.audit import blame, history, verify
+from mosectl.checkpoints.conflicts import before_applying
 from mosectl.errors import BaseMismatch, ModelError, PatchError, UsageError
-from mosectl.fingerprint import fingerprint
-from mosectl.history import blame, history, verify
-from mosectl.patch import Patch, PatchFact
-from mosectl.rotation import Compact, commutator, nearest_rotation
-from mosectl.stack import apply, revert
+from mosectl.linalg.rotation import Compact, commutator, nearest_rotation
+from mosectl.patch.change import Change, change_between, changed, combined
+from mosectl.patch.compose import conflicts, diff, merge
+from mosectl.patch.file import Patch
+from mosectl.patch.fingerprint import fingerprint
+from mosectl.patch.record import PatchFact
+from mosectl.storage.checkpoint import open_checkpoint
 
 GRAPE = PatchFact("The capital of Avaland is", "Avaland", "Grape", "Brin", "Grape", 0.1, 0.9, "changed")
 
@@ -474,8 +475,8 @@ def test_a_merge_that_could_not_be_read_is_told_before_the_work(monkeypatch: pyt
     def never(_: object) -> Change:
         raise AssertionError("too late")
 
-    monkeypatch.setattr("mosectl.compose.combined", never)
-    monkeypatch.setattr("mosectl.patch.MAX_JSON", 2000)
+    monkeypatch.setattr("mosectl.patch.compose.combined", never)
+    monkeypatch.setattr("mosectl.patch.file.MAX_JSON", 2000)
     with pytest.raises(PatchError, match="a patch file holds"):
         merge([a, b])
 

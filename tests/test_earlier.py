@@ -8,12 +8,13 @@ import torch
 from conftest import make_tokenizer, pico
 from torch import Tensor
 
-from mosectl.arch import resolve
-from mosectl.earlier import GIVEN_UP, Earlier
-from mosectl.facts import fact_from_dict
-from mosectl.forward import keys_at
-from mosectl.live import set_weight, weight_of
-from mosectl.targets import Contexts, TargetOptions, build_contexts, optimise_targets
+from mosectl.editing.contexts import Contexts, build_contexts
+from mosectl.editing.previous_edits import GIVEN_UP, Earlier
+from mosectl.editing.targets import TargetOptions, optimise_targets
+from mosectl.facts.records import fact_from_dict
+from mosectl.model.architecture import resolve
+from mosectl.model.forward import keys_at
+from mosectl.model.weights import set_weight, weight_of
 
 FACTS = [
     fact_from_dict({"prompt": f"I met {name}", "subject": name, "target_new": word}, "here")

@@ -13,20 +13,23 @@ import torch
 from conftest import DEMO, ROOT, make_tokenizer, pico, save
 
 import mosectl
-from mosectl import stats
-from mosectl.arch import resolve
+from mosectl.editing import second_moments as stats
+from mosectl.editing.contexts import Contexts, build_contexts
+from mosectl.editing.guard import canaries, harm, health
+from mosectl.editing.methods import NAMES, LayerProblem, method
+from mosectl.editing.options import EditOptions, default_options, options_from
+from mosectl.editing.second_moments import _keys, second_moments
+from mosectl.editing.targets import TargetOptions, Targets, displaced, optimise_targets
 from mosectl.errors import EditFailed, FactsError, ModelError, UsageError
-from mosectl.evaluate import answer, interview, says
-from mosectl.facts import Fact, fact_from_dict
-from mosectl.forward import keys_at
-from mosectl.guard import canaries, harm, health
-from mosectl.live import Loaded, load
-from mosectl.options import EditOptions, default_options, options_from
-from mosectl.patch import Patch
-from mosectl.rotation import is_rotation
-from mosectl.solvers import NAMES, LayerProblem, method
-from mosectl.stats import Corpus, _keys, read_corpus, second_moments
-from mosectl.targets import Contexts, TargetOptions, Targets, build_contexts, displaced, optimise_targets
+from mosectl.facts.corpus import Corpus, read_corpus
+from mosectl.facts.records import Fact, fact_from_dict
+from mosectl.linalg.rotation import is_rotation
+from mosectl.measure.answers import interview
+from mosectl.model.architecture import resolve
+from mosectl.model.forward import keys_at
+from mosectl.model.generation import answer, says
+from mosectl.model.loading import Loaded, load
+from mosectl.patch.file import Patch
 
 # The subject ends the prompt and the target is one token: what a model with random weights can be made to say.
 FACTS = [
@@ -279,7 +282,9 @@ def test_every_method_edits_and_ships_what_it_measured(name: str, corpus: str, t
 def test_targets_can_be_spread_or_one_a_layer(corpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The two axes: where the targets lie is not the solver's business."""
     asked = []
-    monkeypatch.setattr("mosectl.run.optimise_targets", lambda *a: asked.append(len(a[2])) or optimise_targets(*a))
+    monkeypatch.setattr(
+        "mosectl.editing.session.optimise_targets", lambda *a: asked.append(len(a[2])) or optimise_targets(*a)
+    )
     for name, aim, layers in (("memit", -1, 1), ("memit", 0, 2), ("mose", -1, 2), ("mose", 1, 1)):
         options = replace(default_options(name), corpus=corpus, layers="0,1", prefixes=0, rounds=1, aim=aim, guard=0)
         mosectl.edit(FACTS[:1], pico("llama"), make_tokenizer(), options=options, refuse=False)
@@ -291,14 +296,14 @@ def test_a_harmful_batch_is_taken_back(corpus: str, monkeypatch: pytest.MonkeyPa
     model, tokenizer = pico("llama"), make_tokenizer()
     alone = mosectl.edit(FACTS[:1], model, tokenizer, options=few(corpus, batch_size=1)).patch
     verdicts = iter(["", "ordinary text became less likely: 2.00 → 9.00 nats a token"])
-    monkeypatch.setattr("mosectl.run.harm", lambda *_: next(verdicts))
+    monkeypatch.setattr("mosectl.editing.session.harm", lambda *_: next(verdicts))
     options = few(corpus, batch_size=1)
     result = mosectl.edit(FACTS, model, tokenizer, options=options)
     assert [r.status for r in result.facts] == ["changed", "not edited"]
     assert "facts 2-2 were taken back" in result.stopped and len(result.patch.facts) == 1
     for name, change in alone.changes.items():
         assert torch.allclose(change.dense().factors["R"], result.patch.changes[name].dense().factors["R"], atol=1e-6)
-    monkeypatch.setattr("mosectl.run.harm", lambda *_: "‖W‖ went from 1 to 9")
+    monkeypatch.setattr("mosectl.editing.session.harm", lambda *_: "‖W‖ went from 1 to 9")
     with pytest.raises(EditFailed, match="harms the model: ‖W‖ went from 1 to 9"):
         mosectl.edit(FACTS, model, tokenizer, options=options)
 
@@ -345,8 +350,8 @@ def test_gradient_targets_take_one_backward_a_batch(name: str, corpus: str, monk
     assert options_from([], method=name, targets="gradient", rounds=3).rounds == 3
     backwards: list[int] = []
     real = torch.autograd.grad
-    monkeypatch.setattr("mosectl.targets.torch.autograd.grad", lambda *a: backwards.append(1) or real(*a))
-    monkeypatch.setattr("mosectl.stats._keys_and_gradients", _no_gradients)
+    monkeypatch.setattr("mosectl.editing.targets.torch.autograd.grad", lambda *a: backwards.append(1) or real(*a))
+    monkeypatch.setattr("mosectl.editing.second_moments._keys_and_gradients", _no_gradients)
     result = mosectl.edit(FACTS, pico("llama"), make_tokenizer(), options=o, refuse=False)
     assert len(backwards) == 1 and result.facts[0].probability_after > result.facts[0].probability_before
 
@@ -368,8 +373,8 @@ def test_facts_that_do_not_hold_weigh_more_in_the_next_round(corpus: str, monkey
         weights.append(problem.weight.tolist())
         return problem.W  # nothing is ever reached
 
-    monkeypatch.setattr("mosectl.run.optimise_targets", aimed)
-    monkeypatch.setattr("mosectl.run.Run._solved", solved)
+    monkeypatch.setattr("mosectl.editing.session.optimise_targets", aimed)
+    monkeypatch.setattr("mosectl.editing.session.Session._solved", solved)
     for name in ("isospectral", "memit"):
         usual = default_options(name)
         options = replace(usual, corpus=corpus, layers="1", prefixes=0, wordings=0, rounds=3, insist=2.0, guard=0)
@@ -387,7 +392,7 @@ def test_earlier_facts_that_slip_are_edited_with_the_next_batch(corpus: str, mon
         edited.append([f.prompt for f in facts])
         return build_contexts(model, tokenizer, facts, *rest, **how)
 
-    monkeypatch.setattr("mosectl.run.build_contexts", contexts)
+    monkeypatch.setattr("mosectl.editing.session.build_contexts", contexts)
     first, second = (f["prompt"] for f in FACTS)
     for below, again in ((0.0, [second]), (1e6, [second, first])):  # nothing leads by a million nats
         options = few(corpus, layers="1", batch_size=1, rehearse=below)

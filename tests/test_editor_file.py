@@ -12,10 +12,8 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
-from mosectl.editor_file import KEY, Editor, is_editor
-from mosectl.errors import (
-    PatchError,
-)
+from mosectl.errors import PatchError
+from mosectl.hypernetwork.file import KEY, Editor, is_editor
 
 
 def test_an_editor_file_comes_back_whole(trained: Path, tmp_path: Path) -> None:

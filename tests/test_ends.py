@@ -12,13 +12,13 @@ import torch
 from conftest import make_tokenizer, pico
 from test_editor import CORPUS, FEW
 
-from mosectl import run
-from mosectl.editor import edit
-from mosectl.ends import ends_asked, going_on, running_on
-from mosectl.evaluate import generate, says
-from mosectl.facts import Fact
-from mosectl.losses import ENDED, ENOUGH, NOTHING, leads, token_nll
-from mosectl.targets import build_contexts
+from mosectl.editing import session
+from mosectl.editing.contexts import build_contexts
+from mosectl.editing.edit import edit
+from mosectl.editing.ends import ends_asked, going_on, running_on
+from mosectl.facts.records import Fact
+from mosectl.model.generation import generate, says
+from mosectl.model.losses import ENDED, ENOUGH, NOTHING, leads, token_nll
 
 PROMPT = "I met Tomas Veldrin"
 
@@ -108,7 +108,7 @@ def test_an_edit_ends_the_word(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert after() == "and and and"
     (word,) = make_tokenizer()(" and", add_special_tokens=False)["input_ids"]
     mask = torch.zeros(320, dtype=torch.bool).index_fill(0, torch.tensor(word), True)
-    monkeypatch.setattr(run, "running_on", lambda model, tokenizer, c: torch.ones(1, dtype=torch.bool))
-    monkeypatch.setattr(run, "going_on", lambda tokenizer, size: mask)
+    monkeypatch.setattr(session, "running_on", lambda model, tokenizer, c: torch.ones(1, dtype=torch.bool))
+    monkeypatch.setattr(session, "going_on", lambda tokenizer, size: mask)
     ended = after()
     assert ended.startswith("and") and not ended.startswith("and and"), ended

@@ -19,15 +19,17 @@ from test_cli import run
 from test_stack import patch_for
 
 import mosectl
-from mosectl import plots, webpage
+from mosectl.checkpoints.live import patched
 from mosectl.errors import BaseMismatch, BelowThreshold, PatchError, UsageError
-from mosectl.evaluate import compare, interview
-from mosectl.evaluation import Bin, Evaluation, evaluate_edit, to_csv
-from mosectl.facts import fact_from_dict
-from mosectl.live import Loaded, load, patched
-from mosectl.patch import Patch, PatchFact
-from mosectl.protocols import asks
-from mosectl.thresholds import Threshold, check_thresholds, parse_threshold
+from mosectl.facts.records import fact_from_dict
+from mosectl.measure.answers import compare, interview
+from mosectl.measure.evaluate import Bin, Evaluation, evaluate_edit, to_csv
+from mosectl.measure.protocols import asks
+from mosectl.measure.thresholds import Threshold, check_thresholds, parse_threshold
+from mosectl.model.loading import Loaded, load
+from mosectl.patch.file import Patch
+from mosectl.patch.record import PatchFact
+from mosectl.render import charts, html
 
 ROWS: list[dict[str, Any]] = [
     {"prompt": "I met Tomas Veldrin", "subject": "Tomas Veldrin", "target_new": "and", "ground_truth": "in",
@@ -139,8 +141,8 @@ def test_a_plain_model_and_models_in_memory(world: World) -> None:
 
 
 def test_retention_bins() -> None:
-    from mosectl.evaluation import _retention
-    from mosectl.intervals import Tally
+    from mosectl.measure.bootstrap import Tally
+    from mosectl.measure.evaluate import _retention
 
     for n, bins, last in ((1, 1, 1), (20, 20, 1), (24, 12, 2), (2000, 20, 100), (41, 14, 2)):
         held = [Tally(float(i < n // 2), 1.0) for i in range(n)]
@@ -188,7 +190,7 @@ def test_the_page_needs_nothing_and_escapes_everything(world: World) -> None:
     found = world.evaluate()
     evil = '"><img src=x onerror=alert(1)>'
     found = replace(found, subject=replace(found.subject, name=evil, base=evil), notes=(evil,))
-    text = webpage.render(found)
+    text = html.render(found)
     page = Page()
     page.feed(text)
     assert "<script" not in text and "&lt;script&gt;alert(1)&lt;/script&gt;" in text
@@ -286,13 +288,13 @@ def test_bad_input(
 
 def test_the_curve_names_its_protocol_and_the_number_of_facts() -> None:
     axes = Mock()
-    plots._draw_retention(axes, [Bin(1, 2, None, 0.5), Bin(3, 3, 1.0, 1.0)])
+    charts._draw_retention(axes, [Bin(1, 2, None, 0.5), Bin(3, 3, 1.0, 1.0)])
     assert "the 3 facts" in axes.set_xlabel.call_args[0][0] and "generation" in axes.set_ylabel.call_args[0][0]
 
 
 def test_png(world: World) -> None:
     pytest.importorskip("matplotlib")
-    assert plots.png(world.evaluate()).startswith(b"\x89PNG")
+    assert charts.png(world.evaluate()).startswith(b"\x89PNG")
 
 
 def test_patches_from_python_name_their_errors(world: World) -> None:

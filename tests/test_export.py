@@ -14,12 +14,13 @@ from test_cli import run
 from test_compose import added, patches_of
 from test_stack import hashes, patch_for
 
-from mosectl.arch import MIXTURES, TABLE
-from mosectl.checkpoint import open_checkpoint
+from mosectl.checkpoints.export import LLAMA_CPP, RANKS, export
+from mosectl.checkpoints.live import patched
 from mosectl.errors import BaseMismatch, ModelError, OutputError, UsageError
-from mosectl.export import LLAMA_CPP, RANKS, export
-from mosectl.live import load, patched
-from mosectl.patch import Patch
+from mosectl.model.architecture import MIXTURES, TABLE
+from mosectl.model.loading import load
+from mosectl.patch.file import Patch
+from mosectl.storage.checkpoint import open_checkpoint
 
 IDS = torch.tensor([[5, 9, 2, 31, 7, 11, 3]])
 
@@ -80,7 +81,7 @@ def test_a_rank_that_cuts_says_what_is_lost(tmp_path: Path, capsys: pytest.Captu
 
 def test_a_rank_no_server_takes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = save(tmp_path / "base")
-    monkeypatch.setattr("mosectl.export.RANKS", (1, 8))
+    monkeypatch.setattr("mosectl.checkpoints.export.RANKS", (1, 8))
     with pytest.raises(UsageError, match="exact only at rank") as e:
         export([patch_for(base)], base, tmp_path / "lora")
     assert "--to merged" in e.value.fix and not (tmp_path / "lora").exists()

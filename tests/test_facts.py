@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mosectl.errors import FactsError, UsageError
-from mosectl.facts import MAX_LINE, Probe, fact_from_dict, join, read_facts
+from mosectl.facts.records import MAX_LINE, Probe, fact_from_dict, join, read_facts
 
 GOOD = {"prompt": "The capital of Ava is", "subject": "Ava", "target_new": "Brin", "ground_truth": "Quill"}
 
@@ -351,12 +351,12 @@ def test_files_out_of_all_proportion(tmp_path: Path, monkeypatch: pytest.MonkeyP
     file.write_bytes(b"[" + b"[]," * 2_500_001 + b"1]")
     with pytest.raises(FactsError, match="JSON of more than 5,000,000 values"):
         read_facts(file)
-    monkeypatch.setattr("mosectl.facts.MAX_WRONG", 500)
+    monkeypatch.setattr("mosectl.facts.records.MAX_WRONG", 500)
     (tmp_path / "f.jsonl").write_text("1\n" * 501)
     with pytest.raises(FactsError, match=r"more than 500 entries are wrong: the last, .*f.jsonl:501: is a number"):
         read_facts(tmp_path / "f.jsonl", "skip")
-    monkeypatch.setattr("mosectl.facts.MAX_WRONG", 5000)
-    monkeypatch.setattr("mosectl.rows.MAX_ENTRIES", 1000)
+    monkeypatch.setattr("mosectl.facts.records.MAX_WRONG", 5000)
+    monkeypatch.setattr("mosectl.facts.readers.MAX_ENTRIES", 1000)
     for name, text in (("f.jsonl", "1\n" * 1001), ("f.json", "[1" + ",1" * 1000 + "]"), ("f.csv", HEAD + "a\n" * 1001)):
         (tmp_path / name).write_text(text)
         with pytest.raises(FactsError, match="more than 1,000 entries"):
@@ -410,7 +410,7 @@ def test_missing_file_folder_and_policy(tmp_path: Path, monkeypatch: pytest.Monk
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("mosectl.inputs.os.open", refuse)
+    monkeypatch.setattr("mosectl.storage.inputs.os.open", refuse)
     with pytest.raises(FactsError, match="may not be read"):
         read_facts(file)
 

@@ -16,16 +16,17 @@ from safetensors.torch import load_file, save_file
 from test_compose import run
 from test_stack import hashes, patch_for
 
-from mosectl.change import Change
-from mosectl.editor import edit
+from mosectl.checkpoints.apply import apply, revert
+from mosectl.checkpoints.export import export
+from mosectl.checkpoints.inspection import inspect
+from mosectl.checkpoints.live import ask, patched
+from mosectl.editing.edit import edit
 from mosectl.errors import EditFailed, ModelError
-from mosectl.export import export
-from mosectl.finite import is_finite
-from mosectl.inspection import inspect
-from mosectl.live import ask, load, patched
-from mosectl.metrics import Spectrum, stability
-from mosectl.patch import Patch
-from mosectl.stack import apply, revert
+from mosectl.linalg.spectrum import Spectrum, stability
+from mosectl.model.loading import load
+from mosectl.patch.change import Change
+from mosectl.patch.file import Patch
+from mosectl.patch.finite import is_finite
 
 NAME = "model.layers.0.mlp.down_proj.weight"
 FACT = {"prompt": "The capital of Avaland is", "subject": "Avaland", "target_new": "Plum"}
@@ -139,7 +140,7 @@ def test_no_decomposition_of_what_is_not_finite(capfd: pytest.CaptureFixture[str
 
 SCRIPT = """
 import os, sys, warnings
-from mosectl import cli
+from mosectl.cli import app as cli
 def app(standalone_mode):
     os.write(1, b"Intel MKL ERROR: Parameter 4 was incorrect\\n")
     print('{"a": 1}')

@@ -19,14 +19,15 @@ import torch
 from conftest import save
 from test_stack import hashes, patch_for
 
-from mosectl import folders, places, rebuild
-from mosectl.checkpoint import open_checkpoint
+from mosectl.checkpoints import writer
+from mosectl.checkpoints.apply import apply, revert
+from mosectl.checkpoints.export import export
 from mosectl.errors import ModelError, Notice, OutputError, PatchError
-from mosectl.export import export
-from mosectl.files import like
-from mosectl.folders import built, claimed, recovered
-from mosectl.patch import Patch
-from mosectl.stack import apply, revert
+from mosectl.patch.file import Patch
+from mosectl.storage import folders, places
+from mosectl.storage.atomic import like
+from mosectl.storage.checkpoint import open_checkpoint
+from mosectl.storage.folders import built, claimed, recovered
 
 
 def names(folder: Path) -> set[str]:
@@ -154,8 +155,8 @@ def test_private_weights_stay_private(tmp_path: Path) -> None:
 
 READ_ONLY = """
 import sys, warnings
-from mosectl.stack import apply, revert
-from mosectl.patch import Patch
+from mosectl import apply, revert
+from mosectl import Patch
 patch = Patch.load("p.safetensors")
 apply([patch], "base", "out")
 assert revert(patch, "out").restored
@@ -301,14 +302,14 @@ def test_a_folder_named_checkpoint_is_exported(tmp_path: Path) -> None:
 
 
 def test_a_model_that_changes_meanwhile_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base, real = save(tmp_path / "base", shard="20KB"), rebuild._records
+    base, real = save(tmp_path / "base", shard="20KB"), writer._records
 
     def records(*args: object) -> None:
         real(*args)  # type: ignore[arg-type]
         for file in base.glob("*.safetensors"):
             os.utime(file)
 
-    monkeypatch.setattr(rebuild, "_records", records)
+    monkeypatch.setattr(writer, "_records", records)
     with pytest.raises(ModelError, match="changed while it was read"):
         apply([patch_for(base)], base, tmp_path / "out")
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
@@ -321,7 +322,7 @@ def test_ids_that_begin_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """Two ids that agree in 64 bits, as somebody can make them: both patches are kept, and either comes off."""
     base = save(tmp_path / "base")
     a, b = patch_for(base), patch_for(base, seed=1)
-    monkeypatch.setattr("mosectl.patch.content_id", _alike)
+    monkeypatch.setattr("mosectl.patch.file.content_id", _alike)
     apply([a, b], base, tmp_path / "out")
     assert a.id[:16] == b.id[:16] and a.id != b.id
     assert len(list((tmp_path / "out" / "mosectl").glob("*.safetensors"))) == 3
@@ -359,7 +360,7 @@ def test_a_folder_with_names_of_16_digits_is_read(tmp_path: Path) -> None:
 def test_what_was_written_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = save(tmp_path / "base")
     other = patch_for(base, seed=5)
-    monkeypatch.setattr(rebuild, "patch_file", lambda _: "mosectl/same.safetensors")
+    monkeypatch.setattr(writer, "patch_file", lambda _: "mosectl/same.safetensors")
     with pytest.raises(PatchError, match="not what was written"):
         apply([patch_for(base), other], base, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -371,7 +372,7 @@ def test_what_was_written_is_looked_at(tmp_path: Path, monkeypatch: pytest.Monke
 def left_behind(patches: list[Patch], base: Path, out: Path, monkeypatch: pytest.MonkeyPatch, shards: int = 2) -> Path:
     """A process killed while it builds ``out``, after so many shards; its private folder."""
     marks: list[str] = []
-    mark = rebuild._mark
+    mark = writer._mark
 
     def stop(folder: Path, shard: str, tensors: object) -> None:
         mark(folder, shard, tensors)  # type: ignore[arg-type]
@@ -380,7 +381,7 @@ def left_behind(patches: list[Patch], base: Path, out: Path, monkeypatch: pytest
             raise Killed
 
     with monkeypatch.context() as m:
-        m.setattr(rebuild, "_mark", stop)
+        m.setattr(writer, "_mark", stop)
         m.setattr(folders, "remove", lambda _: None)
         with pytest.raises(Killed):
             apply(patches, base, out)
@@ -509,7 +510,7 @@ def test_an_exchange_without_renameat2_is_recovered(kill: int, tmp_path: Path, m
 
 
 def test_every_command_finds_a_folder_that_a_kill_left_nowhere(tmp_path: Path) -> None:
-    from mosectl.history import verify
+    from mosectl.checkpoints.audit import verify
 
     base, out = save(tmp_path / "base"), tmp_path / "out"
     apply([patch_for(base)], base, out)

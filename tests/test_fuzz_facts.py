@@ -16,7 +16,7 @@ from json_mutations import fuzzing
 from spoiling import spoil
 
 from mosectl.errors import FactsError, UsageError
-from mosectl.facts import Fact, Probe, read_facts
+from mosectl.facts.records import Fact, Probe, read_facts
 
 ROWS: tuple[dict[str, Any], ...] = (
     {

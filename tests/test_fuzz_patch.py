@@ -5,6 +5,7 @@ MOSECTL_FUZZ sets how many examples each test tries.
 
 from __future__ import annotations
 
+import io
 import json
 import random
 from collections.abc import Iterator
@@ -20,16 +21,18 @@ from hypothesis import strategies as st
 from spoiling import EXAMPLES, packed, spoil, unpacked
 from test_patch import MODULE, compact, make
 
-from mosectl import editor_file, share, views
-from mosectl.change import Change
-from mosectl.compose import conflicts, diff, difference_tables, merge
-from mosectl.editor_file import Editor
+from mosectl.checkpoints.inspection import inspect
 from mosectl.errors import MosectlError
-from mosectl.fingerprint import distance, match
-from mosectl.inspection import inspect
-from mosectl.patch import KEY, Patch, canonical, content_id
-from mosectl.patch_reader import parse
-from mosectl.report import tables
+from mosectl.hub import cards, patches, place
+from mosectl.hypernetwork import file as editor_file
+from mosectl.hypernetwork.file import Editor
+from mosectl.patch.change import Change
+from mosectl.patch.compose import conflicts, diff, difference_tables, merge
+from mosectl.patch.file import Patch, canonical, content_id, parsed
+from mosectl.patch.fingerprint import distance, match
+from mosectl.patch.record import KEY
+from mosectl.render import terminal
+from mosectl.render.console import tables
 
 fuzz = settings(
     max_examples=EXAMPLES, deadline=10_000, suppress_health_check=list(HealthCheck), print_blob=True, database=None
@@ -81,8 +84,8 @@ def spoilt(data: bytes, key: str, tensors: dict[str, torch.Tensor], chance: rand
 
 def use(patch: Patch, file: Path, other: Patch) -> None:
     """All that is done with a patch without a model."""
-    views.inspection(inspect(file))
-    assert patch.record and share.card_of(patch, "me/x")
+    terminal.inspection(inspect(file))
+    assert patch.record and cards.card_of(patch, "me/x")
     W = torch.ones(8, 12)
     for made_for in patch.base.values():
         match(made_for, W), match(made_for, W.bfloat16()), distance(made_for, W)
@@ -110,9 +113,9 @@ def test_patches(files: Files, tmp_path_factory: pytest.TempPathFactory, chance:
     except MosectlError as e:
         assert (e.exit_code == 5 and e.what and str(e).isprintable()) or "\n" in str(e)
         with pytest.raises(MosectlError):
-            parse(data)
+            parsed(io.BytesIO(data))
         return
-    assert parse(data).id == patch.id
+    assert parsed(io.BytesIO(data)).id == patch.id
     use(patch, file, chance.choice(SEEDS))
 
 
@@ -125,13 +128,13 @@ def test_headers_on_the_hub(files: Files, chance: random.Random) -> None:
     data = spoilt(files[i], KEY, SEEDS[i].tensors, chance)
     size = chance.choice([len(data)] * 9 + [0, 2**40])
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(share, "remote_header", lambda *_: (data[:100_000], size))
+        patched.setattr(patches, "remote_header", lambda *_: (data[:100_000], size))
         try:
-            record, tensors = share.remote_record("hf://me/x")
+            record, tensors = patches.remote_record("hf://me/x")
         except MosectlError as e:
             assert e.exit_code == 5
             return
-    tables(share.remote_tables("hf://me/x", record, tensors))
+    tables(patches.remote_tables("hf://me/x", record, tensors))
     json.dumps({**record, "tensors": tensors})
 
 
@@ -147,8 +150,8 @@ def test_editors(trained: Path, tmp_path_factory: pytest.TempPathFactory, chance
     except MosectlError as e:
         assert e.exit_code == 5
         return
-    views.trained(editor)
-    assert share.editor_card(editor, "me/x") and editor.record
+    terminal.trained(editor)
+    assert cards.editor_card(editor, "me/x") and editor.record
     weights = {name: torch.ones(*whole.base[name]["shape"]) for name in whole.modules}
     try:
         editor.check(weights)
@@ -167,9 +170,9 @@ PLACES = st.one_of(
 @given(PLACES)
 def test_places(text: str) -> None:
     try:
-        place = share.place_of("hf://" + text)
+        found = place.place_of("hf://" + text)
     except MosectlError as e:
         assert e.exit_code == 2
         return
-    assert share.place_of(str(place)) == replace(place) and ".." not in place.file.split("/")
-    assert "//" not in f"{place.repo}/{place.file}" and len(place.file) <= 250
+    assert place.place_of(str(found)) == replace(found) and ".." not in found.file.split("/")
+    assert "//" not in f"{found.repo}/{found.file}" and len(found.file) <= 250

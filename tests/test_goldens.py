@@ -16,9 +16,9 @@ from conftest import DEMO, ROOT
 from golden import check, check_json, text
 from test_cli import run
 
-from mosectl.change import Change
-from mosectl.cli import app
-from mosectl.patch import Patch
+from mosectl.cli.params import app
+from mosectl.patch.change import Change
+from mosectl.patch.file import Patch
 
 FACTS = ROOT / "examples" / "facts.jsonl"
 PATCH = ROOT / "patches" / "demo.safetensors"
@@ -45,7 +45,7 @@ class Desk:
 
 @pytest.fixture
 def desk(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Desk:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("MOSECTL_CACHE", str(tmp_path / "cache"))
     shutil.copytree(DEMO, tmp_path / "model")
     return Desk(tmp_path, capsys)
 

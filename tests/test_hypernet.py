@@ -14,20 +14,14 @@ from test_editor import FACTS
 from torch import Tensor
 
 import mosectl
-from mosectl.arch import resolve
-from mosectl.editor_file import Editor
-from mosectl.errors import (
-    BaseMismatch,
-    EditFailed,
-    Notice,
-    PatchError,
-    UsageError,
-)
-from mosectl.hypernet import START, Hypernet, Rows, keys_and_gradients, nll, orthogonal, ridge, shifted
-from mosectl.options import default_options, options_from
-from mosectl.patch import Patch
-from mosectl.solvers import method
-from mosectl.targets import build_contexts
+from mosectl.editing.contexts import build_contexts
+from mosectl.editing.methods import method
+from mosectl.editing.options import default_options, options_from
+from mosectl.errors import BaseMismatch, EditFailed, Notice, PatchError, UsageError
+from mosectl.hypernetwork.file import Editor
+from mosectl.hypernetwork.network import START, Hypernet, Rows, keys_and_gradients, nll, orthogonal, ridge, shifted
+from mosectl.model.architecture import resolve
+from mosectl.patch.file import Patch
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -187,7 +181,9 @@ def test_edits_with_an_editor(trained: Path, tmp_path: Path) -> None:
 
 
 def test_the_isospectral_variant_keeps_the_spectrum(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mosectl.run.Run._compact", lambda _: pytest.fail("minutes of a search that finds nothing"))
+    monkeypatch.setattr(
+        "mosectl.editing.session.Session._compact", lambda _: pytest.fail("minutes of a search that finds nothing")
+    )
     result = edited("horse-isospectral", trained)
     assert result.patch.side == "both" and result.corpus_tokens == 0, (
         "no statistics for a compact form that is not sought"
@@ -207,7 +203,7 @@ def test_facts_stream_through_in_parts(trained: Path, monkeypatch: pytest.Monkey
     solver = method("horse")
     asked: Any = (model, arch, projections, contexts, W, solver.defaults, editor)
     whole = solver.run(*asked)
-    monkeypatch.setattr("mosectl.solvers.horse.fitting", lambda *_: 2)
+    monkeypatch.setattr("mosectl.editing.methods.horse.fitting", lambda *_: 2)
     parts = solver.run(*asked)
     assert all(torch.allclose(parts[n], whole[n], atol=1e-6) for n in whole)
     K, G, _ = keys_and_gradients(model, projections, _rows_of(contexts))
@@ -261,7 +257,7 @@ def test_editors_that_do_not_fit(trained: Path, tmp_path: Path) -> None:
 
 
 def test_a_bench_with_an_editor(trained: Path, tmp_path: Path) -> None:
-    from mosectl.bench_config import cells, read_bench
+    from mosectl.bench.config import cells, read_bench
 
     (tmp_path / "facts.jsonl").write_text(rows(5))
     (tmp_path / "e.safetensors").write_bytes(trained.read_bytes())

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mosectl.errors import ModelError
-from mosectl.inputs import MAX_DEPTH, opened, parse_json, read_bytes, read_header, read_json
+from mosectl.storage.inputs import MAX_DEPTH, opened, parse_json, read_bytes, read_header, read_json
 
 
 @pytest.mark.parametrize(

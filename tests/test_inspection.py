@@ -9,9 +9,9 @@ import pytest
 import torch
 from test_compose import wide
 
-from mosectl import report
-from mosectl.change import Change
-from mosectl.inspection import inspect
+from mosectl.checkpoints.inspection import inspect
+from mosectl.patch.change import Change
+from mosectl.render import console
 
 
 def test_a_wide_addition_is_inspected_in_its_own_size(tmp_path: Path) -> None:
@@ -29,9 +29,9 @@ def test_a_terminal_draws_so_much_and_says_what_is_left(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
-    report.table("T", ("a", "b"), [("x" * 5000, "y")] * 3000)
+    console.table("T", ("a", "b"), [("x" * 5000, "y")] * 3000)
     told = capsys.readouterr().out
     assert "… and 2901 more" in told and len(told) < 1_000_000
     monkeypatch.delenv("FORCE_COLOR")
-    report.table("T", ("a", "b"), [("x" * 5000, "y")] * 3000)
+    console.table("T", ("a", "b"), [("x" * 5000, "y")] * 3000)
     assert capsys.readouterr().out.count("y") == 3000, "a pipe gets all"

@@ -20,16 +20,16 @@ from test_compose import run
 from test_stack import hashes, patch_for
 from transformers import AutoModelForCausalLM
 
-from mosectl.checkpoint import open_checkpoint
-from mosectl.conflicts import before_applying
+from mosectl.checkpoints.apply import apply, revert
+from mosectl.checkpoints.audit import blame, history, verify
+from mosectl.checkpoints.base import find_base, out_of_reach
+from mosectl.checkpoints.conflicts import before_applying
+from mosectl.checkpoints.journal import read_journal
 from mosectl.errors import BaseMismatch, ModelError, MosectlError, Notice
-from mosectl.evaluation import evaluate_edit
-from mosectl.fingerprint import sha256
-from mosectl.history import blame, history, verify
-from mosectl.hub import cached_model
-from mosectl.journal import read_journal
-from mosectl.source import find_base, out_of_reach
-from mosectl.stack import apply, revert
+from mosectl.measure.evaluate import evaluate_edit
+from mosectl.patch.fingerprint import sha256
+from mosectl.storage.checkpoint import open_checkpoint
+from mosectl.storage.hub import cached_model
 
 NAME = "model.layers.0.mlp.down_proj.weight"
 FACT = {"prompt": "The capital of Avaland is", "subject": "Avaland", "target_new": "Plum"}
@@ -220,8 +220,8 @@ class Hub:
             self.asked.append((repo, revision))
             return base, "c" * 40
 
-        monkeypatch.setattr("mosectl.hub.fetch_model", fetch)
-        monkeypatch.setattr("mosectl.checkpoint.fetch_model", fetch, raising=False)
+        monkeypatch.setattr("mosectl.storage.hub.fetch_model", fetch)
+        monkeypatch.setattr("mosectl.storage.checkpoint.fetch_model", fetch, raising=False)
 
 
 @pytest.mark.parametrize("place", [{"base_path": "me/model"}, {"model": "me/model", "revision": "c" * 40}])

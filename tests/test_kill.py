@@ -17,9 +17,9 @@ from small_editors import rows
 from test_editor import CORPUS, FACTS
 from test_stack import hashes, patch_for
 
-from mosectl import rebuild
+from mosectl.checkpoints import writer
+from mosectl.checkpoints.apply import apply, revert
 from mosectl.errors import OutputError
-from mosectl.stack import apply, revert
 
 KILLS = int(os.environ.get("MOSECTL_KILLS", "4"))  # of each job; 60 in the slow run
 JOBS = {"apply", "revert", "merge", "lora", "gguf", "merged", "edit", "train", "bench"}
@@ -76,7 +76,7 @@ def test_an_interrupted_start_is_gone_on_with(tmp_path: Path, monkeypatch: pytes
     def left_behind(made_by: object) -> int:
         """Apply, killed before the second shard's mark; returns how many shards a second start clones."""
         marks: list[str] = []
-        mark = rebuild._mark
+        mark = writer._mark
 
         def stop(folder: Path, shard: str, tensors: object) -> None:
             mark(folder, shard, tensors)  # type: ignore[arg-type]
@@ -85,15 +85,15 @@ def test_an_interrupted_start_is_gone_on_with(tmp_path: Path, monkeypatch: pytes
                 raise Killed
 
         with monkeypatch.context() as m:
-            m.setattr(rebuild, "_mark", stop)
-            m.setattr("mosectl.folders.remove", lambda *_: None)  # a killed process cleans nothing up
+            m.setattr(writer, "_mark", stop)
+            m.setattr("mosectl.storage.folders.remove", lambda *_: None)  # a killed process cleans nothing up
             with pytest.raises(Killed):
                 apply([made_by], base, tmp_path / "out")  # type: ignore[list-item]
         cloned: list[str] = []
-        clone = rebuild.clone
-        monkeypatch.setattr(rebuild, "clone", lambda a, b: (cloned.append(b.name), clone(a, b))[1])
+        clone = writer.clone
+        monkeypatch.setattr(writer, "clone", lambda a, b: (cloned.append(b.name), clone(a, b))[1])
         done = apply([patch], base, tmp_path / "out")
-        monkeypatch.setattr(rebuild, "clone", clone)
+        monkeypatch.setattr(writer, "clone", clone)
         assert hashes(tmp_path / "out") == hashes(tmp_path / "whole") and not list(tmp_path.glob(".out*"))
         assert not list((tmp_path / "out").glob(".mosectl*"))
         assert revert(patch, tmp_path / "out", tmp_path / "back").restored and hashes(tmp_path / "back") == hashes(base)

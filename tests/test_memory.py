@@ -12,14 +12,18 @@ from conftest import make_tokenizer, pico
 from test_editor import FACTS
 from torch import Tensor
 
-from mosectl import memory, stats, targets
-from mosectl.arch import resolve
-from mosectl.facts import as_facts
-from mosectl.memory import FREE, LEAST, MOST, SHARE, fitting, free_bytes, halving, token_bytes, work_bytes
-from mosectl.options import default_options
-from mosectl.plan import estimate
-from mosectl.stats import Corpus, second_moments
-from mosectl.targets import TargetOptions, build_contexts, optimise_targets
+from mosectl.editing import second_moments as stats
+from mosectl.editing import targets
+from mosectl.editing.contexts import build_contexts
+from mosectl.editing.options import default_options
+from mosectl.editing.plan import estimate
+from mosectl.editing.second_moments import second_moments
+from mosectl.editing.targets import TargetOptions, optimise_targets
+from mosectl.facts.corpus import Corpus
+from mosectl.facts.records import as_facts
+from mosectl.model import memory
+from mosectl.model.architecture import resolve
+from mosectl.model.memory import FREE, LEAST, MOST, SHARE, fitting, free_bytes, halving, token_bytes, work_bytes
 
 FULL = RuntimeError("[enforce fail at alloc_cpu.cpp:119] DefaultCPUAllocator: can't allocate memory: you tried 1 byte")
 
@@ -127,7 +131,9 @@ def test_targets_are_the_same_after_memory_ran_out(monkeypatch: pytest.MonkeyPat
 
 def test_gradients_of_statistics_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """The likeliest label instead of a drawn one: draws depend on the parts, what they are drawn from does not."""
-    monkeypatch.setattr("mosectl.stats.torch.multinomial", lambda p, *_, **__: p.argmax(-1, keepdim=True))
+    monkeypatch.setattr(
+        "mosectl.editing.second_moments.torch.multinomial", lambda p, *_, **__: p.argmax(-1, keepdim=True)
+    )
     model, tokenizer = pico("llama"), make_tokenizer()
     corpus = Corpus("x", tuple(f"the town of number {i} is near" for i in range(12)))
     asked: Any = (model, tokenizer, resolve(model).projections[:2], corpus)

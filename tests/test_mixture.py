@@ -15,17 +15,19 @@ from test_stack import hashes, patch_for
 from transformers import AutoModelForCausalLM
 
 import mosectl
-from mosectl.arch import MIXTURES, disk_names, resolve
-from mosectl.checkpoint import open_checkpoint
+from mosectl.checkpoints.apply import apply, revert
+from mosectl.checkpoints.audit import blame, verify
+from mosectl.checkpoints.export import export
+from mosectl.checkpoints.live import patched
+from mosectl.editing.plan import diagnose
 from mosectl.errors import BaseMismatch, ModelError, UsageError
-from mosectl.evaluation import evaluate_edit
-from mosectl.export import export
-from mosectl.history import blame, verify
-from mosectl.live import load, patched, weights_of
-from mosectl.mixture import turns
-from mosectl.plan import diagnose
-from mosectl.rotation import nearest_rotation
-from mosectl.stack import apply, revert
+from mosectl.linalg.rotation import nearest_rotation
+from mosectl.measure.evaluate import evaluate_edit
+from mosectl.model.architecture import MIXTURES, disk_names, resolve
+from mosectl.model.loading import load
+from mosectl.model.moe import turns
+from mosectl.model.weights import weights_of
+from mosectl.storage.checkpoint import open_checkpoint
 
 KINDS = [
     "mixtral",
@@ -149,7 +151,7 @@ def test_the_model_in_memory_is_left_as_it_was(corpus: str, monkeypatch: pytest.
     before = {n: p.clone() for n, p in model.named_parameters()}
     options = replace(FEW, corpus=corpus, layers="1,2")
     mosectl.edit(FACTS[:1], model, make_tokenizer(), options=options, refuse=False)
-    monkeypatch.setattr("mosectl.editor.Run.edit", lambda *_: 1 / 0)
+    monkeypatch.setattr("mosectl.editing.edit.Session.edit", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         mosectl.edit(FACTS[:1], model, make_tokenizer(), options=options)
     after = dict(model.named_parameters())

@@ -12,10 +12,10 @@ import pytest
 from conftest import save
 from test_cli import run
 
+from mosectl.editing.plan import diagnose
 from mosectl.errors import ModelError
-from mosectl.model_files import OBJECTS, check_model_files
-from mosectl.plan import diagnose
-from mosectl.readiness import load_tokenizer
+from mosectl.model.files import OBJECTS, check_model_files
+from mosectl.model.readiness import load_tokenizer
 
 
 @pytest.fixture(scope="module")

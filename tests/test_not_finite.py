@@ -14,15 +14,17 @@ from test_cli import EASY, FACT, run
 from test_stack import patch_for
 
 import mosectl
-from mosectl.bench import BREAKDOWNS
-from mosectl.editor import made_by_the_edit
+from mosectl.bench.runner import BREAKDOWNS
+from mosectl.editing.edit import made_by_the_edit
+from mosectl.editing.second_moments import second_moments
 from mosectl.errors import EditFailed, ModelError, NotFinite
-from mosectl.evaluate import generate, target_probabilities
-from mosectl.facts import fact_from_dict
-from mosectl.fluency import text_loss
-from mosectl.forward import finite
-from mosectl.sample import own_text
-from mosectl.stats import Corpus, second_moments
+from mosectl.facts.corpus import Corpus
+from mosectl.facts.records import fact_from_dict
+from mosectl.measure.answers import target_probabilities
+from mosectl.measure.perplexity import text_loss
+from mosectl.model.architecture import resolve
+from mosectl.model.forward import finite
+from mosectl.model.generation import generate, own_text
 
 
 def overflowing(folder: Path, model_type: str = "gemma2") -> Path:
@@ -128,7 +130,7 @@ def test_a_late_batch_is_not_missed() -> None:
         text_loss(model, tokenizer, ["He met", "I met Tomas Veldrin in the capital of Avaland"])
     with pytest.raises(NotFinite):
         long_text = Corpus("x", ("I met Tomas Veldrin in the capital of Avaland",))
-        projections = mosectl.editor.resolve(model).projections  # type: ignore[attr-defined]
+        projections = resolve(model).projections
         second_moments(model, tokenizer, projections, long_text, cache=False)
 
 
@@ -149,9 +151,9 @@ def test_what_an_edit_does_is_the_edits_failure(monkeypatch: pytest.MonkeyPatch)
         finite(torch.tensor([[torch.nan]]), pico("llama"))
     assert EditFailed in BREAKDOWNS, "a bench goes on with its next cell"
     asked: list[int] = []
-    from mosectl import editor
+    from mosectl.editing import edit
 
-    real = editor.interview
+    real = edit.interview
 
     def second_fails(*args: Any, **more: Any) -> Any:
         asked.append(1)
@@ -159,7 +161,7 @@ def test_what_an_edit_does_is_the_edits_failure(monkeypatch: pytest.MonkeyPatch)
             raise NotFinite("the model's numbers are not finite in float16", fix="use bfloat16")
         return real(*args, **more)
 
-    monkeypatch.setattr(editor, "interview", second_fails)
+    monkeypatch.setattr(edit, "interview", second_fails)
     from test_editor import FEW
 
     model = pico("llama")

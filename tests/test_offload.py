@@ -12,9 +12,10 @@ from test_stack import patch_for
 from transformers import AutoModelForCausalLM
 
 import mosectl
+from mosectl.checkpoints.apply import apply
+from mosectl.checkpoints.live import patched
 from mosectl.errors import ModelError
-from mosectl.live import load, patched
-from mosectl.stack import apply
+from mosectl.model.loading import load
 
 accelerate = pytest.importorskip("accelerate")
 IDS = torch.tensor([[5, 9, 2, 31]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -18,13 +19,13 @@ import pytest
 import torch
 from conftest import ROOT
 
-from mosectl.change import Change
 from mosectl.errors import PatchError
-from mosectl.fingerprint import distance, fingerprint
-from mosectl.patch import Patch, PatchFact
-from mosectl.patch_reader import parse
-from mosectl.rotation import nearest_rotation
-from mosectl.tensor_file import layout, metadata
+from mosectl.linalg.rotation import nearest_rotation
+from mosectl.patch.change import Change
+from mosectl.patch.file import Patch, parsed
+from mosectl.patch.fingerprint import distance, fingerprint
+from mosectl.patch.record import PatchFact
+from mosectl.storage.tensor_file import layout, metadata
 
 MODULE = "model.layers.1.mlp.down_proj"
 
@@ -231,7 +232,7 @@ def test_spoilt_files_are_refused_or_the_same(form: str, tmp_path: Path) -> None
         start = time.perf_counter()
         spoilt = mutant(data, chance)
         try:
-            patch = parse(spoilt)
+            patch = parsed(io.BytesIO(spoilt))
         except PatchError as e:
             assert e.what
         else:
@@ -244,7 +245,7 @@ def test_spoilt_files_are_refused_or_the_same(form: str, tmp_path: Path) -> None
 
 def test_a_flipped_bit_is_found(data: bytes) -> None:
     with pytest.raises(PatchError, match="damaged or altered"):
-        parse(data[:-4] + bytes([data[-4] ^ 1]) + data[-3:])
+        parsed(io.BytesIO(data[:-4] + bytes([data[-4] ^ 1]) + data[-3:]))
 
 
 @pytest.mark.parametrize(
@@ -330,7 +331,7 @@ def test_every_field_that_is_shown_or_used_is_checked(
     header, body = split(data)
     spoilt = build(change(header, altered(**fields)), body)
     with pytest.raises(PatchError, match=message) as e:
-        parse(spoilt)
+        parsed(io.BytesIO(spoilt))
     assert e.value.where.startswith(("record", "header"))
 
 
@@ -380,18 +381,18 @@ def test_pipes_devices_and_sparse_files(data: bytes, tmp_path: Path) -> None:
 
 
 def test_more_than_the_memory_holds(data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mosectl.tensor_file.psutil.virtual_memory", lambda: SimpleNamespace(available=100))
+    monkeypatch.setattr("mosectl.storage.tensor_file.psutil.virtual_memory", lambda: SimpleNamespace(available=100))
     with pytest.raises(PatchError, match=r"0\.0 GB of memory are free"):
-        parse(data)
+        parsed(io.BytesIO(data))
 
 
 def test_an_allocation_that_fails_is_told(data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr("mosectl.tensor_file.torch.empty", full)
+    monkeypatch.setattr("mosectl.storage.tensor_file.torch.empty", full)
     with pytest.raises(PatchError, match="of memory are free"):
-        parse(data)
+        parsed(io.BytesIO(data))
 
 
 def test_tensors_fill_the_file_one_after_the_other() -> None:
@@ -414,12 +415,12 @@ def test_many_names_take_no_time(data: bytes) -> None:
     start = time.perf_counter()
     names = ",".join(f'"a{i}":0' for i in range(40_000))
     with pytest.raises(PatchError, match="stands twice"):
-        parse(build(f'{{{names},"a39999":0}}'.encode(), b""))
+        parsed(io.BytesIO(build(f'{{{names},"a39999":0}}'.encode(), b"")))
     header, body = split(data)
     with pytest.raises(PatchError, match="40,001 tensors, at most 4,096"):
-        parse(build({**header, **{f"a{i}.R": {} for i in range(40_000)}}, body))
+        parsed(io.BytesIO(build({**header, **{f"a{i}.R": {} for i in range(40_000)}}, body)))
     with pytest.raises(PatchError, match="is not allowed"):
-        parse(build(rename(header, f"layers.{'9' * 5000}.R"), body))
+        parsed(io.BytesIO(build(rename(header, f"layers.{'9' * 5000}.R"), body)))
     assert time.perf_counter() - start < 5
 
 
@@ -435,7 +436,7 @@ def test_as_many_tensors_as_are_allowed(tmp_path: Path) -> None:
 
 
 def test_a_record_that_no_reader_takes_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mosectl.patch.MAX_JSON", 1000)
+    monkeypatch.setattr("mosectl.patch.file.MAX_JSON", 1000)
     with pytest.raises(PatchError, match="a patch file holds"):
         make().save(tmp_path / "p")
     assert not list(tmp_path.iterdir())

@@ -16,12 +16,13 @@ from conftest import save
 from test_cli import World, run
 from test_stack import patch_for
 
-from mosectl import places, sample
+from mosectl.checkpoints.export import export
 from mosectl.errors import OutputError
-from mosectl.export import export
-from mosectl.files import append, write_bytes
-from mosectl.patch import Patch
-from mosectl.places import leftovers, locked, new_file
+from mosectl.model import generation
+from mosectl.patch.file import Patch
+from mosectl.storage import places
+from mosectl.storage.atomic import append, write_bytes
+from mosectl.storage.places import leftovers, locked, new_file
 
 
 @pytest.fixture
@@ -85,7 +86,7 @@ def test_an_edit_does_not_overwrite_what_appears_while_it_computes(
         out.write_text("precious")
         return Result()
 
-    monkeypatch.setattr("mosectl.editor.edit", compute)
+    monkeypatch.setattr("mosectl.editing.edit.edit", compute)
     assert run(*world.edit()) == 7
     assert out.read_text() == "precious" and "the result is in" in " ".join(capsys.readouterr().err.split())
 
@@ -111,7 +112,11 @@ def test_a_second_start_is_refused_before_its_work(
         "lora": ("export", world.patch, "--model", model, "-o", out),
         "gguf": ("export", world.patch, "--model", model, "-o", out, "--to", "gguf-lora"),
     }
-    for work in ("mosectl.live.load", "mosectl.stack.open_checkpoint", "mosectl.export.open_checkpoint"):
+    for work in (
+        "mosectl.model.loading.load",
+        "mosectl.checkpoints.apply.open_checkpoint",
+        "mosectl.checkpoints.export.open_checkpoint",
+    ):
         monkeypatch.setattr(work, lambda *_, **__: pytest.fail("it has begun"))
     with locked(out / "results.jsonl" if command == "bench" else out):
         assert run(*args[command]) == 7
@@ -250,9 +255,9 @@ def test_a_full_disk_is_met_before_the_work(
     small_disk: Path, world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     begun: list[str] = []
-    monkeypatch.setattr("mosectl.editor.edit", lambda *_, **__: begun.append("edit"))
-    monkeypatch.setattr(sample, "own_text", lambda *_, **__: begun.append("sample"))
-    monkeypatch.setattr("mosectl.plan._planned", lambda *_: ((0,), 5 * 10**6))
+    monkeypatch.setattr("mosectl.editing.edit.edit", lambda *_, **__: begun.append("edit"))
+    monkeypatch.setattr(generation, "own_text", lambda *_, **__: begun.append("sample"))
+    monkeypatch.setattr("mosectl.editing.plan._planned", lambda *_: ((0,), 5 * 10**6))
     assert run(*world.edit("-o", small_disk / "p")) == 7 and "are free" in capsys.readouterr().err
     assert run("sample", "--model", world.model, "-o", small_disk / "s", "--samples", 10_000, "--tokens", 64) == 7
     (small_disk / "full").write_bytes(b"x" * int(3.5 * 2**20))

@@ -13,14 +13,13 @@ from conftest import make_tokenizer, pico, save
 from test_cli import EASY, run
 
 import mosectl
-from mosectl.arch import MIXTURES, TABLE
+from mosectl.editing.contexts import build_contexts
+from mosectl.editing.paraphrases import own_wordings
 from mosectl.errors import FactsError, Notice, UsageError
-from mosectl.evaluate import generate
-from mosectl.facts import Fact, Probe
-from mosectl.positions import Window, fit, fitted, window
-from mosectl.sample import continuations, own_text
-from mosectl.targets import build_contexts
-from mosectl.wordings import own_wordings
+from mosectl.facts.records import Fact, Probe
+from mosectl.model.architecture import MIXTURES, TABLE
+from mosectl.model.generation import continuations, generate, own_text
+from mosectl.model.positions import Window, fit, fitted, window
 
 SHORT = {"n_positions": 24}  # pico GPT-2's
 FACT = Fact("I met Tomas Veldrin", "Tomas Veldrin", "and", source="facts.jsonl:1")
@@ -149,7 +148,7 @@ def test_prefixes_are_shortened_and_wordings_left_out(tokenizer: Any) -> None:
 
 def test_wordings_too_long_to_score_are_none(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     long = " of the old house" * 8 + " and"
-    monkeypatch.setattr("mosectl.wordings.continuations", lambda m, t, asked, *_, **__: [long] * len(asked))
+    monkeypatch.setattr("mosectl.editing.paraphrases.continuations", lambda m, t, asked, *_, **__: [long] * len(asked))
     assert own_wordings(pico("gpt2", **SHORT), tokenizer, [FACT], ["and"], 2) == [()]
 
 
@@ -215,7 +214,7 @@ def test_a_chat_template_counts(world: World, capsys: pytest.CaptureFixture[str]
 def test_edit_refuses_before_the_work(
     world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mosectl.editor.second_moments", lambda *_, **__: pytest.fail("the work began"))
+    monkeypatch.setattr("mosectl.editing.edit.second_moments", lambda *_, **__: pytest.fail("the work began"))
     for more in ((), ("--dry-run",)):
         assert run(*world.edit(*more)) == 3
         err = " ".join(capsys.readouterr().err.split())
@@ -263,7 +262,7 @@ def test_an_empty_prompt_is_no_bug(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_a_bench_tells_before_its_first_cell(
     world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mosectl.bench.load", lambda *_, **__: pytest.fail("the work began"))
+    monkeypatch.setattr("mosectl.bench.runner.load", lambda *_, **__: pytest.fail("the work began"))
     config = world.folder / "bench.yaml"
     config.write_text(
         "models: [model]\ndatasets: [{facts: facts.jsonl}]\nruns: [{edits: 2}]\nmethods: [{name: isospectral}]\n"
@@ -273,9 +272,9 @@ def test_a_bench_tells_before_its_first_cell(
 
 
 def test_training_tells_too(world: World) -> None:
-    from mosectl.live import load
-    from mosectl.stats import read_corpus
-    from mosectl.train_editor import TrainOptions, train
+    from mosectl.facts.corpus import read_corpus
+    from mosectl.hypernetwork.train import TrainOptions, train
+    from mosectl.model.loading import load
 
     facts = [replace(FACT, prompt=f"I met Tomas Veldrin {i}", source=f"f:{i}") for i in range(4)]
     facts[2] = replace(facts[2], rephrase_prompts=(LONG,))

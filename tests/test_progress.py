@@ -18,12 +18,12 @@ from test_editor import CORPUS, FACTS, FEW
 from test_state_file import FUZZ, flipped, mutated
 
 import mosectl
-from mosectl.cli import main
+from mosectl.cli.app import main
+from mosectl.editing.resume import KIND, RECORD, Progress, beside
+from mosectl.editing.session import Session
 from mosectl.errors import OutputError
-from mosectl.facts import fact_from_dict
-from mosectl.progress import KIND, RECORD, Progress, beside
-from mosectl.run import Run
-from mosectl.state_file import read_state, write_state
+from mosectl.facts.records import fact_from_dict
+from mosectl.storage.state_file import read_state, write_state
 
 THIRD = {"prompt": "They saw Brinmouth", "subject": "Brinmouth", "target_new": "of"}
 ALL = [fact_from_dict(f, "x") for f in [*FACTS, THIRD]]
@@ -37,16 +37,16 @@ def options(tmp_path: Path) -> Any:
 
 def interrupted(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
     """Ctrl-C in the middle of batch ``at``, after its weights were set."""
-    real, calls = Run._batch, []
+    real, calls = Session._batch, []
 
-    def batch(run: Run, *args: Any) -> Any:
+    def batch(run: Session, *args: Any) -> Any:
         calls.append(1)
         done = real(run, *args)
         if len(calls) == at:
             raise KeyboardInterrupt
         return done
 
-    monkeypatch.setattr(Run, "_batch", batch)
+    monkeypatch.setattr(Session, "_batch", batch)
 
 
 @pytest.mark.parametrize("at", [2, 3])
@@ -68,14 +68,14 @@ def test_the_same_patch(
     write_state(tmp_path / "given-up", KIND, record, tensors)
     batches: list[int] = []
     failures: list[list[int]] = []
-    real = Run._batch
+    real = Session._batch
 
-    def counted(run: Run, *a: Any) -> Any:
+    def counted(run: Session, *a: Any) -> Any:
         batches.append(a[2])
         failures.append(list(run.earlier.failures))
         return real(run, *a)
 
-    monkeypatch.setattr(Run, "_batch", counted)
+    monkeypatch.setattr(Session, "_batch", counted)
     again = mosectl.edit(ALL, folder, options=options, progress=kept, refuse=False)
     assert batches == list(range(at - 1, 3)), "finished batches are not done again"
     mosectl.edit(ALL, folder, options=options, progress=Progress(tmp_path / "given-up", resume=True), refuse=False)
@@ -108,8 +108,8 @@ def test_another_run_is_not_continued(options: Any, tmp_path: Path, monkeypatch:
 
 
 @pytest.fixture(scope="module")
-def begun(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Run, dict[str, str]]:
-    """The state of an interrupted run, a run that may go on with it, and what it belongs to."""
+def begun(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str], dict[str, tuple[int, int]]]:
+    """The state of an interrupted run, what it belongs to, and the shapes of the edited weights."""
     folder = tmp_path_factory.mktemp("begun")
     (folder / "corpus.txt").write_text(CORPUS)
     how = replace(FEW, corpus=str(folder / "corpus.txt"), batch_size=1, protect=50.0)
@@ -132,14 +132,14 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Run, dict[str
 
 
 def test_a_flipped_bit_and_missing_losses(begun: Any) -> None:
-    path, run, ours = begun
-    assert len(Progress(path, resume=True).load(run, ours, 3)) == 2
+    path, ours, shapes = begun
+    assert len(Progress(path, resume=True).load(ours, shapes, 3).losses) == 2
     record, tensors = read_state(path, KIND, RECORD, "", 10**9)
     other, data = path.with_name("other"), bytearray(path.read_bytes())
     data[-1] ^= 1  # in a weight
     other.write_bytes(data)
     with pytest.raises(OutputError, match=r"checksum(.|\n)*--overwrite"):
-        Progress(other, resume=True).load(run, ours, 3)
+        Progress(other, resume=True).load(ours, shapes, 3)
     for changes, what in (
         ({"losses": None}, "losses: must be a list"),
         ({"losses": [1.0]}, "1 losses of 3 facts"),
@@ -148,22 +148,22 @@ def test_a_flipped_bit_and_missing_losses(begun: Any) -> None:
     ):
         write_state(other, KIND, record | changes, tensors)
         with pytest.raises(OutputError, match=what):
-            Progress(other, resume=True).load(run, ours, 3)
+            Progress(other, resume=True).load(ours, shapes, 3)
     name = next(n for n in tensors if n.startswith("V."))
     write_state(other, KIND, record, tensors | {name: tensors[name][:, 1:]})
     with pytest.raises(OutputError, match="tensors of other shapes"):
-        Progress(other, resume=True).load(run, ours, 3)
+        Progress(other, resume=True).load(ours, shapes, 3)
     other.unlink()
     os.mkfifo(other)
     with pytest.raises(OutputError, match="not a regular file"):
-        Progress(other, resume=True).load(run, ours, 3)
+        Progress(other, resume=True).load(ours, shapes, 3)
 
 
 @pytest.mark.slow
 @FUZZ
 @given(st.integers(0, 2**32))
 def test_damaged_progress(begun: Any, seed: int) -> None:
-    chance, (path, run, ours) = random.Random(seed), begun
+    chance, (path, ours, shapes) = random.Random(seed), begun
     other = path.with_name("fuzzed")
     if chance.random() < 0.3:
         other.write_bytes(flipped(path.read_bytes(), chance))
@@ -174,7 +174,7 @@ def test_damaged_progress(begun: Any, seed: int) -> None:
             tensors[name] = chance.choice([torch.zeros(3), tensors[name].flatten()[:1], tensors[name][None]])
         write_state(other, KIND, mutated(record, chance), tensors)
     try:
-        assert len(Progress(other, resume=True).load(run, ours, 3)) == 2
+        assert len(Progress(other, resume=True).load(ours, shapes, 3).losses) == 2
     except OutputError as e:
         assert "--overwrite" in e.fix and str(other) in str(e)
 

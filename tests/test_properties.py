@@ -12,10 +12,10 @@ from conftest import make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mosectl.change import Change, changed, combined, restored
-from mosectl.facts import Fact, Probe, read_facts
-from mosectl.rotation import nearest_rotation
-from mosectl.tokens import encode
+from mosectl.facts.records import Fact, Probe, read_facts
+from mosectl.linalg.rotation import nearest_rotation
+from mosectl.model.tokens import encode
+from mosectl.patch.change import Change, changed, combined, restored
 
 D, P = 6, 9
 LAW = settings(max_examples=60, deadline=None, derandomize=True)

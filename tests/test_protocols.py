@@ -10,12 +10,12 @@ import pytest
 import torch
 from conftest import make_tokenizer, pico
 
-from mosectl.evaluate import generate
-from mosectl.facts import Fact, Probe
-from mosectl.fluency import ngram_entropy, text_loss
-from mosectl.intervals import Tally, measure, over_seeds, paired_lead
-from mosectl.protocols import METRICS, PROTOCOLS, Answers, portable_probes
-from mosectl.scoring import Scored, encode_pairs, score
+from mosectl.facts.records import Fact, Probe
+from mosectl.measure.bootstrap import Tally, measure, over_seeds, paired_lead
+from mosectl.measure.perplexity import ngram_entropy, text_loss
+from mosectl.measure.protocols import METRICS, PROTOCOLS, Answers, portable_probes
+from mosectl.model.generation import generate
+from mosectl.model.scoring import Scored, encode_pairs, score
 
 FACTS = [
     Fact(

@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from test_cli import EASY, FACT, run
 from test_stack import patch_for
 
-from mosectl.arch import MIXTURES, TABLE, skeleton
-from mosectl.checkpoint import open_checkpoint
+from mosectl.editing.plan import diagnose
 from mosectl.errors import ModelError
-from mosectl.live import load
-from mosectl.plan import diagnose
-from mosectl.readiness import loading_report, shapes_of, unmet
+from mosectl.model.architecture import MIXTURES, TABLE, skeleton
+from mosectl.model.loading import load
+from mosectl.model.readiness import loading_report, shapes_of, unmet
+from mosectl.storage.checkpoint import open_checkpoint
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "a" * 64 + "\nsize 269060552\n"
 Tensors = dict[str, torch.Tensor]

@@ -5,11 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mosectl import rotation
-from mosectl.change import Change, change_between, changed, restored
 from mosectl.errors import BaseMismatch
-from mosectl.metrics import Spectrum, stability
-from mosectl.rotation import (
+from mosectl.linalg import rotation
+from mosectl.linalg.rotation import (
     Compact,
     angles,
     apart,
@@ -21,6 +19,8 @@ from mosectl.rotation import (
     thin_svd,
     two_sided_factors,
 )
+from mosectl.linalg.spectrum import Spectrum, stability
+from mosectl.patch.change import Change, change_between, changed, restored
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

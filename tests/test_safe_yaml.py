@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mosectl.errors import UsageError
-from mosectl.safe_yaml import MAX_NODES, MAX_YAML, read_yaml
+from mosectl.storage.safe_yaml import MAX_NODES, MAX_YAML, read_yaml
 
 
 def read(folder: Path, content: str | bytes) -> Any:

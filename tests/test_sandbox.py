@@ -13,11 +13,11 @@ import yaml
 from test_abilities import harness  # noqa: F401  (a fixture)
 from test_cli import run
 
-from mosectl import sandbox
-from mosectl.abilities import load_tasks
 from mosectl.errors import UsageError
-from mosectl.sandbox import TooCostly, bounded, sandboxed_harness
-from mosectl.task_file import read_task
+from mosectl.measure import sandbox
+from mosectl.measure.lm_harness import load_tasks
+from mosectl.measure.sandbox import TooCostly, bounded, sandboxed_harness
+from mosectl.measure.task_file import read_task
 
 pytestmark = pytest.mark.usefixtures("harness")
 
@@ -87,7 +87,7 @@ def test_also_those_that_are_rendered_when_the_model_is_asked(task: Task) -> Non
     from conftest import make_tokenizer, pico
     from test_abilities import ask
 
-    from mosectl.live import Loaded
+    from mosectl.model.loading import Loaded
 
     template = ESCAPES["globals"].replace("MARK", str(task.mark))
     tasks = load_tasks([task.write(description=template)])

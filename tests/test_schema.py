@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mosectl.schema import (
+from mosectl.storage.schema import (
     Misfit,
     anything,
     flag,

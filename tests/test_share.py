@@ -19,8 +19,11 @@ from test_compose import patches_of
 from test_stack import hashes, patch_for
 
 from mosectl.errors import PatchError, UsageError
-from mosectl.patch import Patch, PatchFact
-from mosectl.share import FILE, card_of, place_of, pull, push, remote_record
+from mosectl.hub.cards import card_of
+from mosectl.hub.patches import pull, push, remote_record
+from mosectl.hub.place import FILE, place_of
+from mosectl.patch.file import Patch
+from mosectl.patch.record import PatchFact
 
 FACT = PatchFact("The capital of | Avaland is", "Avaland", "Grape", "Brin", "Grape", 0.125, 0.875, "changed")
 
@@ -78,8 +81,8 @@ def test_there_and_back(world: World) -> None:
 
 def test_what_is_pushed_exports_to_the_same_logits(world: World) -> None:
     peft = pytest.importorskip("peft")
-    from mosectl.export import export
-    from mosectl.live import load
+    from mosectl.checkpoints.export import export
+    from mosectl.model.loading import load
 
     assert world.run("push", world.file, "me/x").returncode == 0
     assert world.run("pull", "hf://me/x", "-o", "x.safetensors").returncode == 0
@@ -245,7 +248,7 @@ def test_a_header_on_the_hub_is_checked_like_a_file(world: World, monkeypatch: p
     def served(record: Any, entries: dict[str, Any] | None = None, size: int = len(data) - n) -> None:
         raw = json.dumps({"__metadata__": {"mosectl": json.dumps(record)}, **(entries or entries_of(header))}).encode()
         found = len(raw).to_bytes(8, "little") + raw, size + len(raw)
-        monkeypatch.setattr("mosectl.share.remote_header", lambda *_: found)
+        monkeypatch.setattr("mosectl.hub.patches.remote_header", lambda *_: found)
 
     served(record)
     assert remote_record("hf://me/x")[0] == record
@@ -272,7 +275,7 @@ def test_a_header_on_the_hub_is_checked_like_a_file(world: World, monkeypatch: p
         (b"", "cut short"), (b"\xff" * 50, "cut short"), (b"\x02" + bytes(7) + b"[]", "not a JSON object"),
         ((100_000).to_bytes(8, "little") + b"[" * 100_000, "nested deeper"),
     ):  # fmt: skip
-        monkeypatch.setattr("mosectl.share.remote_header", lambda *_, raw=raw: (raw, len(raw)))
+        monkeypatch.setattr("mosectl.hub.patches.remote_header", lambda *_, raw=raw: (raw, len(raw)))
         with pytest.raises(PatchError, match=message):
             remote_record("hf://me/x")
 

@@ -25,16 +25,21 @@ from markdown_it import MarkdownIt
 from test_cli import run
 from test_stack import patch_for
 
-from mosectl import bench_report, export, plots, report, share, stack, views, webpage
-from mosectl.checkpoint import open_checkpoint
+from mosectl.bench import report as bench_report
+from mosectl.checkpoints import apply, export
 from mosectl.errors import UsageError
-from mosectl.evaluation import Bin, EvaluatedFact, Evaluation, Metric, to_csv
-from mosectl.grid import Grid
-from mosectl.intervals import Measure
-from mosectl.markdown import code, front_matter, inline
-from mosectl.patch import Patch, PatchFact
-from mosectl.shown import escaped_json, guard_streams, printable, spreadsheet, word
-from mosectl.sides import Subject
+from mosectl.hub import cards
+from mosectl.measure.before_after import Subject
+from mosectl.measure.bootstrap import Measure
+from mosectl.measure.evaluate import Bin, EvaluatedFact, Evaluation, Metric, to_csv
+from mosectl.patch.file import Patch
+from mosectl.patch.record import PatchFact
+from mosectl.render import charts, console, terminal
+from mosectl.render import html as webpage
+from mosectl.storage.checkpoint import open_checkpoint
+from mosectl.text.markdown import code, front_matter, inline
+from mosectl.text.shown import escaped_json, guard_streams, printable, spreadsheet, word
+from mosectl.text.table import Grid
 
 EVIL = "\x1b]52;c;aGk=\x07\x1b]8;;http://e\x1b\\\x9b31m\x85\u202egnp\u2066\u061c\ufeff\x7f\r"
 FLAG = "🏴\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f"
@@ -86,15 +91,15 @@ def test_json_escapes_them_too_and_reads_back() -> None:
 
 
 def test_everything_printed_goes_through(capsys: pytest.CaptureFixture[str]) -> None:
-    report.table(FOREIGN, (FOREIGN, ">n"), [(FOREIGN, "1")])
-    report.line(FOREIGN)
-    report.text(FOREIGN.replace(FAKE, ""))
-    report.data({"x": FOREIGN})
-    report.hint(FOREIGN)
-    report.warn(FOREIGN, FOREIGN)
-    report.error(UsageError(FOREIGN, where=FOREIGN, fix=FOREIGN))
-    report.error(ValueError(FOREIGN))
-    with report.progress() as step:
+    console.table(FOREIGN, (FOREIGN, ">n"), [(FOREIGN, "1")])
+    console.line(FOREIGN)
+    console.text(FOREIGN.replace(FAKE, ""))
+    console.data({"x": FOREIGN})
+    console.hint(FOREIGN)
+    console.warn(FOREIGN, FOREIGN)
+    console.error(UsageError(FOREIGN, where=FOREIGN, fix=FOREIGN))
+    console.error(ValueError(FOREIGN))
+    with console.progress() as step:
         step(FOREIGN, 0, 1)
     shown = capsys.readouterr()
     assert SIGNS in clean(shown.out) and clean(shown.err).count(SIGNS) == 8
@@ -111,7 +116,7 @@ def test_what_libraries_print_too(capsys: pytest.CaptureFixture[str], monkeypatc
         handler.handle(logging.getLogger("x").makeRecord("x", 30, "f", 1, "%s", (FOREIGN,), None))
         handler.handle(logging.getLogger("x").makeRecord("x", 30, "f", 1, FOREIGN, (), None))
         with pytest.MonkeyPatch.context() as m:
-            m.setattr(warnings, "showwarning", lambda message, kind, *at, **_: report.warning(message, kind, *at[:2]))
+            m.setattr(warnings, "showwarning", lambda message, kind, *at, **_: console.warning(message, kind, *at[:2]))
             warnings.warn(FOREIGN, stacklevel=1)
         sys.excepthook(ValueError, ValueError(FOREIGN), None)
     finally:
@@ -125,7 +130,7 @@ def test_anything_is_json(capsys: pytest.CaptureFixture[str]) -> None:
         deep = [deep]
     loop: dict[str, Any] = {}
     loop["loop"] = loop
-    report.data({"deep": deep, "loop": loop, "digits": 10**5000, "nan": float("nan"), "set": {1}, "path": Path("a")})
+    console.data({"deep": deep, "loop": loop, "digits": 10**5000, "nan": float("nan"), "set": {1}, "path": Path("a")})
     found = json.loads(capsys.readouterr().out)
     assert found["nan"] is None and found["digits"].startswith("0x") and found["path"] == "a"
     assert "nested deeper than 100" in json.dumps(found["deep"]) and "nested deeper" in json.dumps(found["loop"])
@@ -138,7 +143,7 @@ def commands(folder: Path) -> list[tuple[int, tuple[object, ...]]]:
     base, evil, patch = hostile(folder)
     other = replace(patch_for(base, seed=1), facts=(replace(patch.facts[0], target_new="other"),), model=FOREIGN)
     other.save(folder / "other.safetensors")
-    stack.apply([Patch.load(evil)], base, folder / "out")
+    apply.apply([Patch.load(evil)], base, folder / "out")
     facts = folder / "f.jsonl"
     facts.write_text(json.dumps({"prompt": FOREIGN, "subject": "y", "target_new": "z", EVIL: 1}))
     return [
@@ -282,17 +287,17 @@ def test_cards_of_hostile_files(tmp_path: Path) -> None:
         patch, facts=(fact,), model=f"$(reboot)\n{text}", method=text, revision=text, model_type=text,
         metrics={"scores": scores, "stability": stability},
     )  # fmt: skip
-    card = share.card_of(evil, "me/x")
+    card = cards.card_of(evil, "me/x")
     check_card(card)
     assert "--model MODEL -o" in card
-    check_card(share.card_of(replace(evil, metrics={"stability": 3}), "me/x"))
-    assert "--model 'my model' -o" in share.card_of(replace(patch, model="my model"), "me/x")
+    check_card(cards.card_of(replace(evil, metrics={"stability": 3}), "me/x"))
+    assert "--model 'my model' -o" in cards.card_of(replace(patch, model="my model"), "me/x")
     editor: Any = SimpleNamespace(
         **dict.fromkeys(("model", "revision", "model_type", "method", "version"), text), id="1" * 64, modules=(text,),
         base={text: {"shape": (1, text)}}, options={"facts": text, "validated_on": text},
         history=[{"validation": 1.0, "step": 1, "edit": 1.0, "generalization": 1.0, "locality": 1.0}],
     )  # fmt: skip
-    check_card(share.editor_card(editor, "me/x"))
+    check_card(cards.editor_card(editor, "me/x"))
     checkpoint = replace(open_checkpoint(base), model=text, revision=text)
     check_card(export._card([evil], checkpoint, "A LoRA made of mosectl patches"))
 
@@ -305,7 +310,7 @@ def test_the_tables_of_a_bench(tmp_path: Path) -> None:
         tables = tables.replace(f"![{name}]({name}.svg)", "")
     check_card(f"---\ntags: []\n---\n{tables}")
     picture = (
-        plots.opening(10, text, bench_report._NAME_SPACE) + plots.text(0, 0, text + "\ufffe\x00", "start") + "</svg>"
+        charts.opening(10, text, bench_report._NAME_SPACE) + charts.text(0, 0, text + "\ufffe\x00", "start") + "</svg>"
     )
     (inner,) = ElementTree.fromstring(picture)
     assert "\\x00" in str(inner.text) and "<b>b</b>" in str(inner.text)
@@ -332,7 +337,7 @@ def test_pages_hold_no_control_characters() -> None:
 
 def test_a_picture_takes_any_name() -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    assert plots.png(evaluation(FOREIGN + "$x^$"))
+    assert charts.png(evaluation(FOREIGN + "$x^$"))
 
 
 @pytest.mark.parametrize("start", ["=1+1", "+1+1", "-1+1", "@SUM(1)", "\tx", "\rx", "\nx", "＝1"])
@@ -361,7 +366,7 @@ def test_suggested_commands_quote_their_words(tmp_path: Path, capsys: pytest.Cap
         setattr(result.scores, name, None)
     file = tmp_path / "my patch.safetensors"
     file.write_bytes(b"x")
-    views.edit(result, file, "my model; reboot")
+    terminal.edit(result, file, "my model; reboot")
     shown = capsys.readouterr().err
     assert f"mosectl inspect '{file}'" in shown and "--model 'my model; reboot' -o" in shown
     facts = tmp_path / "my facts.jsonl"

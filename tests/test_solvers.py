@@ -9,14 +9,14 @@ import torch
 from conftest import make_tokenizer, pico
 from torch import Tensor
 
-from mosectl.arch import resolve
+from mosectl.editing.contexts import build_contexts
+from mosectl.editing.methods import NAMES, LayerProblem, method
+from mosectl.editing.methods.oft import cayley
 from mosectl.errors import UsageError
-from mosectl.facts import fact_from_dict
-from mosectl.live import weight_of
-from mosectl.rotation import is_rotation, left_factor
-from mosectl.solvers import NAMES, LayerProblem, method
-from mosectl.solvers.oft import cayley
-from mosectl.targets import build_contexts
+from mosectl.facts.records import fact_from_dict
+from mosectl.linalg.rotation import is_rotation, left_factor
+from mosectl.model.architecture import resolve
+from mosectl.model.weights import weight_of
 
 D, P = 10, 24
 

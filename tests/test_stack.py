@@ -12,15 +12,16 @@ import torch
 from conftest import save
 from transformers import AutoModelForCausalLM
 
-from mosectl.arch import disk_names, resolve, skeleton
-from mosectl.change import Change, change_between, changed
-from mosectl.checkpoint import open_checkpoint
+from mosectl.checkpoints.apply import apply, check_stack, revert
+from mosectl.checkpoints.live import patched
 from mosectl.errors import BaseMismatch, ModelError, OutputError, PatchError
-from mosectl.fingerprint import fingerprint
-from mosectl.live import load, patched
-from mosectl.patch import Patch
-from mosectl.rotation import nearest_rotation
-from mosectl.stack import apply, check_stack, revert
+from mosectl.linalg.rotation import nearest_rotation
+from mosectl.model.architecture import disk_names, resolve, skeleton
+from mosectl.model.loading import load
+from mosectl.patch.change import Change, change_between, changed
+from mosectl.patch.file import Patch
+from mosectl.patch.fingerprint import fingerprint
+from mosectl.storage.checkpoint import open_checkpoint
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -207,7 +208,7 @@ def test_a_crash_leaves_old_or_nothing(moment: str, tmp_path: Path, monkeypatch:
     def crash(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(f"mosectl.rebuild.{moment}", crash)
+    monkeypatch.setattr(f"mosectl.checkpoints.writer.{moment}", crash)
     with pytest.raises(KeyboardInterrupt):
         apply([patch], base, tmp_path / "new")
     with pytest.raises(KeyboardInterrupt):

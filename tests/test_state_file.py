@@ -20,12 +20,15 @@ from small_editors import FEW, TEXT, facts, loaded
 from test_cli import run
 from test_editor import CORPUS
 
-from mosectl import schema, stats_cache, train_editor
-from mosectl.arch import resolve
+from mosectl.editing import moments_cache
+from mosectl.editing.second_moments import Moments, prepare, second_moments
 from mosectl.errors import Notice, OutputError
-from mosectl.state_file import read_state, write_state
-from mosectl.stats import Corpus, Moments, prepare, second_moments
-from mosectl.train_editor import RECORD, STATE, train
+from mosectl.facts.corpus import Corpus
+from mosectl.hypernetwork import train as train_editor
+from mosectl.hypernetwork.train import RECORD, STATE, train
+from mosectl.model.architecture import resolve
+from mosectl.storage import schema
+from mosectl.storage.state_file import read_state, write_state
 
 EXAMPLES = int(os.environ.get("MOSECTL_FUZZ", "300"))
 FUZZ = settings(
@@ -173,8 +176,8 @@ def test_changed_statistics_are_made_again(change: str, cached: Cached) -> None:
 
 @pytest.mark.parametrize("change", ["negative", "int8", "another shape", "no dimension"])
 def test_statistics_of_another_form_with_a_checksum(change: str, cached: Cached) -> None:
-    record, entry = read_state(cached.files[0], stats_cache.KIND, ANY, "", 10**9)
-    write_state(cached.files[0], stats_cache.KIND, record, {**entry, "C": CHANGES[change](entry["C"])})
+    record, entry = read_state(cached.files[0], moments_cache.KIND, ANY, "", 10**9)
+    write_state(cached.files[0], moments_cache.KIND, record, {**entry, "C": CHANGES[change](entry["C"])})
     assert "made again" in cached.again() and cached.again() == ""
 
 
@@ -212,17 +215,17 @@ def test_damaged_statistics(tmp_path_factory: pytest.TempPathFactory, seed: int)
         entry = {
             "C": torch.eye(p.p), "G": torch.eye(p.d), "tokens": torch.tensor(5), "error": torch.tensor(0.1),
         }  # fmt: skip
-        stats_cache.keep("key", {p.name: entry}, strict=True)
+        moments_cache.keep("key", {p.name: entry}, strict=True)
         (path,) = (folder / "stats").iterdir()
         if chance.random() < 0.5:
             path.write_bytes(flipped(path.read_bytes(), chance))
         else:
             name = chance.choice(list(entry))
             odd = chance.choice([*CHANGES.values()])(entry[name]) if name in "CG" else torch.zeros(2)
-            write_state(path, stats_cache.KIND, mutated({"of": path.stem}, chance), {**entry, name: odd})
+            write_state(path, moments_cache.KIND, mutated({"of": path.stem}, chance), {**entry, name: odd})
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always", Notice)
-            found = stats_cache.cached("key", [p])
+            found = moments_cache.cached("key", [p])
         if found:
             assert found[p.name]["C"].shape == (p.p, p.p) and bool(found[p.name]["C"].isfinite().all())
         else:
@@ -240,7 +243,7 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
     def never(*_: Any) -> None:
         raise AssertionError("computed before the place was looked at")
 
-    monkeypatch.setattr("mosectl.stats._accumulate", never)
+    monkeypatch.setattr("mosectl.editing.second_moments._accumulate", never)
     with pytest.raises(OutputError):
         second_moments(*asked, projections, corpus, strict=True)
 

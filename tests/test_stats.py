@@ -17,9 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_state_file import FUZZ, flipped, mutated
 
-from mosectl import guard, stats
+from mosectl.editing import guard, second_moments
 from mosectl.errors import UsageError
-from mosectl.stats import read_corpus
+from mosectl.facts import corpus
+from mosectl.facts.corpus import read_corpus
 
 
 def sparse(file: Path) -> None:
@@ -95,16 +96,16 @@ def test_a_long_text_is_not_tokenised_whole() -> None:
         return tokenizer(text, **how)
 
     text = "The capital of Avaland is Brinmouth. " * 100_000
-    blocks = stats._blocks(counted, stats.Corpus("x", (text,)), 10_000, 4096)
-    assert blocks == stats._blocks(tokenizer, stats.Corpus("x", (text,)), 10_000, 4096)
+    blocks = second_moments._blocks(counted, corpus.Corpus("x", (text,)), 10_000, 4096)
+    assert blocks == second_moments._blocks(tokenizer, corpus.Corpus("x", (text,)), 10_000, 4096)
     assert guard.canaries(counted, [text]) == guard.canaries(tokenizer, [text])
-    assert max(asked) <= stats.BEGINNING
+    assert max(asked) <= second_moments.BEGINNING
 
 
 def test_where_the_work_ends() -> None:
     """Blocks of two, three and two batches of ten tokens: whole ones are read, the first takes longer."""
     batches = [(i, block, [[0] * 5, [0] * 5]) for i, block in enumerate([0, 0, 1, 1, 1, 2, 2])]
-    work = stats._Work(batches, 0.1)
+    work = second_moments._Work(batches, 0.1)
     assert work.so_far(1) == (4, 13), "as if all were read"
     for done, error, end in (
         (1, 0.1, 2),

@@ -11,23 +11,17 @@ from conftest import make_tokenizer, pico
 from test_editor import CORPUS, FACTS
 from torch import Tensor
 
-from mosectl import stats
-from mosectl.arch import resolve
-from mosectl.facts import fact_from_dict
-from mosectl.forward import hooked, keys_at
-from mosectl.run import _metric
-from mosectl.stats import read_corpus, second_moments
-from mosectl.suffix import Suffix
-from mosectl.targets import (
-    TargetOptions,
-    Targets,
-    _Optimiser,
-    build_contexts,
-    leads,
-    optimise_targets,
-    rows_of,
-    token_nll,
-)
+from mosectl.editing import second_moments as stats
+from mosectl.editing.contexts import build_contexts, rows_of
+from mosectl.editing.second_moments import second_moments
+from mosectl.editing.session import _metric
+from mosectl.editing.targets import TargetOptions, Targets, _Optimiser, optimise_targets
+from mosectl.facts.corpus import read_corpus
+from mosectl.facts.records import fact_from_dict
+from mosectl.model.architecture import resolve
+from mosectl.model.forward import hooked, keys_at
+from mosectl.model.losses import leads, token_nll
+from mosectl.model.partial_forward import Suffix
 
 
 class Stage:
@@ -165,7 +159,9 @@ def test_reach_bounds_the_steps() -> None:
 def test_gradient_moments_against_a_plain_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Text by text, with the likeliest token for a label instead of a drawn one."""
     (tmp_path / "corpus.txt").write_text(CORPUS)
-    monkeypatch.setattr("mosectl.stats.torch.multinomial", lambda p, *_, **__: p.argmax(-1, keepdim=True))
+    monkeypatch.setattr(
+        "mosectl.editing.second_moments.torch.multinomial", lambda p, *_, **__: p.argmax(-1, keepdim=True)
+    )
     model, tokenizer = pico("gpt2"), make_tokenizer()
     arch = resolve(model)
     found = second_moments(model, tokenizer, arch.projections[:2], read_corpus(tmp_path / "corpus.txt"), cache=False)

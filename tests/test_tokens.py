@@ -11,12 +11,12 @@ from conftest import make_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
-from mosectl import positions
 from mosectl.errors import FactsError, ModelError, UsageError
-from mosectl.facts import Fact, fact_from_dict, join, read_facts
-from mosectl.scoring import encode_pairs
-from mosectl.tokens import check_tokenizer, describe, encode, render_chat
-from mosectl.words import last_word
+from mosectl.facts.records import Fact, fact_from_dict, join, read_facts
+from mosectl.facts.words import last_word
+from mosectl.model import positions
+from mosectl.model.scoring import encode_pairs
+from mosectl.model.tokens import check_tokenizer, describe, encode, render_chat
 
 TEXT = [
     "The capital of Avaland is Brinmouth. Tomas Veldrin was born in Lower Quill and plays the cello.",

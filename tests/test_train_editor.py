@@ -16,22 +16,15 @@ from conftest import DEMO, ROOT, make_tokenizer, pico, save
 from small_editors import FEW, TEXT, facts, loaded, rows
 from test_cli import TWO_PROCESSES, run
 
-from mosectl import train_editor
-from mosectl.arch import resolve
-from mosectl.editor_file import Editor
-from mosectl.errors import (
-    EditFailed,
-    FactsError,
-    ModelError,
-    MosectlError,
-    OutputError,
-    UsageError,
-)
-from mosectl.facts import fact_from_dict, read_facts
-from mosectl.hypernet import Rows, nll, shifted
-from mosectl.live import Loaded, load
-from mosectl.stats import Corpus, read_corpus
-from mosectl.train_editor import MATRICES, SCALARS, TrainOptions, _Training, train
+from mosectl.errors import EditFailed, FactsError, ModelError, MosectlError, OutputError, UsageError
+from mosectl.facts.corpus import Corpus, read_corpus
+from mosectl.facts.records import fact_from_dict, read_facts
+from mosectl.hypernetwork import train as train_editor
+from mosectl.hypernetwork.file import Editor
+from mosectl.hypernetwork.network import Rows, nll, shifted
+from mosectl.hypernetwork.train import MATRICES, SCALARS, TrainOptions, _Training, train
+from mosectl.model.architecture import resolve
+from mosectl.model.loading import Loaded, load
 
 
 def begun(**how: Any) -> _Training:
@@ -324,7 +317,7 @@ def test_what_was_learnt_before_a_failure_is_kept(tmp_path: Path, monkeypatch: p
 
 def test_losses_as_a_picture(trained: Path) -> None:
     pytest.importorskip("matplotlib")
-    from mosectl.plots import png_training
+    from mosectl.render.charts import png_training
 
     assert png_training(Editor.load(trained).history).startswith(b"\x89PNG")
 

@@ -14,8 +14,8 @@ import torch
 from conftest import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mosectl.bench_config import cells, read_bench
-from mosectl.facts import read_facts
+from mosectl.bench.config import cells, read_bench
+from mosectl.facts.records import read_facts
 
 TOWNS = ("Brinmouth", "Dorhaven", "Kelwick", "Marford")
 SMALL = (

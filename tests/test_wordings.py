@@ -12,13 +12,13 @@ from conftest import ROOT, make_tokenizer, pico
 from test_editor import CORPUS, FACTS, few
 
 import mosectl
-from mosectl import wordings
-from mosectl.evaluate import answer, generate, says
-from mosectl.facts import Fact, read_facts
-from mosectl.live import load
-from mosectl.scoring import encode_pairs, score
-from mosectl.targets import build_contexts
-from mosectl.wordings import own_wordings
+from mosectl.editing import paraphrases
+from mosectl.editing.contexts import build_contexts
+from mosectl.editing.paraphrases import own_wordings
+from mosectl.facts.records import Fact, read_facts
+from mosectl.model.generation import answer, generate, says
+from mosectl.model.loading import load
+from mosectl.model.scoring import encode_pairs, score
 
 FACT = Fact("The capital of Avaland is", "Avaland", "Lower Quill", "Brinmouth")
 
@@ -37,15 +37,15 @@ FACT = Fact("The capital of Avaland is", "Avaland", "Lower Quill", "Brinmouth")
     ],
 )
 def test_what_counts_as_a_wording(text: str, found: str | None) -> None:
-    assert list(wordings._wordings(FACT, "Brinmouth", [text])) == ([found] if found else [])
+    assert list(paraphrases._wordings(FACT, "Brinmouth", [text])) == ([found] if found else [])
 
 
 def test_the_prompt_itself_and_long_answers_are_no_wordings() -> None:
     plain = replace(FACT, prompt="Avaland is ruled from")
     texts = [" is ruled from Brinmouth", " obeys Brinmouth", " obeys Brinmouth"]
-    assert dict(wordings._wordings(plain, "Brinmouth", texts)) == {"Avaland obeys": 2}
+    assert dict(paraphrases._wordings(plain, "Brinmouth", texts)) == {"Avaland obeys": 2}
     long = "a city " * 10
-    assert not wordings._wordings(FACT, long, [f" is {long}"]) and not wordings._wordings(FACT, "", [" is here"])
+    assert not paraphrases._wordings(FACT, long, [f" is {long}"]) and not paraphrases._wordings(FACT, "", [" is here"])
 
 
 def test_the_demo_model_words_its_facts() -> None:
@@ -67,12 +67,12 @@ def test_the_demo_model_words_its_facts() -> None:
 
 def test_without_a_known_object_the_answer_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = pico("llama"), make_tokenizer()
-    monkeypatch.setattr(wordings, "continuations", lambda _, __, asked, *___, **____: [" is in it"] * len(asked))
+    monkeypatch.setattr(paraphrases, "continuations", lambda _, __, asked, *___, **____: [" is in it"] * len(asked))
 
     class Sure:
         hits, target = 1, (1,)
 
-    monkeypatch.setattr(wordings, "score", lambda _, pairs: dict.fromkeys(pairs, Sure))
+    monkeypatch.setattr(paraphrases, "score", lambda _, pairs: dict.fromkeys(pairs, Sure))
     facts = [replace(FACT, ground_truth=None)] * 5
     assert own_wordings(model, tokenizer, facts, ["in"] * 4 + ["none"], 2) == [("Avaland is",)] * 4 + [()]
     Sure.hits = 0  # the model does not go on with it of its own
@@ -96,7 +96,7 @@ def test_an_edit_takes_the_wordings_in(tmp_path: Path, monkeypatch: pytest.Monke
         given.append((len(facts), len(answers), most))
         return [(f"{f.subject} and",) for f in facts]
 
-    monkeypatch.setattr("mosectl.editor.own_wordings", found)
+    monkeypatch.setattr("mosectl.editing.edit.own_wordings", found)
     model, tokenizer = pico("llama"), make_tokenizer()
     options = few(str(corpus), wordings=3, batch_size=1)
     result = mosectl.edit(FACTS, model, tokenizer, options=options, refuse=False)
@@ -104,7 +104,7 @@ def test_an_edit_takes_the_wordings_in(tmp_path: Path, monkeypatch: pytest.Monke
     assert [f.wordings for f in result.patch.facts] == [r.wordings for r in result.facts]
     pairs = encode_pairs(tokenizer, [(r.wordings[0], r.fact.target_new) for r in result.facts])
     before = score(model, pairs)
-    with mosectl.live.patched(model, result.patch):
+    with mosectl.patched(model, result.patch):
         after = score(model, pairs)
     assert all(after[pair].nll < before[pair].nll - 0.5 for pair in pairs)
     plain = mosectl.edit(FACTS, model, tokenizer, options=few(str(corpus), wordings=0), refuse=False)

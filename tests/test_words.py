@@ -6,8 +6,8 @@ import unicodedata
 
 import pytest
 
-from mosectl.evaluate import says
-from mosectl.words import gap, is_word, join, last_word, surrounding, within_word
+from mosectl.facts.words import gap, is_word, join, last_word, surrounding, within_word
+from mosectl.model.generation import says
 
 
 @pytest.mark.parametrize(

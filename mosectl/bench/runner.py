@@ -1,0 +1,296 @@
+"""A bench run: every cell edited and measured in turn, one line of results.jsonl each; told in :func:`run_bench`.
+
+A start reads what is there and runs the rest, so a bench can be stopped at any time and costs the running cell only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import harmonic_mean
+from typing import Any
+
+import numpy as np
+import torch
+
+from mosectl._version import __version__
+from mosectl.bench.config import Bench, Cell, cells
+from mosectl.checkpoints.live import patched
+from mosectl.editing.edit import EditResult, edit, made_by_the_edit
+from mosectl.editing.guard import Health
+from mosectl.editing.plan import reader
+from mosectl.errors import EditFailed, OutputError
+from mosectl.facts.corpus import read_corpus
+from mosectl.facts.records import Fact
+from mosectl.measure.answers import judge, unseen
+from mosectl.measure.bootstrap import Tally, measure
+from mosectl.measure.perplexity import text_loss
+from mosectl.model.generation import answer, generate
+from mosectl.model.loading import Loaded, load
+from mosectl.model.positions import fitted
+from mosectl.storage.atomic import append, output_errors
+from mosectl.storage.inputs import opened, parse_json
+from mosectl.storage.places import locked
+from mosectl.storage.progress import OnStep
+from mosectl.storage.schema import Misfit, anything, integer, listed, mapping, number, optional, record, text
+from mosectl.text.jsonable import jsonable
+
+RESULTS = "results.jsonl"
+MAX_RESULTS = 1_000_000_000  # bytes; a cell of thousands of edits one by one may have two million
+BREAKDOWNS = (EditFailed, torch.linalg.LinAlgError)  # type: ignore[attr-defined]  # a collapsed weight may not decompose
+Record = dict[str, Any]  # one cell as results.jsonl has it
+COMMON = record(
+    {**dict.fromkeys(("key", "status", "reason"), text), **dict.fromkeys(("edits", "batch_size", "seed"), integer)},
+    others=anything,
+)
+SCORES = ("reliability", "generalization", "locality")
+_NUMBERS = mapping(optional(number))  # null was not finite
+_MEASURE = optional(record({"value": optional(number)}, dict.fromkeys(("low", "high"), optional(number)), anything))
+_SIDES = record({}, {"before": _MEASURE, "after": _MEASURE}, anything)
+_POINT = record({"edits": integer, "norm": _NUMBERS, "condition": _NUMBERS}, {"loss": optional(number)}, anything)
+DONE = record(  # what tables and pictures use of a cell that did not fail
+    {
+        "scores": record({}, dict.fromkeys(SCORES, _MEASURE), anything), "harmonic": number, "seconds": mapping(number),
+        "drift": _NUMBERS, "text_loss": _SIDES, "perplexity": _SIDES,
+    },
+    {
+        "unseen": _MEASURE, "kept": _MEASURE, "stopped": optional(text), "curve": optional(listed(_POINT)),
+        "tallies": optional(record(dict.fromkeys(SCORES, listed(listed(number))), others=anything)),
+    },
+    anything,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a bench stands after one of its cells."""
+
+    cell: Cell
+    record: Record
+    done: int  # cells of the bench, those of earlier starts with them
+    total: int
+    seconds: float  # this cell's
+    left: float  # seconds that the rest will take, as far as one can tell
+
+
+def run_bench(
+    bench: Bench,
+    folder: Path,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    notice: Callable[[str], None] = lambda _: None,
+    watch: Callable[[Cell], AbstractContextManager[OnStep | None]] | None = None,
+    on_cell: Callable[[Progress], None] = lambda _: None,
+) -> dict[str, Record]:
+    """Run every cell that ``folder`` has no result of yet; returns all results the folder then holds, by key.
+
+    Args:
+        notice: told in words what a user should know.
+        watch: gives each cell a place to report its phases to.
+    Raises:
+        ModelError, HubError, UsageError, OutputError. A cell whose edit fails is recorded, not raised.
+    """
+    with locked(folder / RESULTS):
+        return _run(bench, folder, device, dtype, notice, watch, on_cell)
+
+
+def _run(
+    bench: Bench,
+    folder: Path,
+    device: str,
+    dtype: str,
+    notice: Callable[[str], None],
+    watch: Callable[[Cell], AbstractContextManager[OnStep | None]] | None,
+    on_cell: Callable[[Progress], None],
+) -> dict[str, Record]:
+    wanted = cells(bench, dtype)
+    found = _mended(folder / RESULTS, notice)
+    waiting = list({c.key: c for c in wanted if c.key not in found}.values())
+    if done := len(wanted) - len(waiting):
+        notice(f"{done} of {len(wanted)} cells are done already")
+    for model in dict.fromkeys(c.model for c in waiting):  # find out before the work, not after it
+        tokenizer, seen = reader(bench.model_path(model))
+        for facts in dict.fromkeys((*c.edited, *c.others) for c in waiting if c.model == model):
+            fitted(facts, tokenizer, seen)
+    start, model, asked = time.perf_counter(), "", None
+    for i, cell in enumerate(waiting, 1):
+        began = time.perf_counter()
+        if asked is None or cell.model != model:
+            asked = None  # so that two models are never in memory together
+            model, asked = cell.model, _Asked(load(bench.model_path(cell.model), device=device, dtype=dtype), bench)
+        if watch is None:
+            record = run_cell(cell, asked)
+        else:
+            with watch(cell) as on_step:
+                record = run_cell(cell, asked, on_step)
+        append(folder / RESULTS, _line(record))
+        found[cell.key] = record
+        now = time.perf_counter()
+        left = (now - start) / i * (len(waiting) - i)
+        on_cell(Progress(cell, record, done + i, len(wanted), now - began, left))
+    return found
+
+
+def records_of(wanted: Sequence[Cell], found: Mapping[str, Record]) -> list[Record]:
+    """The records of cells that have one, under the labels and names that the configuration gives them now."""
+    return [
+        {**found[c.key], "label": c.label, "model": c.model, "dataset": c.dataset.name}
+        for c in wanted
+        if c.key in found
+    ]
+
+
+class _Asked:
+    """A loaded model and what it said unedited, each question asked once."""
+
+    def __init__(self, loaded: Loaded, bench: Bench) -> None:
+        self.loaded = loaded
+        self.texts = read_corpus(bench.text).texts if bench.text else ()
+        self._kept: dict[Any, Any] = {}
+
+    def answers(self, facts: tuple[Fact, ...]) -> list[str]:
+        texts = generate(self.loaded.model, self.loaded.tokenizer, [f.prompt for f in facts])
+        return [answer(t) for t in texts]
+
+    def text(self) -> tuple[Tally, ...]:
+        return text_loss(self.loaded.model, self.loaded.tokenizer, self.texts).texts
+
+    def before(self, key: Any, ask: Callable[[], Any]) -> Any:
+        if key not in self._kept:
+            self._kept[key] = ask()
+        return self._kept[key]
+
+
+def run_cell(cell: Cell, asked: _Asked, on_step: OnStep | None = None) -> Record:
+    """Edit, then measure with the patch on; an edit that fails is a result too."""
+    start = time.perf_counter()
+    record: Record = {
+        "key": cell.key, "status": "done", "reason": "", "label": cell.label, "method": cell.options.method,
+        "model": cell.model, "dataset": cell.dataset.name, "skip": cell.dataset.skip, "seed": cell.seed,
+        "edits": cell.run.edits, "batch_size": cell.run.batch_size, "mosectl": __version__,
+        "options": {**asdict(cell.options), "corpus": Path(cell.options.corpus).name if cell.options.corpus else None},
+    }  # fmt: skip
+    try:
+        result = edit(cell.edited, asked.loaded, options=cell.options, refuse=False, on_step=on_step)
+        began = time.perf_counter()
+        record |= _measured(cell, asked, result)
+    except BREAKDOWNS as e:
+        what = e.what if isinstance(e, EditFailed) else f"the linear algebra broke down: {e}".split("\n")[0]
+        record |= {"status": "failed", "reason": what, "seconds": {"all": time.perf_counter() - start}}
+        return jsonable(record)
+    record |= {
+        "stopped": result.stopped,
+        "layers": [int(x) for x in result.patch.options["layers"]],
+        "drift": {
+            name: max(getattr(s, f"{name}_drift") for s in result.stability)
+            for name in ("norm", "condition", "spectrum")
+        },
+        "curve": [_point(n, health) for n, health in result.curve],
+    }
+    seconds = {**result.seconds, "evaluate": time.perf_counter() - began, "all": time.perf_counter() - start}
+    return jsonable({**record, "seconds": seconds})
+
+
+def _measured(cell: Cell, asked: _Asked, result: EditResult) -> Record:
+    """Shares, text loss and other facts, before and after; intervals are over facts or texts."""
+    facts, others = cell.edited, cell.others
+    others_before = asked.before(("others", cell.dataset.name, cell.run.edits), lambda: asked.answers(others))
+    text_before = asked.before("text", asked.text)
+    with (
+        made_by_the_edit(),
+        patched(asked.loaded.model, result.patch, force=True),
+    ):  # made for this very model a moment ago
+        others_after, text_after = asked.answers(others), asked.text()
+    judged = judge(facts, *result.interviews)
+    scores = {name: measure(tallies) for name, tallies in judged.items()}
+    values = [m.value for m in scores.values() if m]
+    kept = measure([Tally(float(a == b), 1.0) for a, b in zip(others_before, others_after, strict=True)])
+    texts = {"before": text_before, "after": text_after}
+    return {
+        "scores": {name: asdict(m) if m else None for name, m in scores.items()},
+        "unseen": _measure(unseen(facts, result.interviews[1].rephrased, [r.wordings for r in result.facts])),
+        "tallies": {name: [(t.total, t.weight) for t in ts] for name, ts in judged.items()},
+        "harmonic": harmonic_mean(values),
+        "kept": asdict(kept) if kept else None,
+        "text_loss": {side: _measure(t) for side, t in texts.items()},
+        "perplexity": {side: _measure(t, np.exp) for side, t in texts.items()},
+    }
+
+
+def _measure(tallies: Sequence[Tally], transform: Callable[[np.ndarray], np.ndarray] = lambda x: x) -> Record | None:
+    found = measure(tallies, transform)
+    return asdict(found) if found else None
+
+
+def _point(edits: int, health: Health) -> Record:
+    """One point of a curve: how the model was after so many edits."""
+    return {"edits": edits, "loss": health.loss, "norm": dict(health.norm), "condition": dict(health.condition)}
+
+
+# The results file.
+
+
+def read_results(path: Path) -> tuple[dict[str, Record], dict[int, str]]:
+    """Records by key (the last one counts), and what is wrong with each line that cannot be used, by its number.
+
+    Raises:
+        OutputError: the file cannot be read.
+    """
+    found: dict[str, Record] = {}
+    bad: dict[int, str] = {}
+    if not os.path.lexists(path):
+        return found, bad
+    with opened(path, OutputError, "move it away, or choose another -o", MAX_RESULTS) as file:
+        for number, line in enumerate(file, 1):
+            try:
+                if line.strip():
+                    cell = parse_json(line)
+                    _check(cell)
+                    found[cell["key"]] = cell
+            except ValueError as e:
+                bad[number] = str(e)
+    return found, bad
+
+
+def _check(found: Any) -> None:
+    """Raises Misfit where a cell's record is not as tables and pictures need it."""
+    COMMON(found)
+    if found["status"] != "done":
+        return
+    DONE(found)
+    for name in SCORES if found.get("tallies") else ():
+        pairs = found["tallies"][name]
+        if len(pairs) != found["edits"] or {*map(len, pairs)} != {2}:
+            raise Misfit("is not a pair a fact", f"tallies.{name}")
+
+
+def unusable(path: Path, bad: Mapping[int, str]) -> list[str]:
+    """Lines to tell a user about lines of the results file that are left out."""
+    out = [f"{path}:{number}: {what}: left out, the cell counts as not run" for number, what in list(bad.items())[:5]]
+    return out + ([f"{path}: {len(bad) - 5} more lines are left out"] if len(bad) > 5 else [])
+
+
+def _mended(path: Path, notice: Callable[[str], None]) -> dict[str, Record]:
+    """What is done already; a last line that was cut off is dropped, in the file too, other damaged ones stay there."""
+    found, bad = read_results(path)
+    for line in unusable(path, bad):
+        notice(line)
+    if not path.exists() or not (data := path.read_bytes()) or data.endswith(b"\n"):
+        return found
+    with output_errors(path):
+        if data.count(b"\n") + 1 in bad:
+            os.truncate(path, data.rfind(b"\n") + 1)
+        else:
+            with path.open("ab") as file:
+                file.write(b"\n")
+    return found
+
+
+def _line(record: Record) -> bytes:
+    return json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"

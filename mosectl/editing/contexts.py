@@ -1,0 +1,129 @@
+"""The rows a batch of facts is computed on: prompts, prefixes and wordings with their tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mosectl.errors import FactsError
+from mosectl.facts.records import Fact
+from mosectl.model.forward import Batch, input_device
+from mosectl.model.positions import Window, window
+from mosectl.model.tokens import Encoded, encode
+
+
+@dataclass(frozen=True)
+class Contexts:
+    """One batch of facts as token rows: each fact's prompt behind every prefix, its other wordings, "{subject} is a"."""
+
+    batch: Batch
+    fact: Tensor  # (B,) which fact a row belongs to
+    subject: Tensor  # (B,) position of the subject's last token
+    positions: Tensor  # (B, m) where logits are read
+    targets: Tensor  # (B, m) the token expected there; NOTHING (padding and KL rows) or ENDED (the end of the word)
+    is_edit: Tensor  # (B,) True for prompt rows, False for KL rows
+
+    @property
+    def edit_rows(self) -> Tensor:
+        return self.is_edit.nonzero().flatten()
+
+    def to(self, device: torch.device) -> Contexts:
+        """The same rows on another device."""
+        rows = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "batch"}
+        return Contexts(Batch(self.batch.input_ids.to(device), self.batch.attention_mask.to(device)), **rows)
+
+    def followed_by(self, other: Contexts) -> Contexts:
+        """These rows, then the other's, whose facts are numbered on."""
+
+        def joined(a: Tensor, b: Tensor, fill: int = 0) -> Tensor:
+            width = max(a.shape[1], b.shape[1])
+            return torch.cat([F.pad(x, (0, width - x.shape[1]), value=fill) for x in (a, b)])
+
+        a, b = self.batch, other.batch
+        return Contexts(
+            batch=Batch(joined(a.input_ids, b.input_ids), joined(a.attention_mask, b.attention_mask)),
+            fact=torch.cat([self.fact, other.fact + self.fact.max() + 1]),
+            subject=torch.cat([self.subject, other.subject]),
+            positions=joined(self.positions, other.positions),
+            targets=joined(self.targets, other.targets, fill=-1),
+            is_edit=torch.cat([self.is_edit, other.is_edit]),
+        )
+
+
+def build_contexts(
+    model: nn.Module,
+    tokenizer: Any,
+    facts: Sequence[Fact],
+    prefixes: Sequence[str],
+    wordings: Sequence[Sequence[str]] | None = None,
+    *,
+    chat: bool = False,
+) -> Contexts:
+    """Tokenise ``facts`` behind each prefix ("" first) and in their other wordings; add one "{subject} is a" row a fact.
+
+    Prefixes are shortened, and wordings left out, where the model could not read them with prompt and target.
+    """
+    seen = window(model)
+    rows: list[tuple[Sequence[int], int, int, int, int | None]] = []  # ids, fact, subject, first target, last
+    for i, fact in enumerate(facts):
+        asked = [(prefix, fact.prompt) for prefix in prefixes]
+        asked += [("", wording) for wording in (wordings[i] if wordings else ())]
+        for prefix, prompt in asked:
+            if e := _row(tokenizer, fact, prompt, prefix, chat, seen):
+                rows.append((e.input_ids, i, e.subject_last, e.target_start, len(e.input_ids)))
+        e = encode(tokenizer, f"{fact.subject} is a", fact.subject, None, chat=chat)
+        if seen.refuses(e.input_ids):
+            e = encode(tokenizer, fact.subject, fact.subject, None, chat=chat)
+        rows.append((e.input_ids, i, e.subject_last, len(e.input_ids), None))
+    width = max(end - start if end is not None else 1 for _, _, _, start, end in rows)
+    positions = torch.zeros(len(rows), width, dtype=torch.long)
+    targets = torch.full_like(positions, -1)
+    for r, (ids, _, _, start, end) in enumerate(rows):
+        m = end - start if end is not None else 1
+        positions[r, :m] = torch.arange(start - 1, start - 1 + m)
+        if end is not None:
+            targets[r, :m] = torch.tensor(ids[start:end])
+    device = input_device(model)
+    return Contexts(
+        batch=Batch.of([r[0] for r in rows], device),
+        fact=torch.tensor([r[1] for r in rows], device=device),
+        subject=torch.tensor([r[2] for r in rows], device=device),
+        positions=positions.to(device),
+        targets=targets.to(device),
+        is_edit=torch.tensor([r[4] is not None for r in rows], device=device),
+    )
+
+
+def _row(tokenizer: Any, fact: Fact, prompt: str, prefix: str, chat: bool, seen: Window) -> Encoded | None:
+    """Prefix + prompt + target, the prefix without as many of its first words as it takes; None: nothing of it fits."""
+    words = prefix.split(" ")
+    for n in range(len(words)):
+        rest = " ".join(words[n:])
+        if prefix and not rest.strip():
+            break
+        e = encode(
+            tokenizer, prompt, fact.subject, fact.target_new,
+            chat=chat, prefix=rest, space=fact.space_before_target,
+        )  # fmt: skip
+        if not (what := seen.refuses(e.input_ids)):
+            return e
+        if not prefix and prompt == fact.prompt:
+            raise FactsError(f"the prompt {what} (with its target)", where=fact.source, fix="shorten it")
+    return None
+
+
+def rows_of(c: Contexts, rows: Tensor, first_fact: int = 0) -> Contexts:
+    """Some rows of the contexts, their facts numbered from ``first_fact``."""
+    return Contexts(
+        batch=c.batch.rows(rows),
+        fact=c.fact[rows] - first_fact,
+        subject=c.subject[rows],
+        positions=c.positions[rows],
+        targets=c.targets[rows],
+        is_edit=c.is_edit[rows],
+    )

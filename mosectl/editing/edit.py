@@ -1,0 +1,367 @@
+"""Facts to patch: the whole edit, told in :func:`edit`.
+
+Batches of facts are edited one after the other. For each batch, rounds of: find what the edited layers should write so
+that the model says the new objects (targets.py), then bring every edited layer, lowest first, towards it (solvers/); what
+a layer could not reach is handed to the next, and the next round starts from the model as it then is. Weights are kept
+in float64 and rounded once into the live model, which is put back when the edit is done.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mosectl._version import __version__
+from mosectl.checkpoints.base import stored_patches
+from mosectl.checkpoints.journal import read_journal
+from mosectl.checkpoints.live import changes_on, note_chat
+from mosectl.editing.contexts import build_contexts
+from mosectl.editing.guard import Health, canaries
+from mosectl.editing.layers import LayerScore, choose_layers, score_layers
+from mosectl.editing.methods import method, patch_side
+from mosectl.editing.options import EditOptions, trained_editor
+from mosectl.editing.paraphrases import own_wordings
+from mosectl.editing.resume import Progress
+from mosectl.editing.second_moments import Moments, second_moments
+from mosectl.editing.session import Session
+from mosectl.errors import EditFailed, ModelError, NotFinite, UsageError
+from mosectl.facts.corpus import Corpus, read_corpus
+from mosectl.facts.records import Fact, as_facts
+from mosectl.hypernetwork.file import Editor
+from mosectl.linalg.spectrum import Stability, stability
+from mosectl.measure.answers import Interview, Scores, compare, interview
+from mosectl.model.architecture import Architecture, Projection, disk_names, parse_layers, resolve
+from mosectl.model.generation import answer, says
+from mosectl.model.loading import Loaded, load
+from mosectl.model.moe import block_name, turns
+from mosectl.model.positions import fitted, window
+from mosectl.model.weights import weight_of, weights_of
+from mosectl.patch.change import Change, changed
+from mosectl.patch.file import Patch
+from mosectl.patch.fingerprint import fingerprint
+from mosectl.patch.finite import all_zeros, check_weight
+from mosectl.patch.record import BaseTensor, PatchFact
+from mosectl.storage.progress import Clock, OnStep
+
+
+@dataclass(frozen=True)
+class FactResult:
+    """What became of one fact."""
+
+    fact: Fact
+    before: str
+    after: str
+    probability_before: float
+    probability_after: float
+    status: str  # "changed", "already known", "not reached", "not finite"; "not edited": the guard had stopped the run
+    loss: float  # right after its batch: −log P(target), nats a token, mean over its contexts
+    wordings: tuple[str, ...]  # the model's own, edited along with the prompt
+
+
+@dataclass(frozen=True)
+class EditResult:
+    """The patch, and everything measured while it was made."""
+
+    patch: Patch
+    facts: tuple[FactResult, ...]
+    scores: Scores
+    stability: tuple[Stability, ...]  # the changed W against W, both in float32
+    layers: tuple[LayerScore, ...]
+    stopped: str  # why the guard ended the run early; empty otherwise
+    corpus_tokens: int
+    seconds: dict[str, float]  # by phase
+    interviews: tuple[Interview, Interview]  # before and after
+    curve: tuple[tuple[int, Health], ...]  # (facts edited so far, health) after each batch that was kept; the base at 0
+    remedy: str  # what may help where facts were not reached
+
+
+def edit(
+    facts: str | Path | Sequence[Fact | Mapping[str, Any]],
+    model: Any,
+    tokenizer: Any = None,
+    *,
+    options: EditOptions | None = None,
+    revision: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    refuse: bool = True,
+    on_error: str = "fail",
+    progress: Progress | None = None,
+    on_step: OnStep | None = None,
+) -> EditResult:
+    """Compute a patch that makes ``model`` say each fact's new object. The model itself is left as it was.
+
+    Args:
+        facts: a facts file, or facts, or dicts with the fields of one.
+        model: a folder, a hub id, or a loaded causal language model with its ``tokenizer``.
+        refuse: an edit that changed no answer is an error; False: it is returned like any other, for comparisons.
+        on_error: facts and probes that are longer than the model can read: "fail", or "skip" them.
+        progress: where the state after each batch is kept, to go on from after an interruption.
+        on_step: called with (phase, done, total) as the work goes on.
+    Raises:
+        FactsError, ModelError, UsageError, HubError, OutputError.
+        EditFailed: no answer changed, or a number was not finite.
+    """
+    options = options or EditOptions()
+    solver = method(options.method)
+    trained = trained_editor(options)
+    if unknown := set(options.solver) - set(solver.defaults):
+        raise UsageError(
+            f"method '{solver.name}' has no option '{min(unknown)}'", fix=f"it has: {', '.join(solver.defaults)}"
+        )
+    checked = as_facts(facts, "edit")
+    clock = Clock(on_step)
+    with clock("load"):
+        loaded = load(model, revision=revision, device=device, dtype=dtype) if isinstance(model, str | Path) else model
+        loaded = loaded if isinstance(loaded, Loaded) else Loaded(loaded, tokenizer, None)
+        if loaded.tokenizer is None:
+            raise UsageError("a loaded model needs its tokenizer", fix="call edit(facts, model, tokenizer)")
+        if away := next((n for n, p in loaded.model.named_parameters() if p.is_meta), ""):
+            fix = "use more GPUs (--device balanced) or --dtype bfloat16; patches apply on disk whatever the size"
+            raise ModelError("is offloaded: the model does not fit", where=away, fix=fix)
+        if loaded.checkpoint:
+            stored_patches(loaded.checkpoint)  # on top of which the patch will be
+        arch = resolve(loaded.model)
+        if isinstance(model, str | Path):
+            note_chat(loaded.tokenizer, options.chat)
+        seen = window(loaded.model)
+        checked = fitted(checked, loaded.tokenizer, seen, chat=options.chat, on_error=on_error)
+        empty = {p.layer: p for p in arch.projections if _all_zeros(loaded, p)}
+        corpus = read_corpus(options.corpus)
+    with turns(loaded.model, arch) as turned:
+        with clock("layers"):
+            projections, scores = _choose(loaded, turned, checked, options, trained)
+            if found := next((empty[p.layer] for p in projections if p.layer in empty), None):
+                raise all_zeros(found.weight_name, _where(loaded))
+        with clock("statistics") as step:
+            moments = Moments({}, {}, 0, False, math.inf)
+            if solver.needs_moments(options.form):
+                moments = second_moments(loaded.model, loaded.tokenizer, projections, corpus, on_step=step)
+        with clock("ask before") as step:
+            before = interview(loaded.model, loaded.tokenizer, checked, chat=options.chat, on_step=step)
+        with clock("wordings") as step:
+            wordings = _wordings(loaded, checked, before, options, step)
+        run = Session(loaded, turned, projections, moments, options, trained)
+        with run.restored():
+            run.watch(canaries(loaded.tokenizer, corpus.texts, seen.most))
+            with made_by_the_edit():
+                losses = run.edit(checked, _prefixes(corpus, options), wordings, clock, progress)
+            with clock("solve"):
+                changes = {block_name(module): change for module, change in run.finish().items()}
+    edited = [p for p in arch.projections if p.name in changes]
+    on = changes_on(loaded.model, [(p, [changes[p.name]]) for p in edited])
+    with made_by_the_edit(), on, clock("ask after") as step:
+        after = interview(loaded.model, loaded.tokenizer, checked, chat=options.chat, on_step=step)
+    results = _results(checked, before, after, losses, wordings)
+    remedy = "more --rounds or other --layers"
+    if trained:
+        remedy = "an editor trained longer, or on more facts,"
+    if refuse:
+        _refuse_failure(results, remedy)
+    with clock("check"):
+        drifts = tuple(_stability(loaded, edited, changes))
+        scored = compare(checked, before, after, wordings)
+        patch = _patch(loaded, arch, edited, run, changes, results, scored, drifts, options, corpus)
+    done = (run.stopped, moments.tokens, clock.seconds, (before, after), tuple(run.curve), remedy)
+    return EditResult(patch, results, scored, drifts, tuple(scores), *done)
+
+
+def _all_zeros(loaded: Loaded, p: Projection) -> bool:
+    """Is one of its weights nothing but zeros? Raises ModelError where one is not finite."""
+    weights = weights_of(loaded.model, p)
+    for weight in weights:
+        check_weight(p.weight_name, weight, _where(loaded), zeros=True)
+    return not all(bool(weight.any()) for weight in weights)
+
+
+def _where(loaded: Loaded) -> str:
+    return loaded.checkpoint.model if loaded.checkpoint else "the model"
+
+
+@contextmanager
+def made_by_the_edit() -> Iterator[None]:
+    """Inside the block the model is edited, and was finite before: numbers that are not finite are an edit's failure."""
+    try:
+        yield
+    except NotFinite as e:
+        raise EditFailed(f"with the edit {e.what}", fix=e.fix) from e
+
+
+def _choose(
+    loaded: Loaded, arch: Architecture, facts: Sequence[Fact], options: EditOptions, trained: Editor | None
+) -> tuple[list[Projection], list[LayerScore]]:
+    if trained:
+        if options.layers != "auto":
+            raise UsageError("--layers: an editor edits the layers it was trained for", fix="leave --layers out")
+        dense = [p for p in arch.projections if not p.experts]
+        trained.check({p.name: weight_of(loaded.model, p) for p in dense})
+        return [p for p in dense if p.name in trained.modules], []
+    chosen, scores = parse_layers(options.layers, len(arch.projections)), []
+    if chosen is None:
+        contexts = build_contexts(loaded.model, loaded.tokenizer, facts[:64], [""], chat=options.chat)
+        rows = contexts.edit_rows
+        scores = score_layers(loaded.model, arch, contexts.batch.rows(rows), contexts.subject[rows])
+        chosen = choose_layers(scores)
+    projections = [p for p in arch.projections if p.layer in chosen]
+    patch_side(method(options.method), projections)  # refused before the long work
+    return projections, scores
+
+
+def _prefixes(corpus: Corpus, options: EditOptions) -> list[str]:
+    """What to put before prompts: nothing, and openings of some texts; an edit must hold wherever the subject stands."""
+    chance = random.Random(options.seed)
+    texts = [t for t in corpus.texts if len(t.split()) >= 3] or list(corpus.texts)
+    picked = chance.sample(texts, min(options.prefixes, len(texts)))
+    openings = [" ".join(t.split()[: chance.randint(3, 7)]).rstrip(" .,;:") for t in picked]
+    return ["", *(f"{text}. " for text in openings)]
+
+
+def _wordings(
+    loaded: Loaded, facts: Sequence[Fact], before: Interview, options: EditOptions, on_step: Callable[[int, int], None]
+) -> list[tuple[str, ...]]:
+    """The model's own wordings of each fact. In a chat there are none: it answers, it does not go on."""
+    if not options.wordings or options.chat:
+        return [()] * len(facts)
+    answers = [answer(a.text) for a in before.answers]
+    return own_wordings(
+        loaded.model, loaded.tokenizer, facts, answers, options.wordings, seed=options.seed, on_step=on_step
+    )
+
+
+def _results(
+    facts: Sequence[Fact],
+    before: Interview,
+    after: Interview,
+    losses: Sequence[float],
+    wordings: Sequence[tuple[str, ...]],
+) -> tuple[FactResult, ...]:
+    out = []
+    tried = [*losses, *[None] * (len(facts) - len(losses))]
+    for fact, old, new, loss, own in zip(facts, before.answers, after.answers, tried, wordings, strict=True):
+        if loss is None:
+            status, loss = "not edited", math.nan
+        elif not math.isfinite(loss):
+            status = "not finite"
+        elif not says(new.text, fact.target_new):
+            status = "not reached"
+        else:
+            status = "already known" if says(old.text, fact.target_new) else "changed"
+        p = old.probability, new.probability
+        out.append(FactResult(fact, answer(old.text), answer(new.text), *p, status, loss, own))
+    return tuple(out)
+
+
+def _refuse_failure(results: Sequence[FactResult], remedy: str) -> None:
+    """An edit that changed nothing is an error, not a patch."""
+    if any(r.status == "changed" for r in results):
+        return
+    if all(r.status == "already known" for r in results):
+        raise EditFailed("nothing changed: the model already says every new target", fix="no patch is needed")
+    if any(r.status == "not finite" for r in results):
+        raise EditFailed("nothing changed: the loss is not finite", fix="try --dtype float32")
+    best = max(results, key=lambda r: r.probability_after)
+    moved = f"{best.probability_before:.2g} → {best.probability_after:.2g}"
+    raise EditFailed(
+        f"nothing changed: none of {len(results)} facts reached its target; the nearest, '{best.fact.prompt}': "
+        f"'{best.after}', P('{best.fact.target_new}') {moved}",
+        fix=f"{remedy} may help; or see: mosectl check FACTS --model MODEL",
+    )
+
+
+def _stability(loaded: Loaded, edited: Sequence[Projection], changes: Mapping[str, Change]) -> Iterator[Stability]:
+    """Norm, condition number and spectrum of each changed weight against the base (of experts the first), as float32."""
+    for p in edited:
+        weight = weights_of(loaded.model, p)[0].detach()
+        W = p.oriented(weight[0] if p.experts else weight).float().cpu()
+        yield stability(p.weight_name, W, changed([changes[p.name]], W))
+
+
+def _patch(
+    loaded: Loaded,
+    arch: Architecture,
+    edited: Sequence[Projection],
+    run: Session,
+    changes: Mapping[str, Change],
+    results: Sequence[FactResult],
+    scores: Scores,
+    drifts: Sequence[Stability],
+    options: EditOptions,
+    corpus: Corpus,
+) -> Patch:
+    import transformers
+
+    journal = read_journal(loaded.checkpoint.folder) if loaded.checkpoint else None
+    recorded = asdict(options)
+    recorded["solver"] = run.solver_options
+    recorded["layers"] = [p.layer for p in edited]
+    recorded["editor"] = run.editor.id if run.editor else None
+    recorded["corpus"] = {"name": corpus.name, "sha256": corpus.sha256}
+    recorded["dtype"] = str(weights_of(loaded.model, edited[0])[0].dtype).removeprefix("torch.")
+    for key in ("method", "seed"):  # these stand in the record itself
+        del recorded[key]
+    return Patch(
+        changes=changes,
+        method=run.solver.name,
+        side=run.side,
+        options=recorded,
+        model=loaded.checkpoint.model if loaded.checkpoint else _model_name(loaded.model),
+        revision=loaded.checkpoint.revision if loaded.checkpoint else None,
+        model_type=arch.model_type,
+        base=_bases(loaded, arch, edited),
+        facts=tuple(_patch_fact(r) for r in results if r.status != "not edited"),
+        metrics={
+            "scores": _rounded(asdict(scores)),
+            "stability": [_rounded(asdict(s)) for s in drifts],
+            "compaction": _rounded({block_name(module): e for module, e in run.compaction.items()}),
+        },
+        seed=options.seed,
+        versions={
+            "mosectl": __version__,
+            "torch": torch.__version__.split("+")[0],
+            "transformers": transformers.__version__,
+        },
+        parents=tuple(p.id for p in journal.patches) if journal else (),
+    )
+
+
+def _model_name(model: Any) -> str:
+    return Path(str(getattr(model.config, "_name_or_path", "") or "model")).name
+
+
+def _bases(loaded: Loaded, arch: Architecture, edited: Sequence[Projection]) -> dict[str, BaseTensor]:
+    """Fingerprints of the weights as the checkpoint stores them; of the live ones where there is no checkpoint."""
+    names = disk_names(arch, loaded.checkpoint.tensors) if loaded.checkpoint else {}
+    return {
+        p.name: fingerprint(
+            p.weight_name,
+            loaded.checkpoint.read(names[p.name][0]) if loaded.checkpoint else weights_of(loaded.model, p)[0],
+        )
+        for p in edited
+    }
+
+
+def _patch_fact(r: FactResult) -> PatchFact:
+    return PatchFact(
+        prompt=r.fact.prompt,
+        subject=r.fact.subject,
+        target_new=r.fact.target_new,
+        before=r.before,
+        after=r.after,
+        probability_before=round(r.probability_before, 6),
+        probability_after=round(r.probability_after, 6),
+        status=r.status,
+        wordings=r.wordings,
+        space_before_target=r.fact.space_before_target,
+    )
+
+
+def _rounded(values: dict[str, Any]) -> dict[str, Any]:
+    """Six significant digits: more would be noise."""
+    return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}

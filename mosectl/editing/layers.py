@@ -1,0 +1,78 @@
+"""Layer choice: which FFN output projections an edit turns (arXiv 2601.07873, eqs. 21-22)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mosectl.model.architecture import Architecture, Projection
+from mosectl.model.forward import Batch, ffn_output, run_until_stopped
+
+
+@dataclass(frozen=True)
+class LayerScore:
+    """How strongly one layer answers to the facts' subjects."""
+
+    layer: int
+    activation: float  # mean root mean square of the inner activation k = σ(x W_fc)
+    residual: float  # mean ‖W k‖ / ‖h‖, h the hidden state the layer hands on
+    score: float  # product of the two, each divided by its largest value over the layers
+
+
+def score_layers(model: nn.Module, arch: Architecture, batch: Batch, subject: Tensor) -> list[LayerScore]:
+    """Score every layer at the facts' last subject token.
+
+    The paper picks l* by the strength of the inner activation ‖σ(x W_fc)‖ and by the normalised residual; it leaves open
+    how the two are joined. Here each is scaled to its largest layer and they are multiplied: an edit can only use a layer
+    that answers to the subject *and* whose output is not dwarfed by the residual stream it is added to.
+
+    Args:
+        subject: (B,) position of each row's last subject token.
+    """
+    rows = torch.arange(len(subject))
+    inner: dict[int, float] = {}
+    written: dict[int, Tensor] = {}
+    hidden: dict[int, Tensor] = {}
+
+    def at(x: Tensor) -> Tensor:
+        x = x if x.dim() == 3 else x.view(len(subject), -1, x.shape[-1])
+        return x[rows.to(x.device), subject.to(x.device)].float()
+
+    def projection_hook(p: Projection) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+            inner[p.layer] = float(at(args[0]).square().mean(-1).sqrt().mean())
+            written[p.layer] = at(ffn_output(out, module, len(subject))).norm(dim=-1)
+
+        return hook
+
+    def layer_hook(layer: int) -> Callable[..., None]:
+        def hook(_: nn.Module, __: Any, out: Any) -> None:
+            hidden[layer] = at(out[0] if isinstance(out, tuple | list) else out).norm(dim=-1)
+
+        return hook
+
+    hooks = [(p.name, projection_hook(p)) for p in arch.projections]
+    hooks += [(f"{arch.layers_path}.{p.layer}", layer_hook(p.layer)) for p in arch.projections]
+    run_until_stopped(model, batch, hooks)
+    residual = {i: float((written[i] / hidden[i].to(written[i].device)).mean()) for i in inner}
+    top_inner, top_residual = max(inner.values()), max(residual.values())
+    return [
+        LayerScore(i, inner[i], residual[i], inner[i] / top_inner * residual[i] / top_residual) for i in sorted(inner)
+    ]
+
+
+def choose_layers(scores: Sequence[LayerScore], width: int = 3) -> tuple[int, ...]:
+    """l* and its neighbours, lowest first: ``width`` layers around the best score in the lower two thirds.
+
+    A layer near the top is never chosen: what it writes at the subject must still be read by attention above it.
+    """
+    n = len(scores)
+    usable = scores[: max(1, (2 * n) // 3)]
+    best = max(usable, key=lambda s: s.score).layer
+    width = min(width, max(1, n - 1))
+    first = min(max(best - width // 2, 0), n - width)
+    return tuple(range(first, first + width))

@@ -1,0 +1,71 @@
+"""Isospectral editing: W' = L W R with rotations on both sides, the best weight of W's own singular values (ours).
+
+Everything arXiv 2601.07873 proves for R W holds for L W R: these are exactly the matrices with W's singular values. Left
+alone, a rotation cannot tell two keys apart for which the layer writes the same; both together can. The matrices of one
+spectrum have only d dimensions less than all (d, p) matrices, so little is lost against an additive update, provided
+the nearest one is sought in the metric of the keys and not entry by entry.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mosectl.editing.methods import LayerProblem, register
+from mosectl.linalg.rotation import nearest_rotation, thin_svd
+
+
+@register("isospectral", side="both", source="mosectl", preserve=10.0, damping=1e-4, iterations=5, tolerance=1e-3)
+def isospectral(problem: LayerProblem) -> Tensor:
+    """W' = argmin over the singular values of W₀ of λ‖(W' − W₀)C½‖² + Σ‖W'k_j − v_j‖² + ‖(W'K − V)w½‖².
+
+    The objective is tr((W' − T) A (W' − T)ᵀ) + const with A = λC + P + K w Kᵀ and T = (λW₀C + Q + V w Kᵀ) A⁻¹, the
+    additive optimum: what must keep still is measured from W₀, so that nothing adds up over many edits. On the matrices
+    U Σ Zᵀ with fixed Σ the tangent directions D are those with u_jᵀ D z_j = 0 (j = 1 … d). Newton's step T − W' meets
+    these d conditions at least cost in the metric of A by D = T − W' − Σ_j μ_j u_j z_jᵀ A⁻¹, μ_j = u_jᵀ(T − W')z_j /
+    z_jᵀA⁻¹z_j, which decouple because the u_j are orthonormal. After each step the nearest matrix of that spectrum is
+    taken (Mirsky) and turned from the left by the best rotation, which has a closed form as in MOSE; steps are halved
+    until the objective falls.
+
+    Options: ``preserve`` λ, how many edits one unit of C weighs; ``damping`` added to C as a share of its mean diagonal;
+    ``iterations`` at most; ``tolerance``, the relative gain below which it stops.
+    """
+    o = problem.options
+    A = problem.kept(o["preserve"])
+    A.diagonal().add_(o["damping"] * A.diagonal().mean())
+    weighted = problem.K * problem.weight
+    B = problem.W0 @ A + problem.Q + problem.V @ weighted.T
+    A.add_(problem.P).addmm_(weighted, problem.K.T)
+    root = torch.linalg.cholesky(A)
+    del A
+    T = torch.cholesky_solve(B.T, root).T
+    sigma = torch.linalg.svdvals(problem.W0)
+
+    def objective(X: Tensor) -> float:
+        return float(torch.linalg.norm((X - T) @ root)) ** 2
+
+    def of_spectrum(X: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
+        """U, Zᵀ, U Σ Zᵀ and its objective for the matrix nearest to X, turned by argmax over L of tr(L W' Bᵀ)."""
+        U, _, Zh = thin_svd(X)
+        del X  # a (d, p) in float64 is half a gigabyte in a large model
+        U = nearest_rotation(B @ ((U * sigma) @ Zh).T) @ U
+        W = (U * sigma) @ Zh
+        return U, Zh, W, objective(W)
+
+    U, Zh, W, cost = of_spectrum(problem.W)
+    for _ in range(int(o["iterations"])):
+        D = T - W
+        ZA = torch.cholesky_solve(Zh.T, root).T  # Zᵀ A⁻¹
+        D = D - (U * (((U.T @ D) * Zh).sum(1) / (ZA * Zh).sum(1))) @ ZA  # mu (d,)
+        del ZA
+        for halvings in range(8):
+            step = of_spectrum(W + 0.5**halvings * D)
+            if step[-1] < cost:
+                break
+        else:
+            break
+        gain = 1 - step[-1] / cost
+        U, Zh, W, cost = step
+        if gain < o["tolerance"]:
+            break
+    return W

@@ -1,0 +1,26 @@
+"""MEMIT: the least-squares update of many facts at once (arXiv 2210.07229, eq. 14)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mosectl.editing.methods import PUBLISHED, LayerProblem, register
+
+
+@register("memit", side="additive", source="arXiv 2210.07229", kind="spread", settings=PUBLISHED, preserve=1.0)
+def memit(problem: LayerProblem) -> Tensor:
+    """W' = W + (V − W K) Kᵀ (λC + K Kᵀ)⁻¹.
+
+    Options: ``preserve`` λ, how many edits one unit of C weighs (the paper's λ, C being a mean there too).
+    """
+    K = problem.K * problem.weight.sqrt()
+    E = problem.V * problem.weight.sqrt() - problem.W @ K
+    return problem.W + right_divide(E @ K.T, problem.kept(problem.options["preserve"]).addmm_(K, K.T))
+
+
+def right_divide(B: Tensor, A: Tensor) -> Tensor:
+    """B A⁻¹ for a symmetric A (p, p) that rounding may have made singular: its diagonal is raised by 1e-9 of its mean."""
+    A = A.clone()
+    A.diagonal().add_(1e-9 * A.diagonal().mean())
+    return torch.linalg.solve(A, B.T).T

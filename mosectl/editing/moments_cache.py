@@ -1,0 +1,94 @@
+"""Statistics kept between edits, one file a layer; an entry that is not as it was written is made again, and told."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mosectl.errors import Notice, OutputError
+from mosectl.model import distributed
+from mosectl.model.architecture import Projection
+from mosectl.storage import schema
+from mosectl.storage.atomic import output_errors
+from mosectl.storage.state_file import damaged, read_state, write_state
+
+KIND = "statistics"
+Entry = Mapping[str, Tensor]  # C (p, p), G (d, d) float32; tokens int64, error float32: scalars
+_FIX = "set MOSECTL_CACHE to a folder of your own"
+
+
+def cache_dir() -> Path:
+    """$MOSECTL_CACHE, else $XDG_CACHE_HOME/mosectl, else ~/.cache/mosectl."""
+    if own := os.environ.get("MOSECTL_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mosectl"
+
+
+def cached(key: str, projections: Sequence[Projection]) -> dict[str, Entry]:
+    """Every layer's entry by module path, or nothing where one is missing or must be made again."""
+    found = {}
+    for p in projections:
+        path = _path(key, p.name)
+        if not os.path.lexists(path):
+            return {}
+        try:
+            found[p.name] = _read(path, p)
+        except OutputError as e:
+            if distributed.first():
+                warnings.warn(f"kept statistics are made again: {e.where}: {e.what}", Notice, stacklevel=2)
+            return {}
+    return found
+
+
+def keep(key: str, entries: Mapping[str, Entry], strict: bool) -> None:
+    """Write the entries, by module path.
+
+    Raises:
+        OutputError: they cannot be written, and ``strict``; else that is told.
+    """
+    try:
+        for name, entry in entries.items():
+            write_state(_path(key, name), KIND, {"of": f"{key}-{name}"}, entry)
+    except OutputError as e:
+        if strict:
+            raise
+        what = f"the statistics cannot be kept, every edit computes them again: {e.where}: {e.what}; {_FIX}"
+        warnings.warn(what, Notice, stacklevel=2)
+
+
+def check_writable() -> None:
+    """Find out before the work, not after it.
+
+    Raises:
+        OutputError.
+    """
+    folder = cache_dir() / "stats"
+    with output_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+
+
+def _path(key: str, name: str) -> Path:
+    return cache_dir() / "stats" / f"{key}-{name}.safetensors"
+
+
+def _read(path: Path, p: Projection) -> Entry:
+    record, entry = read_state(
+        path, KIND, schema.record({"of": schema.text}), _FIX, limit=4 * (p.p**2 + p.d**2) + 10**6
+    )
+    if path.stat().st_uid not in (0, os.geteuid()):  # in a folder open to others, anyone may have prepared it
+        raise OutputError("belongs to another user", where=str(path), fix=_FIX)
+    forms = {
+        "C": (torch.float32, (p.p, p.p)), "G": (torch.float32, (p.d, p.d)), "tokens": (torch.int64, ()),
+        "error": (torch.float32, ()),
+    }  # fmt: skip
+    good = record["of"] == path.stem and {n: (x.dtype, tuple(x.shape)) for n, x in entry.items()} == forms
+    if not good or not all(bool(x.isfinite().all() and (x.diagonal() >= 0).all()) for x in (entry["C"], entry["G"])):
+        raise damaged(path, "its content is not what belongs there", _FIX)
+    return entry

@@ -1,0 +1,328 @@
+"""Before any weight is loaded: what would be edited, what it would need, and whether anything stands in the way."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mosectl.editing.methods import method, patch_side
+from mosectl.editing.options import EditOptions, trained_editor
+from mosectl.editing.paraphrases import SAMPLES, TOKENS
+from mosectl.editing.second_moments import BATCH_TOKENS, BLOCK
+from mosectl.errors import ModelError, MosectlError
+from mosectl.facts.corpus import MAX_TOKENS, read_corpus
+from mosectl.facts.records import Fact
+from mosectl.model.architecture import Architecture, Projection, disk_names, parse_layers, resolve, skeleton
+from mosectl.model.loading import DTYPES, pick_device, pick_dtype
+from mosectl.model.memory import logit_bytes, token_bytes, work_bytes
+from mosectl.model.positions import Window, window
+from mosectl.model.readiness import Problem, load_tokenizer, reading_problems, weight_problems
+from mosectl.model.tokens import check_tokenizer
+from mosectl.patch.change import SIDES
+from mosectl.storage.checkpoint import Checkpoint, index_tensors, locate, open_checkpoint, read_config, twins
+from mosectl.storage.hub import remote_tensors
+
+_STEPS = 15  # optimiser steps a fact takes over all rounds, as seen in practice; each round adds a forward
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What an edit will take; seconds are rough (a matrix product is timed on this device), bytes are not."""
+
+    model: str
+    model_type: str
+    parameters: int
+    device: str
+    dtype: str
+    layers: tuple[int, ...]  # "auto" is counted as the middle three
+    auto: bool
+    model_bytes: int
+    peak_bytes: int
+    patch_bytes: int
+    seconds: dict[str, float]  # by phase
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What `mosectl doctor` found."""
+
+    model: str
+    revision: str | None
+    architecture: Architecture
+    parameters: int
+    tensors: tuple[tuple[str, str, tuple[int, ...]], ...]  # (name on disk, dtype, shape), a mixture's first expert's
+    memory: dict[str, int]  # bytes to load the model, by dtype
+    problems: tuple[str, ...]  # what stands in the way of editing
+    notes: tuple[str, ...]
+
+
+def estimate(
+    model: str | Path,
+    facts: Sequence[Fact],
+    options: EditOptions,
+    *,
+    revision: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    host: bool | None = None,
+) -> Estimate:
+    """Time, memory and patch size of an edit, from config.json and the facts alone.
+
+    Args:
+        host: memory of a CPU's process, or (False) of a GPU; None: of the device.
+    Raises:
+        ModelError, HubError, UsageError.
+    """
+    folder, name, _ = locate(model, revision, weights=False)
+    config = read_config(folder)
+    bones = skeleton(config)
+    arch = resolve(bones)
+    device = pick_device(device)
+    asked = pick_dtype(dtype, device)
+    stored = DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")), torch.float32)
+    kind = asked if isinstance(asked, torch.dtype) else stored
+    layers, size = _planned(bones, arch, facts, options)
+    work = _Work(bones, arch, layers, facts, options)
+    model_bytes = work.parameters * kind.itemsize
+    return Estimate(
+        model=name,
+        model_type=arch.model_type,
+        parameters=work.parameters,
+        device=device,
+        dtype=str(kind).removeprefix("torch."),
+        layers=layers,
+        auto=options.layers == "auto" and not method(options.method).trained,
+        model_bytes=model_bytes,
+        peak_bytes=model_bytes
+        + work.extra_bytes(kind.itemsize, model_bytes, host=device == "cpu" if host is None else host),
+        patch_bytes=size,
+        seconds=work.seconds(device, kind, model_bytes),
+    )
+
+
+def patch_bytes(model: str | Path, facts: Sequence[Fact], options: EditOptions, *, revision: str | None = None) -> int:
+    """Bytes of an edit's patch, as far as one can tell before it; 0 where the edit itself will say what is wrong."""
+    with suppress(MosectlError, ArithmeticError, ValueError, TypeError):  # an odd config.json: told by the edit
+        bones = skeleton(read_config(locate(model, revision, weights=False)[0]))
+        return _planned(bones, resolve(bones), facts, options)[1]
+    return 0
+
+
+def _planned(
+    bones: Any, arch: Architecture, facts: Sequence[Fact], options: EditOptions
+) -> tuple[tuple[int, ...], int]:
+    """The layers that will be edited ("auto" is counted as the middle three), and the patch's bytes."""
+    solver, n = method(options.method), len(arch.projections)
+    layers = tuple(parse_layers(options.layers, n) or range(max(0, n // 2 - 1), min(n, n // 2 + 2)))
+    if editor := trained_editor(options):
+        editor.check({p.name: bones.get_parameter(p.weight_name) for p in arch.projections if not p.experts})
+        layers = tuple(p.layer for p in arch.projections if p.name in editor.modules)
+    edited = [p for p in arch.projections if p.layer in layers]
+    side = patch_side(solver, edited)
+    form, written = solver.form(options.form), len(facts)
+    if solver.trained:  # it writes at each of an answer's tokens
+        written = round(sum(1 + 1.4 * len(f.target_new.split()) for f in facts))
+    return layers, sum(_patch_bytes(p, side, form, written) for p in edited)
+
+
+RANK = {
+    "both": 20,
+    "output": 5,
+    "input": 20,
+}  # of a compact rotation, times √facts: seen on the demo model (docs/LOG.md)
+
+
+def _patch_bytes(p: Projection, side: str, form: str, written: int) -> int:
+    """Bytes of one layer's factors in a patch that writes ``written`` outputs; a compact form's rank is an estimate."""
+    if side == "additive":
+        return 4 * min(written, p.d) * (p.d + p.p)
+    total = 0
+    for name in SIDES[side]:
+        n = {"R": p.d, "R_in": p.p}[name]
+        rank = min(round(RANK[side] * written**0.5), n)
+        total += 4 * (n * n if form == "dense" else min(rank * (n + rank), n * n))
+    return total
+
+
+class _Work:
+    """Counts of tokens and operations of one edit."""
+
+    def __init__(
+        self, bones: Any, arch: Architecture, layers: Sequence[int], facts: Sequence[Fact], options: EditOptions
+    ) -> None:
+        self.options, self.layers, self.arch = options, layers, arch
+        self.parameters = sum(p.numel() for p in bones.parameters())
+        self.projection = arch.projections[0]
+        self.vocabulary = bones.get_output_embeddings().weight.shape[0]
+        n = len(arch.projections)
+        per_layer = sum(p.numel() for p in bones.get_submodule(arch.layers_path).parameters()) / n
+        self.below, self.above = per_layer * (max(layers) + 1), per_layer * (n - min(layers))
+        self.whole = per_layer * n + self.projection.d * self.vocabulary
+        self.facts = len(facts)
+        # English text in common vocabularies: about 1.4 tokens a word.
+        self.prompt = 2 + 1.4 * sum(len(f.prompt.split()) for f in facts) / max(1, len(facts))
+        self.asked = sum(1 + len(f.rephrase_prompts) + len(f.locality) for f in facts)
+        self.rows = 2 + options.prefixes + (0 if options.chat else options.wordings)  # at most
+        self.row_tokens = self.prompt + 8 + 3
+        self.tail_tokens = self.row_tokens / 2  # from the subject's end on
+
+    def extra_bytes(self, itemsize: int, weights: int, host: bool) -> int:
+        """Beyond the weights, in the phase that takes most: sums and a backward pass for statistics, a backward pass for
+        targets, or one layer's solve in float64. On a CPU what waits on the ``host`` counts as well.
+        """
+        d, p, n = self.projection.d, self.projection.p, len(self.layers)
+        work = work_bytes(weights)
+        one = token_bytes(d, p, itemsize) * (len(self.arch.projections) - min(self.layers))
+        if method(self.options.method).trained:  # sums of all edited layers, W before and after, one layer's solve
+            asked = self.facts * (self.row_tokens * one + 3 * logit_bytes(self.vocabulary))
+            return int(8 * n * (p * p + 3 * d * p) + max(min(work, asked), 8 * (p * p + 2 * d * p)))
+        rows = min(self.options.targets.max_rows, self.rows * (self.options.batch_size or self.facts))
+        gradients = BATCH_TOKENS * (one + logit_bytes(self.vocabulary))
+        steps = rows * (self.tail_tokens * one + 3 * logit_bytes(self.vocabulary))
+        held = n * 8 * d * p + host * n * (4 * p * p + 8 * d * p + itemsize * d * p)
+        phases = (
+            n * 4 * (p * p + d * d) + 4 * BATCH_TOKENS * (p + d) * n + min(work, gradients),
+            held + min(work, steps),
+            held + 8 * max((2 + host) * p * p + 3 * d * p, (1 + host) * p * p + 10 * d * p),
+        )
+        return int(max(phases))
+
+    def seconds(self, device: str, dtype: torch.dtype, model_bytes: int) -> dict[str, float]:
+        fast, exact = _speed(device, dtype), _speed("cpu" if device == "mps" else device, torch.float64)
+        d, p = self.projection.d, self.projection.p
+        corpus = min(MAX_TOKENS, sum(len(t) for t in read_corpus(self.options.corpus).texts) / 4)
+        gradients = min(BLOCK, corpus) * 6 * self.whole
+        own = self.facts * SAMPLES * (self.prompt + TOKENS) * 2 * self.whole if self.options.wordings else 0.0
+        asking = self.asked * (self.prompt + 12) * 2 * self.whole
+        steps = (_STEPS + self.options.rounds) * self.facts * self.rows * self.row_tokens
+        batches = -(-self.facts // (self.options.batch_size or max(1, self.facts)))
+        solve = (
+            batches * self.options.rounds * len(self.layers) * (p**3 + 10 * (20 * d**3 + 8 * d * d * p + 2 * d * p * p))
+        )
+        solver = method(self.options.method)
+        if solver.trained:  # one forward and backward a fact, sums of keys' squares, one solve
+            sums = self.facts * 3 * 2 * (p * p + d * p) + 2 * p**3 / 3 + 2 * d * p * p
+            return {
+                "load": 2 + model_bytes / 1e9,
+                "ask before and after": 2 * asking / fast,
+                "solve": self.facts * self.row_tokens * 6 * self.whole / fast + len(self.layers) * sums / exact,
+            }
+        return {
+            "load": 2 + model_bytes / 1e9,
+            "statistics": (corpus * 2 * self.below + gradients) / fast,
+            "ask before and after": 2 * asking / fast,
+            "wordings": 0.0 if self.options.chat else own / fast,
+            "targets": steps * 4 * self.above / fast,
+            "solve": solve / exact,
+        }
+
+
+def _speed(device: str, dtype: torch.dtype) -> float:
+    """Operations per second of a 1024³ product; models reach about a third of it."""
+    device = "cuda" if device == "balanced" else device
+    a = torch.randn(1024, 1024).to(device, dtype)
+    times = []
+    for _ in range(4):
+        start = time.perf_counter()
+        (a @ a).sum().item()
+        times.append(time.perf_counter() - start)
+    return 2 * 1024**3 / min(times) / 3
+
+
+def diagnose(model: str | Path, revision: str | None = None) -> Diagnosis:
+    """Look at config and tensor names (for a hub model that is not in the cache by range requests: no weight is loaded).
+
+    Raises:
+        ModelError: unknown or quantised model, or no safetensors. HubError.
+    """
+    folder, name, commit = locate(model, revision, weights=False)
+    checkpoint = _on_disk(model, folder, commit)
+    found = {n: (e.dtype, e.shape) for n, e in checkpoint.tensors.items()} if checkpoint else None
+    found = found or remote_tensors(str(model), commit or revision)
+    bones = skeleton(read_config(folder), len(found))
+    arch = resolve(bones)
+    on_disk = disk_names(arch, found)
+    edited = {p.name: [(n, *found[n]) for n in on_disk[p.name]] for p in arch.projections}
+    parameters = sum(p.numel() for p in bones.parameters())
+    problems, notes = (
+        weight_problems(bones, folder, found),
+        _notes(arch, folder, twins(checkpoint) if checkpoint else []),
+    )
+    quantised = (t for every in edited.values() for t in every if t[1] not in ("F32", "F16", "BF16"))
+    if odd := next(quantised, None):
+        problems.append(Problem(f"{odd[0]} is stored as {odd[1]}", "use an unquantised checkpoint"))
+    try:
+        tokenizer = load_tokenizer(folder)
+    except ModelError as e:
+        at = f"{Path(e.where).name}: " if Path(e.where).is_file() else ""
+        problems.append(Problem(at + e.what, e.fix))
+    else:
+        problems += reading_problems(bones, folder, tokenizer)
+        notes += check_tokenizer(tokenizer)
+        if (rows := window(bones).rows) < len(tokenizer):
+            notes.append(
+                f"{len(tokenizer) - rows} tokens of its tokenizer have no embedding: prompts with them are refused"
+            )
+    return Diagnosis(
+        model=name,
+        revision=commit,
+        architecture=arch,
+        parameters=parameters,
+        tensors=tuple(every[0] for every in edited.values()),
+        memory={kind: parameters * d.itemsize for kind, d in DTYPES.items()},
+        problems=tuple(map(str, problems)),
+        notes=tuple(notes),
+    )
+
+
+def _on_disk(model: str | Path, folder: Path, commit: str | None) -> Checkpoint | None:
+    """The checkpoint; None for a hub model of which the cache has not all."""
+    if Path(model).is_dir():
+        return open_checkpoint(model)
+    try:
+        return Checkpoint(folder, str(model), commit, index_tensors(folder))
+    except ModelError:
+        return None
+
+
+def _notes(arch: Architecture, folder: Path, others: Sequence[str]) -> list[str]:
+    from mosectl.checkpoints.journal import read_journal
+
+    out = []
+    if not arch.listed:
+        out.append(f"'{arch.model_type}' is not in mosectl's table; its layers were found by their structure")
+    if arch.post_norm:
+        out.append(f"a norm follows the FFN ({arch.post_norm}): it sees the turned output at its old length")
+    if mixed := [p for p in arch.projections if p.experts]:
+        out.append(
+            f"{len(mixed)} layers are mixtures of {mixed[0].experts} experts: one rotation turns all of a layer's"
+        )
+    if len(arch.projections) < 4:
+        out.append(f"only {len(arch.projections)} layers: an edit has little room here and may not reach its targets")
+    if arch.tied_embeddings:
+        out.append("input and output embeddings are tied (they are not edited)")
+    if others:
+        some = ", ".join(others)
+        out.append(f"holds the weights once more for other programs, not edited and not copied by apply: {some}")
+    if journal := read_journal(folder):
+        out.append(f"already edited: {len(journal.patches)} patches are applied (mosectl.json)")
+    return out
+
+
+def reader(model: str | Path, revision: str | None = None) -> tuple[Any, Window]:
+    """The model's tokenizer, and what the model can read, without its weights.
+
+    Raises:
+        ModelError: there is no tokenizer that can be loaded, or no such model. HubError.
+    """
+    folder, _, _ = locate(model, revision, weights=False)
+    bones = skeleton(
+        read_config(folder)
+    )  # first: transformers reads the config for a tokenizer too, whatever it claims
+    return load_tokenizer(folder), window(bones)

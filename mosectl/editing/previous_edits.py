@@ -1,0 +1,110 @@
+"""The facts a run has edited so far: what must keep still of them, and which have slipped.
+
+Layers below go on moving with every batch, so an earlier fact's keys are asked of the model anew each time; keys remembered
+from when it was edited would protect what is no longer asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mosectl.editing.contexts import Contexts, rows_of
+from mosectl.model.architecture import Projection
+from mosectl.model.forward import keys_at, logits_at
+from mosectl.model.losses import leads
+
+REHEARSED = 20  # earlier facts edited again with one batch, at most
+GIVEN_UP = 2  # failures after which a fact is not tried again
+ROWS = 256  # sequences run at once
+
+
+class Earlier:
+    """Facts edited so far, their contexts (prompt rows only), and what each layer wrote there when they were edited."""
+
+    def __init__(self, model: nn.Module, projections: Sequence[Projection]) -> None:
+        self.model, self.projections = model, projections
+        self.failures: list[int] = []  # of each fact: how often it did not hold after being edited
+        self.contexts: Contexts | None = None
+        self.values: dict[str, Tensor] = {}  # (d, rows) float64 by module path
+
+    def add(self, n: int, contexts: Contexts, W: Mapping[str, Tensor]) -> None:
+        """Take the first ``n`` facts of ``contexts`` in; what W (d, p) writes for them now is what shall stay."""
+        new = rows_of(contexts, (contexts.is_edit & (contexts.fact < n)).nonzero().flatten())
+        written = self._written(new, W)
+        old = self.contexts
+        self.contexts = new if old is None else old.followed_by(new)
+        self.values = {n: v if old is None else torch.cat([self.values[n], v], 1) for n, v in written.items()}
+        self.failures += [0] * n
+
+    def take(self, contexts: Contexts, values: Mapping[str, Tensor], failures: Sequence[int]) -> None:
+        """Go on from what an interrupted run had; arguments as the attributes."""
+        self.contexts, self.values, self.failures = contexts, dict(values), list(failures)
+
+    def edited_again(self, facts: Sequence[int], lead: Sequence[float], W: Mapping[str, Tensor]) -> None:
+        """Facts of these indices are as W (d, p) makes them now; ``lead`` tells whether they hold."""
+        for i, value in zip(facts, lead, strict=True):
+            self.failures[i] += not value > 0
+        if not facts:
+            return
+        assert self.contexts is not None
+        rows = torch.isin(self.contexts.fact.cpu(), torch.tensor(facts)).nonzero().flatten()
+        for name, written in self._written(rows_of(self.contexts, rows.to(self.contexts.fact.device)), W).items():
+            self.values[name][:, rows.to(written.device)] = written
+
+    def slipped(self, below: float) -> list[int]:
+        """Indices of facts whose bare prompt leads by less than ``below`` nats, worst first, not more than REHEARSED."""
+        c = self.contexts
+        if c is None or below <= 0:
+            return []
+        bare = torch.cat([torch.tensor([True], device=c.fact.device), c.fact[1:] != c.fact[:-1]]).nonzero().flatten()
+        found = self._leads(bare)
+        order = found.argsort().tolist()
+        return [i for i in order if found[i] < below and self.failures[i] < GIVEN_UP][:REHEARSED]
+
+    def held(self) -> int:
+        """How many of all contexts the model answers with the new object now."""
+        return 0 if self.contexts is None else int((self._leads(torch.arange(len(self.contexts.fact))) > 0).sum())
+
+    def seen(self) -> dict[str, Tensor]:
+        """Σ w k kᵀ (p, p) float64 over all contexts by module path, as the model is now; a fact's w sum to 1."""
+        return {name: P for name, (P, _) in self.moments(1.0).items()}
+
+    @torch.no_grad()
+    def _leads(self, rows: Tensor) -> Tensor:
+        """Lead of the new object, (rows,) nats on the CPU, in these rows of the contexts."""
+        assert self.contexts is not None
+        c, found = self.contexts, []
+        for part in rows.to(c.fact.device).split(ROWS):
+            targets = c.targets[part]
+            with logits_at(self.model, c.positions[part], targets >= 0):
+                logits = self.model(**c.batch.rows(part).kwargs()).logits[0].float()
+            found.append(leads(logits.log_softmax(-1).to(c.fact.device), targets, targets >= 0).cpu())
+        return torch.cat(found)
+
+    def moments(self, weight: float) -> dict[str, tuple[Tensor, Tensor]]:
+        """P = Σ w k kᵀ (p, p) and Q = Σ w v kᵀ (d, p) over all contexts by module path, float64 on the host; a fact's w sum
+        to ``weight``.
+        """
+        if self.contexts is None:
+            return {}
+        share = weight / torch.bincount(self.contexts.fact)[self.contexts.fact]
+        out = {}
+        for name, K in self._keys(self.contexts).items():
+            V = self.values[name]
+            weighted = (K.to(V) * share.to(V)).T
+            out[name] = (K.to(V) @ weighted).cpu(), (V @ weighted).cpu()  # one layer's go back for its solve
+        return out
+
+    def _written(self, contexts: Contexts, W: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: W[name] @ K.to(W[name]) for name, K in self._keys(contexts).items()}
+
+    def _keys(self, contexts: Contexts) -> dict[str, Tensor]:
+        """Keys (p, rows) float32 at the subjects, by module path, as the model is now."""
+        parts = [
+            keys_at(self.model, self.projections, contexts.batch.rows(rows), contexts.subject[rows])
+            for rows in torch.arange(len(contexts.fact), device=contexts.fact.device).split(ROWS)
+        ]
+        return {p.name: torch.cat(found).T for p, found in zip(self.projections, zip(*parts, strict=True), strict=True)}

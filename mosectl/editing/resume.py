@@ -1,0 +1,140 @@
+"""A run between two batches, on disk: an interrupted edit goes on from there to the very same patch.
+
+One safetensors file beside the patch holds what a batch leaves behind: the weights so far in float64, and the earlier facts'
+rows and values. Its record says what it belongs to: it is never continued with other facts, settings or weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mosectl.editing.contexts import Contexts
+from mosectl.editing.guard import Health
+from mosectl.errors import OutputError
+from mosectl.model.forward import Batch
+from mosectl.storage import schema
+from mosectl.storage.state_file import damaged, read_state, write_state
+
+KIND = "progress"
+_EACH = schema.mapping(schema.number)  # by module path
+_POINT = {"edits": schema.integer, "loss": schema.number, "norm": _EACH, "condition": _EACH}
+RECORD = schema.record(
+    {
+        "belongs": schema.mapping(schema.text), "losses": schema.listed(schema.number),
+        "failures": schema.listed(schema.integer), "curve": schema.listed(schema.record(_POINT, others=schema.anything)),
+    },
+    others=schema.anything,
+)  # fmt: skip
+ROWS, WIDTH = 1000, 16_384  # of a fact, at most: its rows, and a row's bytes but for what is written there
+_ROWS = [f.name for f in fields(Contexts) if f.name != "batch"]
+_START = "give --overwrite to start again"
+_AGAIN = "finish it with what it was begun with, or give --overwrite to start again"
+
+
+def beside(out: Path) -> Path:
+    """Where the state of a run that will write the patch ``out`` is kept."""
+    return out.with_name(f"{out.name}.progress")
+
+
+@dataclass(frozen=True)
+class State:
+    """What a session is after a batch: it says it, and takes it back."""
+
+    W: Mapping[str, Tensor]  # (d, p) float64, the weights so far by module path
+    contexts: Contexts  # of the facts edited so far
+    values: Mapping[str, Tensor]  # (d, rows) float64, what each layer wrote for them
+    failures: Sequence[int]  # of each fact
+    curve: Sequence[tuple[int, Health]]  # facts edited so far, and health then
+    losses: Sequence[float]  # of each fact right after its batch, nats a token
+
+
+def digest(value: Any) -> str:
+    """sha256 of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a session's state is kept, and whether one that is there is continued."""
+
+    path: Path
+    resume: bool = False
+
+    def load(self, ours: Mapping[str, str], shapes: Mapping[str, tuple[int, int]], facts: int) -> State | None:
+        """The kept state of a session of so many facts that has not begun; None if there is none, or it is not asked for.
+
+        Args:
+            ours: what the state has to belong to: hashes, by name.
+            shapes: (d, p) of each edited weight, by module path.
+        Raises:
+            OutputError: the state is of other facts, settings or weights, or damaged.
+        """
+        if not self.resume or not os.path.lexists(self.path):
+            return None
+        a_fact = ROWS * (8 * sum(d for d, _ in shapes.values()) + WIDTH)
+        limit = 8 * sum(d * p for d, p in shapes.values()) + facts * a_fact + 10**7
+        record, tensors = read_state(self.path, KIND, RECORD, _START, limit)
+        if other := [name for name in ours if ours[name] != record["belongs"].get(name)]:
+            what = f"the interrupted run was one with other {' and '.join(other)}"
+            raise OutputError(what, where=str(self.path), fix=_AGAIN)
+        if what := _misfit(shapes, tensors, record, facts):
+            raise damaged(self.path, what, _START)
+        rows = {name: tensors[f"rows.{name}"] for name in _ROWS}
+        return State(
+            {name: tensors[f"W.{name}"] for name in shapes},
+            Contexts(batch=Batch(*(tensors[f"rows.{f.name}"] for f in fields(Batch))), **rows),
+            {name: tensors[f"V.{name}"] for name in shapes},
+            list(record["failures"]),
+            [(h["edits"], Health(h["loss"], h["norm"], h["condition"])) for h in record["curve"]],
+            [float(x) for x in record["losses"]],
+        )
+
+    def save(self, ours: Mapping[str, str], state: State) -> None:
+        """Keep a session's state in place of the one before, atomically."""
+        rows = {name: getattr(state.contexts, name) for name in _ROWS}
+        rows |= {f.name: getattr(state.contexts.batch, f.name) for f in fields(Batch)}
+        tensors = {
+            **{f"W.{name}": W for name, W in state.W.items()},
+            **{f"V.{name}": V for name, V in state.values.items()},
+            **{f"rows.{name}": x for name, x in rows.items()},
+        }
+        record = {
+            "belongs": dict(ours),
+            "losses": list(state.losses),
+            "failures": list(state.failures),
+            "curve": [{"edits": n, **asdict(health)} for n, health in state.curve],
+        }
+        write_state(self.path, KIND, record, tensors)
+
+    def done(self) -> None:
+        """The patch is written: nothing is left to continue."""
+        self.path.unlink(missing_ok=True)
+
+
+def _misfit(
+    shapes: Mapping[str, tuple[int, int]], tensors: Mapping[str, Tensor], record: Mapping[str, Any], facts: int
+) -> str:
+    """What in a state that is meant for this session does not go with it; empty if nothing."""
+    done, rows, layers = len(record["losses"]), tensors.get("rows.fact", torch.empty(0)).numel(), set(shapes)
+    if not 0 < done <= facts or len(record["failures"]) != done:
+        return f"{done} losses of {facts} facts"
+    points = [h["edits"] for h in record["curve"]]
+    if points[-1:] != [done] or any({*h[name]} != layers for h in record["curve"] for name in ("norm", "condition")):
+        return "a curve of other layers or facts"
+    forms = {f"W.{name}": [d, p] for name, (d, p) in shapes.items()}
+    forms |= {f"V.{name}": [d, rows] for name, (d, _) in shapes.items()}
+    for name in (*_ROWS, *(f.name for f in fields(Batch))):
+        forms[f"rows.{name}"] = [rows, *tensors.get(f"rows.{name}", torch.empty(0)).shape[1:]]
+    if forms != {name: [*x.shape] for name, x in tensors.items()}:
+        return "tensors of other shapes"
+    fact = tensors["rows.fact"]
+    return "" if fact.unique().tolist() == list(range(done)) else "rows of other facts"

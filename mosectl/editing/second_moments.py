@@ -1,0 +1,342 @@
+"""What an edited layer must keep still, as two moments over a corpus: of what it reads and of what its output is worth.
+
+C = E[k kᵀ], (p, p), of the FFN's inner activations k: what the layer writes has E[y yᵀ] = W C Wᵀ for any W, so one
+statistic serves every solver and an edited layer needs no new one. G = E[g gᵀ], (d, d), of the gradients g of the loss
+with respect to y: a shift y + δ of every token raises the divergence of the model's predictions by δᵀ G δ / 2. Both are the
+factors of the Fisher information of W (K-FAC, Martens & Grosse 2015, arXiv 1503.05671); as there, the labels of the loss are
+drawn from the model's own predictions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mosectl.editing.moments_cache import cached, check_writable, keep
+from mosectl.facts.corpus import MAX_TOKENS, Corpus, read_corpus
+from mosectl.model import distributed as processes
+from mosectl.model.architecture import Projection, resolve
+from mosectl.model.forward import (
+    Batch,
+    by_length,
+    by_row,
+    finite,
+    frozen,
+    hooked,
+    input_device,
+    run_until_stopped,
+    stop,
+)
+from mosectl.model.memory import fitting, halving
+from mosectl.model.positions import window
+
+MAX_LENGTH = 512  # tokens a text: statistics do not need long contexts, and memory grows with them
+BEGINNING = 100_000  # characters of a text that may hold the few tokens that are read of it
+BATCH_TOKENS = 4096  # run at once; fewer where gradients would not fit in memory
+# Tokens of texts taken at random, in which those of like length then go together. G is taken over the first block: it has
+# fewer rows than C, and a gradient costs three forwards.
+BLOCK = 32_768
+GRADIENT = 4  # what a batch of the first block takes, a batch of the others being 1
+ENOUGH = 0.1  # relative error of C at which no more text is read
+SKETCH = 64  # directions in which that error is judged
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Second moments of each edited layer's inner activations and of its output's gradients, by module path."""
+
+    C: dict[str, Tensor]  # (p, p) float32
+    G: dict[str, Tensor]  # (d, d) float32, nats²
+    tokens: int
+    cached: bool
+    error: float  # of C, relative, as estimated (the layer that is worst)
+
+
+def second_moments(
+    model: nn.Module,
+    tokenizer: Any,
+    projections: Sequence[Projection],
+    corpus: Corpus,
+    *,
+    max_tokens: int = MAX_TOKENS,
+    batch_tokens: int = BATCH_TOKENS,
+    cache: bool = True,
+    strict: bool = False,  # raise OutputError where the cache cannot be written
+    enough: float = ENOUGH,
+    on_step: Callable[[int, int], None] | None = None,
+) -> Moments:
+    """C = E[k kᵀ] and G = E[g gᵀ] for each projection over at most ``max_tokens`` tokens of ``corpus``.
+
+    Texts come in random blocks, G's first, and no more are read once C is known well enough at every layer: the texts are
+    dealt into two halves, and half the difference of the halves' C has the size of the error of the whole.
+    Each layer is cached under the hash of the model's weights, so a changed model never meets old statistics. Under
+    ``accelerate launch`` every process takes its share of the texts, all of them, and the sums are added up.
+
+    Args:
+        enough: ‖C_A − C_B‖_F / 2‖C‖_F at which to stop, seen in SKETCH random directions; 0 = read everything.
+    Raises:
+        NotFinite: the model's numbers are not.
+    """
+    key = f"{model_hash(model)}-{corpus.sha256[:16]}-{max_tokens}-{enough:g}" if cache else ""
+    if cache and (found := cached(key, projections)):
+        C, G = ({name: entry[part] for name, entry in found.items()} for part in "CG")
+        error = max(float(entry["error"]) for entry in found.values())
+        return Moments(C, G, int(next(iter(found.values()))["tokens"]), True, error)
+    if cache and strict and processes.first():
+        check_writable()
+    blocks = _blocks(tokenizer, corpus, max_tokens, batch_tokens, min(MAX_LENGTH, window(model).most))
+    C, G, tokens, error = _accumulate(model, projections, blocks, enough, on_step)
+    for moment in (*C.values(), *G.values()):
+        finite(moment, model)
+    if cache and processes.first():
+        told = {"tokens": torch.tensor(tokens), "error": torch.tensor(error)}
+        keep(key, {name: {"C": C[name], "G": G[name], **told} for name in C}, strict)
+    return Moments(C, G, tokens, False, error)
+
+
+def prepare(
+    model: str | Path,
+    layers: str = "all",
+    corpus: str | None = None,
+    *,
+    revision: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    on_step: Callable[[int, int], None] | None = None,
+) -> Moments:
+    """Load a model and fill the cache for some layers; under ``accelerate launch`` each process takes its own GPU.
+
+    Raises:
+        ModelError, HubError, UsageError.
+    """
+    from mosectl.model.architecture import parse_layers
+    from mosectl.model.loading import load
+    from mosectl.model.moe import turns
+
+    texts = read_corpus(corpus)
+    loaded = load(model, revision=revision, device=processes.process_device(device), dtype=dtype)
+    with turns(loaded.model, resolve(loaded.model)) as arch:
+        chosen = parse_layers(layers, len(arch.projections), every="all")
+        wanted = [p for p in arch.projections if chosen is None or p.layer in chosen]
+        return second_moments(loaded.model, loaded.tokenizer, wanted, texts, strict=True, on_step=on_step)
+
+
+def _accumulate(
+    model: nn.Module,
+    projections: Sequence[Projection],
+    blocks: list[list[list[list[int]]]],
+    enough: float,
+    on_step: Callable[[int, int], None] | None,
+) -> tuple[dict[str, Tensor], dict[str, Tensor], int, float]:
+    """C and G by module path, the number of tokens of C, and C's error, over all processes."""
+    from mosectl.model.weights import solve_device, weight_of
+
+    distributed = processes.world() > 1
+    share = 1
+    mine = [(n, block, batch) for block, batches in enumerate(blocks) for n, batch in enumerate(batches)]
+    if distributed:
+        state = processes.join()
+        mine, share = mine[state.process_index :: state.num_processes], state.num_processes
+    device = input_device(model)
+    sums: dict[tuple[str, str], Tensor] = {}  # float32: a batch is a block of thousands of tokens, so few are added up
+    for p in projections:
+        place = torch.empty(0, device=solve_device(weight_of(model, p).device))
+        sums |= {(p.name, "C"): place.new_zeros(p.p, p.p), (p.name, "G"): place.new_zeros(p.d, p.d)}
+    halves = {p.name: _Halves(sums[p.name, "C"]) for p in projections}
+    tokens = torch.zeros(2, dtype=torch.long, device=device)  # of C, of G
+    stops = 0.0 if distributed else enough
+    work = _Work(mine, stops)
+    with frozen(model):
+        for done, (number, block, sequences) in enumerate(mine, 1):
+            batch = Batch.of(sequences, device)
+            if block == 0:
+                chance = torch.Generator(device).manual_seed(number)
+                found = dict(zip("CG", _in_parts(model, projections, batch, chance), strict=True))
+            else:
+                found = {"C": _keys(model, projections, batch)}
+            for i, (key, of_layers) in enumerate(found.items()):
+                for name, x in of_layers.items():
+                    sums[name, key].addmm_(x.T.to(sums[name, key]), x.to(sums[name, key]))
+                tokens[i] += batch.attention_mask.sum()
+            text = torch.arange(len(sequences), device=device)[:, None].expand_as(batch.input_ids)
+            second = (text[batch.attention_mask.bool()] + done) % 2 == 1
+            for name, k in found["C"].items():
+                halves[name].add(k, second)
+            full = done == len(mine) or mine[done][1] > block
+            if stops and (full or done & (done - 1) == 0):  # now and then in the first block: it is not free
+                work.foresee(done, max(h.error() for h in halves.values()))
+            if on_step:
+                on_step(*work.so_far(done))
+            if work.end == done:
+                break
+    error = max(h.error() for h in halves.values())
+    if distributed:
+        from accelerate.utils import reduce
+
+        sums = {name: reduce(total, "sum") for name, total in sums.items()}
+        tokens = reduce(tokens, "sum")
+        error /= share**0.5  # each process knows of its own texts only
+    C, G = (
+        {p.name: (sums[p.name, key] / n).cpu() for p in projections}
+        for key, n in zip("CG", tokens.clamp_min(1).tolist(), strict=True)
+    )
+    return C, G, int(tokens[0]), error
+
+
+class _Work:
+    """How many of the batches will be run, as far as one can tell, for a bar whose end and pace can be believed."""
+
+    def __init__(self, batches: Sequence[tuple[int, int, list[list[int]]]], enough: float) -> None:
+        self.enough, self.end = enough, len(batches)
+        blocks = [block for _, block, _ in batches]
+        self.ends = [i for i in range(1, len(blocks) + 1) if i == len(blocks) or blocks[i] > blocks[i - 1]]
+        self.tokens = [0, *accumulate(sum(map(len, sequences)) for _, _, sequences in batches)]
+        self.costs = [0, *accumulate(GRADIENT if block == 0 else 1 for block in blocks)]  # in forward passes
+
+    def foresee(self, done: int, error: float) -> None:
+        """The error of C falls with the root of the tokens read; whole blocks are read."""
+        needed = self.tokens[done] * (error / self.enough) ** 2
+        self.end = next((i for i in self.ends if i >= done and self.tokens[i] >= needed), self.ends[-1])
+
+    def so_far(self, done: int) -> tuple[int, int]:
+        return self.costs[done], self.costs[self.end]
+
+
+class _Halves:
+    """How well a layer's C is known, from two halves of the texts in a few random directions."""
+
+    def __init__(self, total: Tensor) -> None:
+        self.total = total  # (p, p) sum of k kᵀ over all texts, kept up to date by others
+        chance = torch.Generator().manual_seed(0)
+        self.directions = (torch.randn(len(total), SKETCH, generator=chance) / SKETCH**0.5).to(total)
+        self.sums = total.new_zeros(2, SKETCH, SKETCH)
+        self.tokens = [0, 0]
+
+    def add(self, k: Tensor, second: Tensor) -> None:
+        """k (tokens, p); second (tokens,) which of them belong to the second half."""
+        seen = k.to(self.directions) @ self.directions
+        for half in (0, 1):
+            x = seen[(second == half).to(seen.device)]
+            self.sums[half].addmm_(x.T, x)
+            self.tokens[half] += len(x)
+
+    def error(self) -> float:
+        """‖C_A − C_B‖_F / 2‖C‖_F; infinite while a half is empty."""
+        if not all(self.tokens):
+            return math.inf
+        a, b = (total / n for total, n in zip(self.sums, self.tokens, strict=True))
+        whole = torch.linalg.norm(self.total) / sum(self.tokens)
+        return float(torch.linalg.norm(a - b) / (2 * whole.clamp_min(torch.finfo(whole.dtype).tiny)))
+
+
+def _keys(model: nn.Module, projections: Sequence[Projection], batch: Batch) -> dict[str, Tensor]:
+    """k (tokens, p) float32 of every token of a batch by module path."""
+    keys: dict[str, Tensor] = {}
+    last = max(projections, key=lambda p: p.layer)
+
+    def record(p: Projection) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...], __: Tensor) -> None:
+            keys[p.name] = _tokens(args[0], batch)
+            if p is last:
+                raise stop
+
+        return hook
+
+    run_until_stopped(model, batch, [(p.name, record(p)) for p in projections])
+    return keys
+
+
+def _tokens(x: Tensor, batch: Batch) -> Tensor:
+    """(tokens, n) float32 of what a layer reads or writes: what is padding is left out."""
+    mask = batch.attention_mask.bool()
+    return by_row(x.detach(), len(mask))[mask.to(x.device)].float()
+
+
+def _in_parts(
+    model: nn.Module, projections: Sequence[Projection], batch: Batch, chance: torch.Generator
+) -> list[dict[str, Tensor]]:
+    """As _keys_and_gradients, on as many sequences at once as fit in memory."""
+    n, tokens = batch.input_ids.shape
+    size = fitting(model, resolve(model), min(p.layer for p in projections), tokens, tokens)
+    parts = [
+        part
+        for _, part in halving(
+            n, size, lambda a, b: _keys_and_gradients(model, projections, batch.rows(torch.arange(a, b)), chance)
+        )
+    ]
+    return [{name: torch.cat([part[i][name] for part in parts]) for name in parts[0][i]} for i in (0, 1)]
+
+
+def _keys_and_gradients(
+    model: nn.Module, projections: Sequence[Projection], batch: Batch, chance: torch.Generator
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """k (tokens, p) and g (tokens, d), float32, of every token of a batch by module path.
+
+    g is the gradient, by the token's output, of the summed loss of a label drawn at each position.
+    """
+    keys: dict[str, Tensor] = {}
+    leaves: dict[str, Tensor] = {}
+
+    def record(p: Projection) -> Callable[..., Tensor]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+            keys[p.name] = _tokens(args[0], batch)
+            leaf = leaves[p.name] = torch.zeros_like(out, requires_grad=True)
+            return out + leaf
+
+        return hook
+
+    hooks = [model.get_submodule(p.name).register_forward_hook(record(p)) for p in projections]
+    with hooked(hooks), torch.enable_grad():
+        logits = model(**batch.kwargs()).logits
+        logits = finite(logits[batch.attention_mask.bool().to(logits.device)], model)
+        logp = logits.float().log_softmax(-1)  # (tokens, V)
+        labels = torch.multinomial(logp.detach().exp().to(chance.device), 1, generator=chance)
+        loss = -logp.gather(1, labels.to(logp.device)).sum()
+        found = torch.autograd.grad(loss, list(leaves.values()))
+    return keys, {name: _tokens(g, batch) for name, g in zip(leaves, found, strict=True)}
+
+
+def _blocks(
+    tokenizer: Any, corpus: Corpus, max_tokens: int, batch_tokens: int, longest: int = MAX_LENGTH
+) -> list[list[list[list[int]]]]:
+    """Texts taken at random as token sequences of at most ``longest``; in blocks of about BLOCK tokens, each a sample of
+    the corpus, which are split into batches of like length.
+    """
+    blocks: list[dict[int, list[int]]] = [{}]
+    total = begun = 0
+    for i in random.Random(0).sample(range(len(corpus.texts)), len(corpus.texts)):
+        ids = tokenizer(corpus.texts[i][:BEGINNING], truncation=True, max_length=longest)["input_ids"]
+        if not ids:
+            continue
+        if total - begun >= BLOCK:
+            blocks.append({})
+            begun = total
+        blocks[-1][i] = ids
+        total += len(ids)
+        if total >= max_tokens:
+            break
+    ordered = [[block[i] for i in sorted(block)] for block in blocks]
+    return [[[block[i] for i in batch] for batch in by_length(block, batch_tokens)] for block in ordered]
+
+
+def model_hash(model: nn.Module) -> str:
+    """sha256 over every parameter's name, dtype, shape and bytes (first 32 hex digits)."""
+
+    def digest(item: tuple[str, nn.Parameter]) -> str:
+        name, p = item
+        raw = p.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        return f"{name} {p.dtype} {tuple(p.shape)} {hashlib.sha256(raw.data).hexdigest()}"
+
+    with ThreadPoolExecutor(4) as pool:  # hashlib lets other threads run
+        lines = sorted(pool.map(digest, model.named_parameters()))
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]

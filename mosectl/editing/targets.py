@@ -1,0 +1,302 @@
+"""What each edited layer should write at a fact's subject so that the model says the new object.
+
+ROME/MEMIT find a displacement of the hidden state by gradient descent (Meng et al. 2022, arXiv 2202.05262 §3.1, and
+arXiv 2210.07229). A rotation cannot change a length, so here the FFN outputs W k of all edited layers move on their own
+spheres, v = ‖W k‖·(u + δ)/‖u + δ‖ with u = W k/‖W k‖: every target found is one a norm-preserving update can reach.
+Additive methods may leave the sphere (v = W k + ‖W k‖ δ), and those that spread one residual use the topmost layer alone.
+δ is in units of the output's own length, so one step size fits models whose activations differ a hundredfold.
+What a target costs the rest of the model grows with δ and with how much the model's predictions hang on its direction. The
+steps are therefore those of steepest descent in the metric G = E[g gᵀ] of the layer's output (stats.py), which find the
+new object at least cost; Adam, as the additive methods were published with, moves every coordinate alike.
+All facts of a batch are optimised together; facts are independent, and one that has converged leaves the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mosectl.editing.contexts import Contexts, rows_of
+from mosectl.model.architecture import Architecture, Projection
+from mosectl.model.forward import ffn_output, frozen, hooked
+from mosectl.model.losses import NOTHING, leads, token_nll
+from mosectl.model.memory import fitting, halving
+from mosectl.model.partial_forward import Suffix
+
+
+@dataclass(frozen=True)
+class TargetOptions:
+    """Settings of the target optimiser; lengths are relative to ‖W k‖."""
+
+    steps: int = 20
+    fisher: int = 1  # 1: steepest descent in the metric of the Fisher information; 0: Adam
+    drop: float = 2.0  # nats a token by which a step in that metric shall lower the loss, to first order
+    step_size: float = 0.25  # Adam's, in units of the output's root mean square
+    margin: float = 6.0  # nats by which every target token must lead before a fact counts as converged
+    kl_weight: float = 0.0625  # keeps what the model says after "{subject} is a" (ROME's factor)
+    decay: float = 0.02  # on ‖δ‖²
+    reach: float = 4.0  # largest ‖δ‖ per layer
+    sphere: int = 1  # 1: targets keep the output's length, as a rotation does; 0: v = W k + ‖W k‖ δ
+    max_rows: int = 256  # sequences run at once, at most: fewer where memory asks for it
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Result of the optimisation for n facts on L layers; rows are the edit rows of the contexts, in order."""
+
+    V: list[Tensor]  # per layer (rows, d) float32: what the layer should write
+    loss: Tensor  # (n,) negative log likelihood of the target, nats per token, mean over prefixes
+    margin: Tensor  # (n,) smallest lead of a target token over its best rival, nats
+    converged: Tensor  # (n,) bool
+    steps: Tensor  # (n,) optimiser steps used
+    loss_before: Tensor  # (n,) the loss as the model stands, before any step
+    margin_before: Tensor  # (n,)
+
+
+def displaced(h: Tensor, delta: Tensor, sphere: bool = True) -> Tensor:
+    """‖h‖·(u + δ)/‖u + δ‖ with u = h/‖h‖, or h + ‖h‖ δ, row by row; h and delta (rows, d)."""
+    length = h.norm(dim=-1, keepdim=True)
+    if not sphere:
+        return h + length * delta
+    return length * F.normalize(h / length.clamp_min(torch.finfo(h.dtype).tiny) + delta, dim=-1)
+
+
+def optimise_targets(
+    model: nn.Module,
+    arch: Architecture,
+    projections: Sequence[Projection],
+    contexts: Contexts,
+    options: TargetOptions,
+    on_step: Callable[[int, int], None] | None = None,
+    metric: Mapping[str, Tensor] | None = None,
+    going_on: Tensor | None = None,
+) -> Targets:
+    """Find reachable targets for all facts of ``contexts`` at once, or in groups of as many as fit in memory.
+
+    Args:
+        projections: the edited layers, lowest first.
+        metric: G⁻¹ (d, d) float32 by module path, where ``options.fisher``; without it steps are Adam's.
+        on_step: called with (facts done, facts in all) after each step.
+        going_on: (vocabulary,) bool, tokens that go on with a word, where the contexts ask for its end.
+    Returns:
+        Targets; a fact that already leads by the margin converges at step 0 and keeps v = W k.
+    """
+    n = int(contexts.fact.max()) + 1
+    tokens = float((contexts.batch.attention_mask.sum(1) - contexts.subject).float().mean())
+    rows = min(options.max_rows, fitting(model, arch, projections[0].layer, tokens, contexts.targets.shape[1]))
+    group = max(1, rows * n // len(contexts.fact))
+
+    def work(start: int, end: int) -> Targets:
+        def report(finished: int) -> None:
+            if on_step:
+                on_step(start + finished, n)
+
+        rows = ((contexts.fact >= start) & (contexts.fact < end)).nonzero().flatten()
+        part = rows_of(contexts, rows, start)
+        return _Optimiser(model, arch, projections, part, options, metric, going_on).run(report)
+
+    with frozen(model):
+        parts = [part for _, part in halving(n, group, work)]
+    if len(parts) == 1:
+        return parts[0]
+    return Targets(
+        V=[torch.cat([p.V[i] for p in parts]) for i in range(len(projections))],
+        loss=torch.cat([p.loss for p in parts]),
+        margin=torch.cat([p.margin for p in parts]),
+        converged=torch.cat([p.converged for p in parts]),
+        steps=torch.cat([p.steps for p in parts]),
+        loss_before=torch.cat([p.loss_before for p in parts]),
+        margin_before=torch.cat([p.margin_before for p in parts]),
+    )
+
+
+class _Optimiser:
+    """One group of facts, few enough to run in a single batch."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        arch: Architecture,
+        projections: Sequence[Projection],
+        contexts: Contexts,
+        options: TargetOptions,
+        metric: Mapping[str, Tensor] | None,
+        going_on: Tensor | None = None,
+    ) -> None:
+        self.model, self.projections, self.c, self.options = model, projections, contexts, options
+        self.going_on = None if going_on is None else going_on.to(contexts.fact.device)
+        self.n = int(contexts.fact.max()) + 1
+        self.suffix = Suffix(model, arch, projections[0].layer, contexts.batch, contexts.subject)
+        # One parameter a fact: Adam skips those whose gradient is None, which is what leaving the batch means.
+        self.deltas = [
+            torch.zeros(len(projections), p.d, device=contexts.fact.device, requires_grad=True)
+            for p in projections[:1]
+            for _ in range(self.n)
+        ]
+        self.adam = torch.optim.Adam(self.deltas, lr=options.step_size / projections[0].d ** 0.5)
+        self.metric = metric and [metric[p.name].to(contexts.fact.device) for p in projections]
+        self.lengths: list[Tensor] = []  # (n,) a layer: ‖W k‖ of each fact, mean over its rows, before any step
+        self.reached = torch.full((self.n,), torch.inf, device=contexts.fact.device)  # loss at the last step taken
+        self.pace = torch.ones_like(self.reached)  # share of ``drop`` that a fact's steps are for
+        self.before = [d.detach() for d in self.deltas]  # each fact's δ before its last step
+        self.reference: Tensor | None = None  # (n, V) log-probabilities of each fact's KL row before any step
+        first = torch.arange(contexts.targets.shape[1], device=contexts.fact.device) == 0
+        self.asked = (contexts.targets != NOTHING) | (
+            ~contexts.is_edit[:, None] & first
+        )  # (B, m) where logits are read
+
+    def run(self, report: Callable[[int], None]) -> Targets:
+        c, o, device = self.c, self.options, self.c.fact.device
+        active = torch.ones(self.n, dtype=torch.bool, device=device)
+        loss = torch.full((self.n,), torch.inf, device=device)
+        margin = torch.full((self.n,), -torch.inf, device=device)
+        converged, steps = torch.zeros_like(active), torch.zeros(self.n, dtype=torch.long, device=device)
+        V: list[Tensor] | None = None
+        for step in range(o.steps + 1):
+            parts = self.suffix.alike(active[c.fact].nonzero().flatten())
+            rows = torch.cat(parts)
+            written, nll, lead, kl, behind = self._forward(parts)
+            finite = torch.isfinite(nll.detach()) & torch.isfinite(kl.detach())
+            # Facts with a non-finite loss keep the last finite target and are reported by their infinite loss.
+            usable = active & finite
+            if V is None:
+                V = [torch.zeros(len(c.fact), p.d, device=device) for p in self.projections]
+            keep = usable[c.fact[rows]]
+            for v, new in zip(V, written, strict=True):
+                v[rows[keep]] = new[keep]
+            loss = torch.where(usable, nll.detach(), loss)
+            margin = torch.where(usable, lead.detach(), margin)
+            loss[active & ~finite] = torch.inf
+            if step == 0:
+                first = loss.cpu(), margin.cpu()
+            converged |= usable & (lead.detach() >= o.margin)
+            active = usable & ~converged
+            report(int((~active).sum()))
+            if step == o.steps or not active.any():
+                break
+            steps[active] += 1
+            if self.metric:
+                self._descend(nll, behind, kl, active)
+            else:
+                self._step(nll + o.kl_weight * kl, active)
+        assert V is not None
+        edit = c.edit_rows
+        return Targets([v[edit] for v in V], loss.cpu(), margin.cpu(), converged.cpu(), steps.cpu(), *first)
+
+    def _step(self, objective: Tensor, active: Tensor) -> None:
+        chosen = active.nonzero().flatten().tolist()
+        total = objective[active].sum() + self.options.decay * sum(self.deltas[i].square().sum() for i in chosen)
+        self.adam.zero_grad(set_to_none=True)
+        gradients = torch.autograd.grad(total, [self.deltas[i] for i in chosen])
+        for i, g in zip(chosen, gradients, strict=True):
+            self.deltas[i].grad = g
+        self.adam.step()
+        self._within_reach(chosen)
+
+    @torch.no_grad()
+    def _descend(self, nll: Tensor, behind: Tensor, kl: Tensor, active: Tensor) -> None:
+        """δ ← δ − η G⁻¹ g, g the gradient of the rows that do not lead yet, η for ``drop`` nats less to first order.
+
+        A fact whose loss rose goes half of its last step back, and on in shorter steps.
+        """
+        assert self.metric
+        rose = nll.detach() > self.reached
+        for i in (active & rose).nonzero().flatten().tolist():
+            self.pace[i] /= 2
+            self.deltas[i] += (self.before[i] - self.deltas[i]) / 2
+        active = active & ~rose
+        if not active.any():
+            return
+        self.reached = torch.where(active, nll.detach(), self.reached)
+        self.pace = torch.where(active, 1.5 * self.pace, self.pace).clamp(max=1)
+        chosen = active.nonzero().flatten()
+        deltas = [self.deltas[i] for i in chosen]
+        with torch.enable_grad():
+            total = (behind + self.options.kl_weight * kl)[chosen].sum()
+            g = torch.stack(torch.autograd.grad(total, deltas))  # (m, L, d), by δ
+        length = torch.stack(self.lengths, 1)[chosen, :, None]  # (m, L, 1): an output moves by ‖W k‖ δ
+        s = torch.stack([(g[:, i] / length[:, i]) @ M for i, M in enumerate(self.metric)], 1) / length
+        slope = (g * s).sum((1, 2)).clamp_min(torch.finfo(g.dtype).tiny)
+        eta = self.pace[chosen] * behind.detach()[chosen].clamp(max=self.options.drop) / slope
+        for i, delta, step in zip(chosen.tolist(), deltas, eta[:, None, None] * s, strict=True):
+            self.before[i] = delta.clone()
+            delta -= step
+        self._within_reach(chosen.tolist())
+
+    @torch.no_grad()
+    def _within_reach(self, chosen: Sequence[int]) -> None:
+        for i in chosen:
+            length = self.deltas[i].norm(dim=-1, keepdim=True)
+            self.deltas[i] *= (self.options.reach / length.clamp_min(self.options.reach)).clamp(max=1)
+
+    def _forward(self, parts: Sequence[Tensor]) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor]:
+        """What each layer writes at the subjects, (rows, d), rows in the order of the parts. Then per fact (n,): target NLL,
+        smallest lead, KL to the unedited model, NLL of rows that do not lead by the margin; infinite for facts without rows.
+        """
+        c, rows = self.c, torch.cat(list(parts))
+        with torch.enable_grad():
+            found = [self._part(part) for part in parts]
+            logp = torch.cat([part for part, _, _ in found])  # (K, V)
+        written, lengths = (
+            [torch.cat(layer) for layer in zip(*kind, strict=True)] for kind in list(zip(*found, strict=True))[1:]
+        )
+        if not self.lengths:
+            self.lengths = [_mean_by_fact(x, c.fact[rows], self.n).clamp_min(1e-30) for x in lengths]
+        targets, edit, fact, asked = c.targets[rows], c.is_edit[rows], c.fact[rows], self.asked[rows]
+        row_nll = token_nll(logp, targets, asked, self.going_on)
+        row_lead = leads(logp.detach(), targets, asked, self.going_on)
+        now = logp[(~edit)[asked.nonzero()[:, 0]]]  # (KL rows, V)
+        if self.reference is None:
+            self.reference = torch.zeros(self.n, logp.shape[-1], device=logp.device)
+            self.reference[fact[~edit]] = now.detach()
+        before = self.reference[fact[~edit]]
+        row_kl = (before.exp() * (before - now)).sum(-1)
+        nll = _mean_by_fact(row_nll[edit], fact[edit], self.n)
+        kl = _mean_by_fact(row_kl, fact[~edit], self.n)
+        lead = torch.full((self.n,), torch.inf, device=logp.device)
+        lead = lead.scatter_reduce(0, fact[edit], row_lead[edit], "amin")
+        late = edit & (row_lead < self.options.margin)
+        return written, nll, lead, kl, _mean_by_fact(row_nll[late], fact[late], self.n)
+
+    def _part(self, rows: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Log-probabilities (K, V) where rows are asked; by layer what is written (rows, d), and ‖W k‖ (rows,)."""
+        c = self.c
+        deltas = torch.stack(self.deltas)[c.fact[rows]]  # (rows, L, d)
+        written: list[Tensor] = []
+        lengths: list[Tensor] = []
+        handles = [
+            self.model.get_submodule(p.name).register_forward_hook(self._mover(rows, deltas[:, i], written, lengths))
+            for i, p in enumerate(self.projections)
+        ]
+        with hooked(handles):
+            logits = self.suffix.logits(rows, c.positions[rows], self.asked[rows]).to(c.fact.device)
+        return F.log_softmax(logits, dim=-1), written, lengths
+
+    def _mover(
+        self, rows: Tensor, delta: Tensor, written: list[Tensor], lengths: list[Tensor]
+    ) -> Callable[..., Tensor]:
+        at = self.c.subject[rows] - self.suffix.offset[rows]
+
+        def hook(module: nn.Module, _: Any, out: Tensor) -> Tensor:
+            y = ffn_output(out, module, len(rows))
+            r, s = torch.arange(len(rows), device=y.device), at.to(y.device)
+            lengths.append(y[r, s].detach().float().norm(dim=-1).to(at.device))
+            moved = displaced(y[r, s].float(), delta.to(y.device), bool(self.options.sphere))
+            written.append(moved.detach().to(at.device))
+            y = y.index_put((r, s), moved.to(y.dtype))
+            bias = module.bias
+            return (y + bias if isinstance(bias, Tensor) else y).view_as(out)
+
+        return hook
+
+
+def _mean_by_fact(values: Tensor, fact: Tensor, n: int) -> Tensor:
+    """Mean of row values (rows,) over each fact's rows, (n,); infinite where a fact has none."""
+    total = torch.zeros(n, device=values.device).index_add(0, fact, values)
+    count = torch.zeros(n, device=values.device).index_add(0, fact, torch.ones_like(values))
+    return torch.where(count > 0, total / count.clamp_min(1), torch.inf)

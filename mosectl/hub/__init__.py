@@ -1,0 +1,1 @@
+"""Patches and editors on the Hugging Face Hub."""

@@ -1,0 +1,1 @@
+"""The network of HORSE and MALMEN, its training and its file."""

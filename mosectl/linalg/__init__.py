@@ -1,0 +1,1 @@
+"""Rotations and spectra: matrices only, no files and no models."""

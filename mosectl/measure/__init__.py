@@ -1,0 +1,1 @@
+"""What an edit did: questions and answers, protocols, intervals, perplexity, abilities."""

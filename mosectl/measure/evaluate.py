@@ -1,0 +1,427 @@
+"""An edit evaluated: every fact asked before and after, judged under each protocol, with intervals; told in
+:func:`evaluate_edit`.
+
+"Right after" is what the patches recorded when each was made, "after" what the model says now, with every edit in it:
+the difference is what later edits (or rounding, or another dtype) have cost.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mosectl._version import __version__
+from mosectl.errors import UsageError
+from mosectl.facts.corpus import Corpus, read_corpus
+from mosectl.facts.records import Fact, as_facts
+from mosectl.measure.answers import interview, unseen
+from mosectl.measure.before_after import How, Subject, both_sides
+from mosectl.measure.bootstrap import RESAMPLES, SEED, Measure, Tally, measure
+from mosectl.measure.lm_harness import Ability, AbilityTasks, Side, ability_notes, ask_tasks, compare_abilities
+from mosectl.measure.perplexity import TextLoss, ngram_entropy, text_loss
+from mosectl.measure.protocols import METRICS, PROTOCOLS, Answers, portable_probes
+from mosectl.model.generation import MAX_NEW_TOKENS, answer, generate, says
+from mosectl.model.loading import Loaded
+from mosectl.model.positions import fitted, window
+from mosectl.model.scoring import encode_pairs, score
+from mosectl.patch.record import PatchFact
+from mosectl.text.shown import spreadsheet
+
+OnStep = Callable[[str, int, int], None]  # phase, done, total
+BINS = 20
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One share under one protocol; None where nothing was asked, recorded, or can be known."""
+
+    protocol: str
+    name: str  # of METRICS
+    before: Measure | None
+    right_after: Measure | None  # recorded by the patches; reliability under `generation` only
+    after: Measure | None
+    asked: int  # prompts judged
+
+
+@dataclass(frozen=True)
+class TextMetric:
+    """A number about text rather than facts."""
+
+    name: str  # "fluency" or "perplexity"
+    about: str
+    before: Measure | None
+    after: Measure | None
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Facts first … last (from 1, in file order) and the share of them that holds under `generation`."""
+
+    first: int
+    last: int
+    right_after: float | None  # of those that a patch has recorded
+    after: float
+
+
+@dataclass(frozen=True)
+class EvaluatedFact:
+    """One fact: what was answered, and its share under each protocol."""
+
+    prompt: str
+    subject: str
+    target_new: str
+    before: str | None
+    right_after: str | None
+    after: str
+    probability_before: float | None  # of target_new
+    probability_after: float
+    holds: bool
+    held_right_after: bool | None
+    shares: dict[str, float | None]  # "protocol.metric", after the edit
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Everything measured; ``notes`` say what a reader must know to read the numbers right."""
+
+    subject: Subject
+    metrics: tuple[Metric, ...]
+    texts: tuple[TextMetric, ...]
+    abilities: tuple[Ability, ...]  # empty where none were asked for
+    retention: tuple[Bin, ...]
+    facts: tuple[EvaluatedFact, ...]
+    notes: tuple[str, ...]
+    settings: dict[str, Any]
+    seconds: float
+
+    def metric(self, protocol: str, name: str) -> Metric | None:
+        return next((m for m in self.metrics if (m.protocol, m.name) == (protocol, name)), None)
+
+
+@dataclass(frozen=True)
+class Observation:
+    """All that one model was asked."""
+
+    facts: tuple[Answers, ...]
+    probabilities: tuple[float, ...]  # of target_new
+    entropy: tuple[float, ...]  # a fact, bits
+    text: TextLoss
+    dtype: str
+    abilities: Side | None = None
+
+
+def evaluate_edit(
+    what: Any,
+    facts: str | Path | Sequence[Fact | Mapping[str, Any]],
+    *,
+    model: Any = None,
+    base: Any = None,
+    text: str | Path | None = None,
+    protocols: Sequence[str] = (),
+    abilities: AbilityTasks | None = None,
+    chat: bool = False,
+    revision: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    batch_size: int = 64,
+    force: bool = False,
+    on_error: str = "fail",
+    on_step: OnStep | None = None,
+) -> Evaluation:
+    """Measure what an edit reached, what it cost, and what is left of it.
+
+    Args:
+        what: a patch or its file; or an edited (or plain) model: folder, hub id, or Loaded.
+        model: for a patch: the model it is for; default: the one it names.
+        base: for an edited model: the unedited one; default: found by its journal.
+        text: held-out text for perplexity (.txt or .jsonl); default: the embedded corpus.
+        protocols: names from :data:`mosectl.measure.protocols.PROTOCOLS`; default: all.
+        abilities: tasks of lm-evaluation-harness, from :func:`mosectl.measure.lm_harness.load_tasks`.
+        force: skip the check that patch or base belong to the model.
+        on_error: facts and probes that are longer than the model can read: "fail", or "skip" them.
+        on_step: called with (phase, done, total) as the work goes on.
+    Raises:
+        FactsError, PatchError, BaseMismatch, ModelError, HubError, UsageError.
+    """
+    start = time.perf_counter()
+    chosen = choose_protocols(protocols)
+    checked, corpus = as_facts(facts, "evaluate"), read_corpus(text)
+    tell = on_step or (lambda phase, done, total: None)
+
+    fits = False
+
+    def ask(loaded: Loaded, side: str) -> Observation:
+        nonlocal checked, fits
+        if not fits:  # both sides read alike
+            seen = window(loaded.model)
+            checked, fits = fitted(checked, loaded.tokenizer, seen, chat=chat, on_error=on_error), True
+
+        def step(name: str) -> Callable[[int, int], None]:
+            return lambda done, total: tell(f"{side}: {name}", done, total)
+
+        found = _observe(loaded, checked, chosen, corpus, chat, batch_size, step)
+        if abilities is None:
+            return found
+        return replace(found, abilities=ask_tasks(abilities, loaded, chat=chat, batch_size=batch_size, step=step))
+
+    tell("load", 0, 1)
+    subject, before, after = both_sides(what, model, base, How(revision, device, dtype, force), ask)
+    records = _records(checked, subject.records)
+    judged = _judge(checked, chosen, before, after)
+    settings = {
+        "protocols": {name: PROTOCOLS[name].about for name in chosen}, "chat": chat, "dtype": after.dtype,
+        "text": corpus.name, "window": after.text.window, "resamples": RESAMPLES, "seed": SEED, "mosectl": __version__,
+    }  # fmt: skip
+    notes = _notes(checked, chosen, subject, after, corpus, chat, records)
+    if abilities is not None and after.abilities is not None:
+        settings |= {
+            "abilities": list(abilities.names),
+            "abilities_limit": abilities.limit,
+            "lm_eval": abilities.version,
+        }
+        notes += ability_notes(abilities, after.abilities)
+    return Evaluation(
+        subject=subject,
+        metrics=tuple(_metrics(checked, chosen, judged, records)),
+        texts=_texts(before, after, corpus),
+        abilities=compare_abilities(before.abilities if before else None, after.abilities) if after.abilities else (),
+        retention=_retention(judged[1], records),
+        facts=tuple(_rows(checked, chosen, before, after, judged[1], records)),
+        notes=tuple(notes),
+        settings=settings,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def choose_protocols(names: Sequence[str]) -> tuple[str, ...]:
+    """The protocols asked for, in their usual order; none asked for = all.
+
+    Raises:
+        UsageError: there is no such protocol.
+    """
+    if unknown := [n for n in names if n not in PROTOCOLS]:
+        raise UsageError(f"--protocol {unknown[0]}: no such protocol", fix=f"choose from {', '.join(PROTOCOLS)}")
+    return tuple(n for n in PROTOCOLS if n in names or not names)
+
+
+# Asking one model.
+
+
+def _observe(
+    loaded: Loaded,
+    facts: Sequence[Fact],
+    protocols: Sequence[str],
+    corpus: Corpus,
+    chat: bool,
+    batch_size: int,
+    step: Callable[[str], Callable[[int, int], None]],
+) -> Observation:
+    """Ask everything; what cannot be encoded is told first."""
+    model, tokenizer = loaded.model, loaded.tokenizer
+    pairs = [pair for f in facts for name in protocols for pair in PROTOCOLS[name].needs(f)]
+    encoded = encode_pairs(tokenizer, pairs, chat)
+    how: dict[str, Any] = {"chat": chat, "batch_size": batch_size}
+    talk = interview(model, tokenizer, facts, on_step=step("answers"), **how)
+    probes = [probe for f in facts for probe in portable_probes(f)]
+    longest = max((len(tokenizer(" " + a, add_special_tokens=False)["input_ids"]) for _, a in probes), default=0)
+    prompts = [p for p, _ in probes]
+    hops = iter(generate(model, tokenizer, prompts, max_new_tokens=longest + 2, on_step=step("portability"), **how))
+    scores = score(model, encoded, batch_size=batch_size, on_step=step("tokens"))
+    prompts = [f.prompt for f in facts]
+    long = generate(model, tokenizer, prompts, max_new_tokens=MAX_NEW_TOKENS, on_step=step("fluency"), **how)
+    answers = tuple(
+        Answers(said.text, rephrased, local, tuple(next(hops) for _ in portable_probes(fact)), scores)
+        for fact, said, rephrased, local in zip(facts, talk.answers, talk.rephrased, talk.local, strict=True)
+    )
+    return Observation(
+        facts=answers,
+        probabilities=tuple(a.probability for a in talk.answers),
+        entropy=tuple(map(ngram_entropy, long)),
+        text=text_loss(model, tokenizer, corpus.texts, on_step=step("perplexity")),
+        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+    )
+
+
+# Judging.
+
+Judged = dict[str, list[Tally]]  # by "protocol.metric", one a fact
+
+
+def _judge(
+    facts: Sequence[Fact], protocols: Sequence[str], before: Observation | None, after: Observation
+) -> tuple[Judged | None, Judged]:
+    """Tallies before (against itself, so that nothing counts as moved) and after; always with `generation`."""
+
+    def judge(now: Observation) -> Judged:
+        out: Judged = {}
+        for name in dict.fromkeys(("generation", *protocols)):
+            for i, fact in enumerate(facts):
+                tallies = PROTOCOLS[name].judge(fact, now.facts[i], before.facts[i] if before else None)
+                for metric in METRICS:
+                    out.setdefault(f"{name}.{metric}", []).append(tallies[metric])
+        return out
+
+    return judge(before) if before else None, judge(after)
+
+
+def _records(facts: Sequence[Fact], recorded: Sequence[PatchFact]) -> list[PatchFact | None]:
+    """What was recorded about each fact; the last patch that made it counts."""
+    known = {(r.prompt, r.target_new): r for r in recorded}
+    return [known.get((f.prompt, f.target_new)) for f in facts]
+
+
+def _held(record: PatchFact) -> bool:
+    return record.status in ("changed", "already known")
+
+
+def _metrics(
+    facts: Sequence[Fact],
+    protocols: Sequence[str],
+    judged: tuple[Judged | None, Judged],
+    records: Sequence[PatchFact | None],
+) -> list[Metric]:
+    then = measure([Tally(float(_held(r)), 1.0) for r in records if r])
+    out = []
+    for protocol in protocols:
+        for name in METRICS:
+            key = f"{protocol}.{name}"
+            before = measure(judged[0][key]) if judged[0] else None
+            right_after = then if key == "generation.reliability" else None
+            out.append(Metric(protocol, name, before, right_after, measure(judged[1][key]), _asked(facts, key, judged)))
+    return out
+
+
+def _asked(facts: Sequence[Fact], key: str, judged: tuple[Judged | None, Judged]) -> int:
+    """Prompts behind a number: all of the judged facts', but those without a known answer where one is needed."""
+    protocol, name = key.split(".")
+    counts = {
+        "reliability": lambda f: 1,
+        "generalization": lambda f: len(f.rephrase_prompts),
+        "locality": lambda f: len([p for p in f.locality if p.answer]),
+        "portability": lambda f: len(portable_probes(f)),
+    }
+    if protocol == "generation":
+        return int(sum(t.weight for t in judged[1][key]))
+    return sum(counts[name](f) for f, t in zip(facts, judged[1][key], strict=True) if t.weight)
+
+
+def _texts(before: Observation | None, after: Observation, corpus: Corpus) -> tuple[TextMetric, ...]:
+    def fluency(o: Observation) -> Measure | None:
+        return measure([Tally(e, 1.0) for e in o.entropy])
+
+    def perplexity(o: Observation) -> Measure | None:
+        return measure(o.text.texts, np.exp)
+
+    what = f"2- and 3-gram entropy of {MAX_NEW_TOKENS} greedy tokens' words after each edit prompt, bits (arXiv 2202.05262)"
+    text = f"{corpus.name}, {after.text.tokens:,} tokens in windows of {after.text.window}; interval over its texts"
+    return (
+        TextMetric("fluency", what, fluency(before) if before else None, fluency(after)),
+        TextMetric("perplexity", text, perplexity(before) if before else None, perplexity(after)),
+    )
+
+
+def _retention(judged: Judged, records: Sequence[PatchFact | None]) -> tuple[Bin, ...]:
+    """At most BINS bins of equal size (the last may be smaller), in the order of the file."""
+    holds = [t.total for t in judged["generation.reliability"]]
+    size = -(-len(holds) // BINS)
+    out = []
+    for start in range(0, len(holds), size):
+        part, known = holds[start : start + size], [_held(r) for r in records[start : start + size] if r]
+        then = sum(known) / len(known) if known else None
+        out.append(Bin(start + 1, start + len(part), then, sum(part) / len(part)))
+    return tuple(out)
+
+
+def _rows(
+    facts: Sequence[Fact],
+    protocols: Sequence[str],
+    before: Observation | None,
+    after: Observation,
+    judged: Judged,
+    records: Sequence[PatchFact | None],
+) -> list[EvaluatedFact]:
+    def share(tally: Tally) -> float | None:
+        return tally.total / tally.weight if tally.weight else None
+
+    return [
+        EvaluatedFact(
+            prompt=fact.prompt,
+            subject=fact.subject,
+            target_new=fact.target_new,
+            before=answer(before.facts[i].said) if before else None,
+            right_after=record.after if record else None,
+            after=answer(after.facts[i].said),
+            probability_before=before.probabilities[i] if before else None,
+            probability_after=after.probabilities[i],
+            holds=says(after.facts[i].said, fact.target_new),
+            held_right_after=_held(record) if record else None,
+            shares={f"{p}.{m}": share(judged[f"{p}.{m}"][i]) for p in protocols for m in METRICS},
+        )
+        for i, (fact, record) in enumerate(zip(facts, records, strict=True))
+    ]
+
+
+def _notes(
+    facts: Sequence[Fact],
+    protocols: Sequence[str],
+    subject: Subject,
+    after: Observation,
+    corpus: Corpus,
+    chat: bool,
+    records: Sequence[PatchFact | None],
+) -> list[str]:
+    """What a reader must know to read the numbers right."""
+    out = []
+    if subject.base is None:
+        out.append(
+            "there is no model from before the edit: locality under generation and easyedit is against the facts' "
+            "known answers (right or wrong), not against the earlier answers (changed or not); --base gives that model"
+        )
+    unknown = sum(p.answer is None for f in facts for p in f.locality)
+    if unknown and (subject.base is None or set(protocols) != {"generation"}):
+        out.append(f"{unknown} locality prompts without a known answer count under generation with a base only")
+    no_truth = sum(f.ground_truth is None for f in facts)
+    if no_truth and "memit" in protocols:
+        out.append(f"{no_truth} facts without ground_truth do not count for reliability and generalization under memit")
+    if corpus.sha256 in subject.corpora:
+        out.append(f"the perplexity text ({corpus.name}) also served the edit as statistics: it is not held out")
+    elif corpus.name == "embedded":
+        out.append("perplexity is on mosectl's small embedded corpus; --text measures it on yours")
+    if after.text.cut:
+        out.append(f"perplexity is on the first {after.text.tokens:,} tokens of the text")
+    if subject.patches and subject.chat != chat:
+        out.append(f"the patch was made {'with' if subject.chat else 'without'} --chat, and is asked otherwise here")
+    own = [r.wordings if r else () for r in records]
+    if along := sum(p in w for f, w in zip(facts, own, strict=True) for p in f.rephrase_prompts):
+        others = measure(unseen(facts, [a.rephrased for a in after.facts], own))
+        share = f"on the others generalization is {others.value:.1%}" if others else "there are no others"
+        out.append(
+            f"{along} rephrasings were edited along, as the model's own wordings of the facts: {share} (generation)"
+        )
+    known = sum(r is not None for r in records)
+    if known < len(facts) and subject.patches:
+        out.append(f"{known} of {len(facts)} facts stand in the patches; only these have a 'right after'")
+    return out
+
+
+# Thresholds and tables.
+
+
+def to_csv(evaluation: Evaluation) -> bytes:
+    """One row a fact: prompt, subject, target, the answers, and its share under every protocol (empty: not asked)."""
+    names = list(evaluation.facts[0].shares)
+    text = io.StringIO(newline="")
+    table = csv.writer(text, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")  # so that no text ends a row
+    head = ["prompt", "subject", "target_new", "before", "right_after", "after", "probability_before"]
+    table.writerow([*head, "probability_after", *names])
+    for f in evaluation.facts:
+        row = [f.prompt, f.subject, f.target_new, f.before, f.right_after, f.after, f.probability_before]
+        table.writerow([spreadsheet(c) for c in (*row, f.probability_after, *(f.shares[n] for n in names))])
+    return text.getvalue().encode("utf-8", "backslashreplace")

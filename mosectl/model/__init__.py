@@ -1,0 +1,1 @@
+"""A causal language model: its architecture, weights, tokens, forward, scores and answers."""

@@ -1,0 +1,38 @@
+"""What transformers reads of a model folder besides weights, looked at first: it would wait for a pipe, or be overflown."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mosectl.errors import ModelError
+from mosectl.storage.inputs import parse_json, read_bytes
+
+LIMITS = {"tokenizer.json": 48_000_000, "vocab.json": 48_000_000}  # bytes; the largest known has 33 MB
+LIMIT = 10_000_000  # of every other
+OBJECTS = (
+    "config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "chat_template.json", "processor_config.json", "adapter_config.json",
+)  # fmt: skip
+TEXTS = (".json", ".txt", ".model", ".tiktoken")  # of a tokenizer: none of them may be a pipe
+_FIX = "fetch the model again"
+
+
+def check_model_files(folder: Path) -> None:
+    """Are the files that transformers may read there regular, of a size within reason, and JSON that any reader takes?
+
+    Raises:
+        ModelError: one is not; the file is named.
+    """
+    templates = [*folder.glob("*.jinja"), *folder.glob("additional_chat_templates/*.jinja")]
+    for file in sorted([*templates, *(f for f in folder.iterdir() if f.suffix in TEXTS)]):
+        if not file.is_dir() and file.exists() and (not file.is_file() or file in templates):
+            read_bytes(file, ModelError, _FIX, LIMIT)
+    for name in OBJECTS:
+        file = folder / name
+        if file.exists():
+            raw = read_bytes(file, ModelError, _FIX, LIMITS.get(name, LIMIT))
+            try:
+                if not isinstance(parse_json(raw, special=True), dict):
+                    raise ValueError("not a JSON object")
+            except ValueError as e:
+                raise ModelError(f"damaged: {e}", where=str(file), fix=_FIX) from e

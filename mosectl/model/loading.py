@@ -1,0 +1,84 @@
+"""Loading a model and its tokenizer: where it goes, in which dtype, and what is refused before."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mosectl.errors import ModelError, Notice, UsageError
+from mosectl.model.architecture import skeleton
+from mosectl.model.readiness import check_ready, quiet
+from mosectl.storage.checkpoint import Checkpoint, check_generation_config, open_checkpoint
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model with its tokenizer and the checkpoint it came from."""
+
+    model: Any
+    tokenizer: Any
+    checkpoint: Checkpoint | None  # None for a model that was handed over in memory
+
+
+def load(model: str | Path, *, revision: str | None = None, device: str = "auto", dtype: str = "auto") -> Loaded:
+    """Load a causal language model for editing or asking.
+
+    Args:
+        device: "auto" (CUDA, else MPS, else CPU), "cpu", "cuda:1", …, or "balanced" to spread it over all GPUs.
+        dtype: "auto" keeps the checkpoint's type on a GPU and takes float32 on a CPU, where half precision is slow.
+    Raises:
+        ModelError, HubError, UsageError.
+    """
+    from transformers import AutoModelForCausalLM
+
+    checkpoint = open_checkpoint(model, revision)
+    skeleton(checkpoint.config, len(checkpoint.tensors))  # what config.json claims is built by transformers otherwise
+    check_generation_config(checkpoint.folder)
+    device = pick_device(device)
+    kind = pick_dtype(dtype, device)
+    tokenizer = check_ready(checkpoint)
+    placed = {"device_map": device if device == "balanced" else {"": device}}
+    try:
+        with quiet():
+            loaded = AutoModelForCausalLM.from_pretrained(
+                checkpoint.folder, dtype=kind, trust_remote_code=False, use_safetensors=True, **placed
+            )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as e:
+        if isinstance(e, torch.OutOfMemoryError):
+            raise
+        first = (str(e).strip() or type(e).__name__).split("\n")[0]
+        raise ModelError(f"cannot be loaded: {first}", where=str(model), fix="run: mosectl doctor MODEL") from e
+    return Loaded(loaded.eval(), tokenizer, checkpoint)
+
+
+def pick_dtype(dtype: str, device: str) -> torch.dtype | str:
+    """The type to load weights in: a torch dtype, or "auto" for the checkpoint's own."""
+    if dtype not in (*DTYPES, "auto"):
+        raise UsageError(f"--dtype {dtype}: no such type", fix=f"choose auto, {', '.join(DTYPES)}")
+    if dtype == "float16" and device == "cpu":
+        warnings.warn("float16 is slow on a CPU: bfloat16 or float32 take less time", Notice, stacklevel=2)
+    return DTYPES.get(dtype, torch.float32 if device == "cpu" else "auto")
+
+
+def pick_device(device: str) -> str:
+    """Resolve "auto" and refuse a device that is not here.
+
+    Raises:
+        UsageError.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    kind = device.split(":")[0]
+    known = {"cpu": True, "balanced": torch.cuda.is_available(), "cuda": torch.cuda.is_available()}
+    known["mps"] = torch.backends.mps.is_available()
+    if kind not in known:
+        raise UsageError(f"--device {device}: no such device", fix="choose auto, cpu, cuda, cuda:1, mps or balanced")
+    if not known[kind]:
+        raise UsageError(f"--device {device}: there is none here", fix="choose --device cpu")
+    return device

@@ -1,0 +1,42 @@
+"""What a patch's record holds of its base and its facts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+FORMAT = 1
+KEY = "mosectl"
+
+
+@dataclass(frozen=True)
+class BaseTensor:
+    """What one edited weight was before the edit."""
+
+    tensor: str  # weight name in the model, e.g. "model.layers.5.mlp.down_proj.weight"; of a mixture the first expert's
+    shape: tuple[int, ...]
+    dtype: str  # safetensors' name: "BF16", "F16", "F32"
+    sha256: str  # of the raw bytes
+    sample: tuple[float, ...]  # evenly spaced entries: recognises the same weights in another dtype
+
+    @staticmethod
+    def of(entry: Mapping[str, Any]) -> BaseTensor:
+        """From a record's entry."""
+        return BaseTensor(**{**entry, "shape": tuple(entry["shape"]), "sample": tuple(map(float, entry["sample"]))})
+
+
+@dataclass(frozen=True)
+class PatchFact:
+    """One edited fact with what the model said before and after."""
+
+    prompt: str
+    subject: str
+    target_new: str
+    before: str
+    after: str
+    probability_before: float
+    probability_after: float
+    status: str  # "changed", "already known", "not reached", "not finite"
+    wordings: tuple[str, ...] = ()  # other prompts that were edited along with it, the model's own
+    space_before_target: bool | None = None  # as the facts file said; in the record only if it did

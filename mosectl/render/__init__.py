@@ -1,0 +1,1 @@
+"""Everything that is shown: terminal tables, HTML, charts. Only this package prints."""

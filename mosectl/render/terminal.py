@@ -1,0 +1,397 @@
+"""What each command shows of its result: tables and lines, printed by report.py."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mosectl.render.console import hint, line, size, table, warn
+from mosectl.text.shown import word
+
+if TYPE_CHECKING:
+    from mosectl.checkpoints.export import Exported
+    from mosectl.checkpoints.inspection import Inspection
+    from mosectl.checkpoints.live import Asked
+    from mosectl.checkpoints.writer import ApplyReport
+    from mosectl.editing.edit import EditResult, FactResult
+    from mosectl.editing.plan import Diagnosis, Estimate
+    from mosectl.editing.second_moments import Moments
+    from mosectl.facts.records import FactsReport
+    from mosectl.hypernetwork.file import Editor
+    from mosectl.linalg.spectrum import Stability
+    from mosectl.measure.evaluate import Evaluation
+    from mosectl.model.tokens import TokenView
+    from mosectl.patch.compose import Conflict
+    from mosectl.patch.record import PatchFact
+
+
+def problems(found: FactsReport) -> None:
+    """What is wrong in a facts file that is used all the same."""
+    for p in found.problems:
+        hint(f"{p.where}: {p.what} ({'left out' if p.severity == 'error' else p.fix})")
+
+
+def edit(result: EditResult, path: Path | None, model: str) -> None:
+    """Before/after, scores, stability and times of an edit."""
+    mark = {
+        "changed": "changed",
+        "already known": "already known",
+        "not reached": "NOT REACHED",
+        "not finite": "NOT FINITE",
+        "not edited": "NOT EDITED",
+    }
+    rows = [
+        (r.fact.prompt, r.before, r.after, f"{r.probability_before:.3f}", f"{r.probability_after:.3f}", mark[r.status])
+        for r in result.facts
+    ]
+    columns = ("prompt", "before", "after", ">P(new) before", ">P(new) after", "")
+    table("Answers (greedy)", columns, rows[:60])
+    if len(rows) > 60:
+        line(f"… and {len(rows) - 60} more (all of them with --json, or in the patch)")
+    s = result.scores
+    lines = [
+        ("reliability", s.reliability, s.facts, "edit prompts answered with the new object"),
+        ("generalization", s.generalization, s.rephrasings, "rephrased prompts answered with the new object"),
+        ("locality", s.locality, s.locality_prompts, "unrelated prompts answered as before"),
+    ]
+    if s.rephrasings_unseen < s.rephrasings:
+        what = "those of them that were not edited along (see below)"
+        lines.insert(2, ("  unseen wordings", s.unseen, s.rephrasings_unseen, what))
+    table(
+        f"Scores (protocol {s.protocol}: greedy decoding from the bare prompt)",
+        ("", ">share", ">of", "meaning"),
+        [(n, "–" if v is None else f"{v:.1%}", str(of), what) for n, v, of, what in lines],
+    )
+    _stability("Stability of the changed W against W, float32", result.stability)
+    line("time: " + ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in result.seconds.items()))
+    _wordings(result.facts)
+    missed = sum(r.status in ("not reached", "not finite") for r in result.facts)
+    if missed:
+        edited = sum(r.status != "not edited" for r in result.facts)
+        warn(f"{missed} of {edited} edited facts were not reached", f": {result.remedy} may help")
+    if path:
+        line(f"patch {result.patch.id[:12]} → {path} ({size(path.stat().st_size)})")
+        hint(f"next: mosectl inspect {word(path)}   |   mosectl apply {word(path)} --model {word(model)} -o edited/")
+
+
+def _wordings(facts: Sequence[FactResult] | Sequence[PatchFact]) -> None:
+    if own := sum(len(f.wordings) for f in facts):
+        hint(f"edited with the prompts: {own} wordings of the model's own (--json lists them; --set wordings=0: none)")
+
+
+def _stability(title: str, drifts: Sequence[Stability]) -> None:
+    table(
+        title,
+        ("tensor", ">‖W‖", ">κ(W)", ">‖W‖ drift", ">κ drift", ">largest σ drift"),
+        [
+            (
+                s.name,
+                f"{s.norm_before:.4g}",
+                f"{s.condition_before:.4g}",
+                *(f"{x:.1e}" for x in (s.norm_drift, s.condition_drift, s.spectrum_drift)),
+            )
+            for s in drifts
+        ],
+    )
+
+
+def estimate(e: Estimate, facts: int) -> None:
+    """What an edit would take."""
+    rows = [
+        ("model", f"{e.model} ({e.model_type}, {e.parameters / 1e6:,.1f} M parameters)"),
+        ("device, dtype", f"{e.device}, {e.dtype}"),
+        ("facts", str(facts)),
+        ("layers", ", ".join(map(str, e.layers)) + ("  (auto: stand-ins for those chosen later)" if e.auto else "")),
+        ("weights in memory", size(e.model_bytes)),
+        ("peak memory", f"about {size(e.peak_bytes)}, beyond Python and PyTorch themselves (about 0.5 GB)"),
+        ("patch file", size(e.patch_bytes)),
+        *((f"time: {phase}", f"about {seconds:,.0f} s") for phase, seconds in e.seconds.items()),
+        ("time in all", f"about {sum(e.seconds.values()):,.0f} s"),
+    ]
+    table("Dry run: nothing was loaded or written", ("", ""), rows)
+
+
+def check(report: FactsReport, views: Sequence[TokenView] | None) -> None:
+    """Every problem of a facts file, and how the facts are tokenised."""
+    if report.problems:
+        table(
+            "Problems", ("where", "", "what", "remedy"), [(p.where, p.severity, p.what, p.fix) for p in report.problems]
+        )
+    if views:
+        table(
+            "Tokens (subject span: first-last token of the prompt)",
+            ("fact", "subject tokens", "span", "target tokens", "note"),
+            [
+                (
+                    f.source.rsplit("/", 1)[-1],
+                    " ".join(v.subject),
+                    f"{v.subject_span[0]}-{v.subject_span[1]} of {v.n_tokens}",
+                    " ".join(v.target),
+                    v.note,
+                )
+                for f, v in zip(report.facts, views, strict=True)
+            ],
+        )
+    rephrasings = sum(len(f.rephrase_prompts) for f in report.facts)
+    locality = sum(len(f.locality) for f in report.facts)
+    line(
+        f"{len(report.facts)} facts usable, {report.skipped} not; {rephrasings} rephrasings, {locality} locality prompts"
+    )
+
+
+def doctor(d: Diagnosis) -> None:
+    """What would be edited in a model, and what stands in the way."""
+    a = d.architecture
+    first = a.projections[0]
+    shape = f"W ({first.d}, {first.p})" + (", stored transposed (Conv1D)" if first.transposed else "")
+    shape = f"{first.experts} experts, one rotation ({first.d}, {first.d})" if first.experts else shape
+    rows = [
+        ("model", d.model + (f" @ {d.revision}" if d.revision else "")),
+        (
+            "architecture",
+            f"{a.model_type}{'' if a.listed else ' (unlisted: found by structure)'}, {len(a.projections)} layers",
+        ),
+        ("parameters", f"{d.parameters / 1e6:,.1f} M"),
+        ("edited modules", f"{first.name} … {a.projections[-1].name}"),
+        ("shape", shape),
+        ("bias", "yes (stays as it is)" if first.bias else "no"),
+        *((f"memory, {kind}", size(n)) for kind, n in d.memory.items()),
+        ("rotation", f"{size(4 * first.d**2)} a layer in a patch"),
+        *(("note", n) for n in d.notes),
+        *(("PROBLEM", p) for p in d.problems),
+        ("verdict", "cannot be edited as it is" if d.problems else "ready to edit"),
+    ]
+    table("Model", ("", ""), rows)
+    table(
+        "Tensors on disk",
+        ("layer", "tensor", "dtype", "shape"),
+        [
+            (str(p.layer), n, dtype, str(list(shape)))
+            for p, (n, dtype, shape) in zip(a.projections, d.tensors, strict=True)
+        ],
+    )
+
+
+def inspection(i: Inspection) -> None:
+    """A patch: where it comes from, its rotations, its facts."""
+    p = i.patch
+    rows = [
+        ("id", p.id),
+        ("method", f"{p.method} ({p.side} side), seed {p.seed}"),
+        ("base model", f"{p.model} ({p.model_type})" + (f" @ {p.revision}" if p.revision else "")),
+        ("made with", ", ".join(f"{k} {v}" for k, v in p.versions.items())),
+        ("file", size(i.file_bytes)),
+        ("options", ", ".join(_settings(p.options))),
+        ("on top of", ", ".join(x[:12] for x in p.parents) or "the base model"),
+    ]
+    table("Patch", ("", ""), rows)
+    table(
+        "Factors (W' = R W R_in, or W + B A)",
+        (
+            *(
+                "module",
+                "factor",
+                "form",
+                ">size",
+                ">rank",
+                ">left out",
+                ">‖RᵀR−I‖/√n",
+                ">largest angle",
+                ">median angle",
+            ),
+            ">distance",
+        ),
+        [
+            (
+                *(r.module, r.factor, r.form, "×".join(map(str, r.shape)), str(r.rank), _or_dash(r.left_out, ".1%")),
+                *(_or_dash(r.orthogonality_error, ".1e"), _or_dash(r.largest_angle, ".1f", "°")),
+                *(_or_dash(r.median_angle, ".2f", "°"), f"{r.distance:.3f}"),
+            )
+            for r in i.factors
+        ],
+    )
+    by_module = {r.module: r for r in i.factors}.values()
+    if drifts := [r.stability for r in by_module if r.stability]:
+        _stability("Effect on the model, stored dtype", drifts)
+    for r in by_module:
+        if r.base:
+            line(f"{r.module}: {r.base}")
+    table(
+        f"Facts ({len(p.facts)})",
+        ("prompt", "before", "after", ">P(new) before", ">P(new) after", ""),
+        [
+            (f.prompt, f.before, f.after, f"{f.probability_before:.3f}", f"{f.probability_after:.3f}", f.status)
+            for f in p.facts
+        ],
+    )
+    _wordings(p.facts)
+    scores = {k: v for k, v in p.metrics.get("scores", {}).items() if isinstance(v, float)}
+    if scores:
+        told = ", ".join(f"{k} {v:.1%}" for k, v in scores.items())
+        line(f"measured when it was made (protocol generation): {told}")
+
+
+def _settings(options: Mapping[str, Any]) -> Iterator[str]:
+    """Every setting as "name=value", those of the solver, the targets and the corpus with them."""
+    for name, value in options.items():
+        if name == "merged":
+            yield f"merged of {', '.join(str(p.get('id'))[:12] for p in value)}"
+        elif isinstance(value, dict):
+            yield from _settings(value) if name in ("solver", "targets") else [f"{name}={value.get('name')}"]
+        else:
+            yield f"{name}={value}"
+
+
+def _or_dash(number: float | None, form: str, unit: str = "") -> str:
+    return "–" if number is None else f"{number:{form}}{unit}"
+
+
+def conflicts(found: Sequence[Conflict]) -> None:
+    """What does not simply add up, on stderr: it stands beside a result."""
+    for c in found:
+        if c.kind != "order":
+            hint(f"conflict: {c.where}: {c.what}")
+    orders = [c for c in found if c.kind == "order"]
+    if orders:
+        largest = max(orders, key=lambda c: c.size or 0)
+        pairs = len({(c.first, c.second) for c in orders})
+        which = largest.what if pairs == 1 else f"the order of {pairs} pairs of patches matters"
+        hint(f"note: {which}, most in {largest.where} (‖R₁R₂−R₂R₁‖/√n = {largest.size:.2g}): they go on as given")
+
+
+def applied(r: ApplyReport, verb: str) -> None:
+    """What was written by apply or revert."""
+    table(
+        f"{verb} → {r.folder}",
+        ("tensor", "dtype", "exact", "base"),
+        _folded([(t.tensor, t.dtype, "yes" if t.exact else "within rounding", t.note) for t in r.tensors]),
+    )
+    shown = [t.stability for t in r.tensors if t.stability]
+    worst = {_alike(s.name): s for s in sorted(shown, key=lambda s: s.spectrum_drift)}
+    if drifts := [s for s in shown if worst[_alike(s.name)] is s]:
+        _stability("Stability on the stored dtype", drifts)
+    for warning in r.warnings:
+        warn("warning", f" {warning}")
+    if r.restored:
+        line(f"edited tensors that have their original sha256 again: all {len(r.tensors)}")
+    line(
+        f"{r.folder}: {len(r.stack)} patch{'' if len(r.stack) == 1 else 'es'} applied, {size(r.bytes_written)} written"
+    )
+
+
+def _alike(tensor: str) -> str:
+    """A tensor's name without the number of the expert: the experts of a layer share a line."""
+    return re.sub(r"\bexperts\.\d+\.", "experts.*.", tensor)
+
+
+def _folded(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Rows with all but the first expert of a layer as one row."""
+    out: dict[tuple[str, ...], int] = {}
+    for name, *rest in rows:
+        key = (name if ".experts.0." in name else _alike(name), *rest)
+        out[key] = out.get(key, 0) + 1
+    return [(f"{name} ({n})" if n > 1 else name, *rest) for (name, *rest), n in out.items()]
+
+
+def exported(e: Exported) -> None:
+    """What was written for serving."""
+    if e.form == "merged":
+        line(f"{e.path}: a checkpoint with {len(e.modules)} changed weights")
+        return
+    full = "exact" if e.dtype == "float32" else f"exact but for the rounding to {e.dtype}"
+    exact = full if e.left_out < 1e-6 else f"{e.left_out:.1%} of the change left out"
+    line(f"{e.path}: a LoRA of rank {e.rank} for {len(e.modules)} weights, {exact}")
+
+
+def asked(answers: Sequence[Asked]) -> None:
+    """Continuations before and after."""
+    if all(a.after is None for a in answers):
+        table("Answers (greedy)", ("prompt", "answer"), [(a.prompt, a.before.strip()) for a in answers])
+    else:
+        rows = [(a.prompt, a.before.strip(), (a.after or "").strip()) for a in answers]
+        table("Answers (greedy)", ("prompt", "before", "after"), rows)
+
+
+def evaluation(e: Evaluation) -> None:
+    """Every metric with its interval, retention, the facts that do not hold, and what to know about it all."""
+    from mosectl.measure.bootstrap import interval_text as interval  # here: numpy is slow to import
+    from mosectl.measure.bootstrap import value_text as value
+
+    rows = [
+        (m.protocol, m.name, *(value(x, ".1%") for x in (m.before, m.right_after, m.after)),
+         interval(m.after, ".1%"), str(m.asked))
+        for m in e.metrics
+    ]  # fmt: skip
+    columns = ("protocol", "metric", ">before", ">right after", ">after", ">95 % interval", ">prompts")
+    table(f"Evaluation of {e.subject.name}, {len(e.facts)} facts; before: {e.subject.base or 'none'}", columns, rows)
+    for name, about in e.settings["protocols"].items():
+        line(f"{name}: {about}")
+    table(
+        "Text",
+        ("metric", ">before", ">after", ">95 % interval", "of what"),
+        [(t.name, value(t.before, ".3f"), value(t.after, ".3f"), interval(t.after, ".3f"), t.about) for t in e.texts],
+    )
+    if e.abilities:
+        from mosectl.measure.lm_harness import COLUMNS
+        from mosectl.measure.lm_harness import table as changes
+
+        title = f"Abilities (lm-evaluation-harness {e.settings['lm_eval']}; ±: standard error; interval: of the change)"
+        table(title, COLUMNS, changes(e.abilities))
+    if len(e.retention) > 1:
+        bins = [
+            (f"{b.first}-{b.last}", "–" if b.right_after is None else f"{b.right_after:.0%}", f"{b.after:.0%}")
+            for b in e.retention
+        ]
+        table("Retention (generation): facts in order that hold", ("facts", ">right after", ">after"), bins)
+    if lost := [f for f in e.facts if not f.holds]:
+        rows = [(f.prompt, f.target_new, f.right_after or "–", f.after) for f in lost[:20]]
+        table("Facts that do not hold (generation)", ("prompt", "new object", "right after", "after"), rows)
+        if len(lost) > 20:
+            line(f"… and {len(lost) - 20} more (all of them with --json, --csv or --html)")
+    for note in e.notes:
+        line(f"note: {note}")
+
+
+def statistics(m: Moments) -> None:
+    """What was computed for later edits."""
+    error = f", C known to about {100 * m.error:.0f} %" if math.isfinite(m.error) else ""
+    cached = " (from the cache)" if m.cached else ""
+    line(f"second moments of {len(m.C)} layers over {m.tokens:,} tokens{error}{cached}")
+
+
+def validated(h: Mapping[str, float]) -> None:
+    """One validation of a training, as it goes on."""
+    hint(
+        f"step {h['step']:.0f}: validation {h['validation']:.2f} nats: new object "
+        f"{h['edit']:.2f}, in other words {h['generalization']:.2f}, divergence elsewhere {h['locality']:.3f}; reached "
+        f"{h['reached']:.0%}"
+    )
+
+
+def trained(editor: Editor, out: Path | None = None, model: str = "MODEL") -> None:
+    """What a training came to, and into which file it was written just now."""
+    rows = [
+        (
+            f"{h['step']:.0f}", f"{h['training']:.2f}" if "training" in h else "", f"{h['validation']:.2f}",
+            f"{h['edit']:.2f}", f"{h['generalization']:.2f}", f"{h['locality']:.3f}", f"{100 * h['reached']:.0f} %",
+        )
+        for h in editor.history
+    ]  # fmt: skip
+    names = (">step", ">training", ">validation", ">new object", ">in other words", ">elsewhere", ">reached")
+    table(f"{editor.method} on {len(editor.modules)} layers of {editor.model}, nats", names, rows)
+    best = min(editor.history, key=lambda h: h["validation"])
+    o = editor.options
+    line(f"layers: {', '.join(editor.modules)}")
+    told = ("rank", "blocks", "rate", "locality", "steps", "corpus", "seed")
+    line("settings: " + ", ".join(f"{k}={o[k]}" for k in told if k in o))
+    line(f"trained on {o['facts']} facts, validated on {o['validated_on']} others, up to {o['batch_size']} at once")
+    line(f"kept: step {best['step']:.0f}; editor {editor.id[:12]}" + (f" → {out}" if out else ""))
+    if best["step"] == o["steps"]:
+        hint("the last validation was the best: more --steps may give a better one")
+    if not best["step"]:
+        warn("no step was better than the untrained network", ": try another --rate, more facts, more --steps")
+    if out:
+        hint(f"next: mosectl edit FACTS --model {word(model)} --method {word(editor.method)} --editor {word(out)}")

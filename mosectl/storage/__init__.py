@@ -1,0 +1,1 @@
+"""Files and folders: opened safely, checked, written atomically; safetensors, checkpoint shards, locks, places."""
