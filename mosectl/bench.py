@@ -31,7 +31,7 @@ from mosectl.inputs import opened, parse_json
 from mosectl.intervals import Tally, measure
 from mosectl.jsonable import jsonable
 from mosectl.live import Loaded, load, patched
-from mosectl.places import locked
+from mosectl.locks import locked
 from mosectl.plan import reader
 from mosectl.positions import fitted
 from mosectl.run import OnStep
