@@ -456,7 +456,7 @@ def _failed(e: BaseException) -> int:
         report.interrupted()
         return 130
     invalid = isinstance(e, OSError) and e.filename is None and e.errno == errno.EINVAL
-    if isinstance(e, BrokenPipeError) or (os.name == "nt" and invalid):  # what Windows calls a closed pipe
+    if isinstance(e, BrokenPipeError) or (sys.platform == "win32" and invalid):  # what Windows calls a closed pipe
         _drop_stdout()
         return 141
     if isinstance(e, OSError) and e.filename is None and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):

@@ -1,8 +1,8 @@
 """The lock beside an output: a small file, held as long as its process lives.
 
 filelock asks the system for the lock (flock, or LockFileEx on Windows). The file is opened and deleted here: FileLock looks
-less closely at what is there, and leaves it behind. Where the system or the disk knows no locks, a second file (SoftFileLock's)
-says which process holds it.
+less closely at what is there, and leaves it behind. Where the system or the disk knows no locks, a second file says which
+process holds it (SoftFileLock).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -45,7 +46,7 @@ def locked(path: Path) -> Iterator[None]:
             with contextlib.suppress(OSError):
                 name.unlink()
             held.close()
-            if os.name == "nt":  # which deletes no open file: what goes now, nobody holds
+            if sys.platform == "win32":  # which deletes no open file: what goes now, nobody holds
                 with contextlib.suppress(OSError):
                     name.unlink()
     except BaseException:
