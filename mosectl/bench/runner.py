@@ -35,7 +35,7 @@ from mosectl.model.loading import Loaded, load
 from mosectl.model.positions import fitted
 from mosectl.storage.atomic import append, output_errors
 from mosectl.storage.inputs import opened, parse_json
-from mosectl.storage.places import locked
+from mosectl.storage.locks import locked
 from mosectl.storage.progress import OnStep
 from mosectl.storage.schema import Misfit, anything, integer, listed, mapping, number, optional, record, text
 from mosectl.text.jsonable import jsonable

@@ -98,7 +98,8 @@ def _failed(e: BaseException) -> int:
     if isinstance(e, KeyboardInterrupt | typer.Abort):
         console.interrupted()
         return 130
-    if isinstance(e, BrokenPipeError):
+    invalid = isinstance(e, OSError) and e.filename is None and e.errno == errno.EINVAL
+    if isinstance(e, BrokenPipeError) or (sys.platform == "win32" and invalid):  # what Windows calls a closed pipe
         _drop_stdout()
         return 141
     if isinstance(e, OSError) and e.filename is None and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):

@@ -15,7 +15,7 @@ from mosectl.errors import Notice, OutputError
 from mosectl.model import distributed
 from mosectl.model.architecture import Projection
 from mosectl.storage import schema
-from mosectl.storage.atomic import output_errors
+from mosectl.storage.atomic import ours, output_errors
 from mosectl.storage.state_file import damaged, read_state, write_state
 
 KIND = "statistics"
@@ -82,7 +82,8 @@ def _read(path: Path, p: Projection) -> Entry:
     record, entry = read_state(
         path, KIND, schema.record({"of": schema.text}), _FIX, limit=4 * (p.p**2 + p.d**2) + 10**6
     )
-    if path.stat().st_uid not in (0, os.geteuid()):  # in a folder open to others, anyone may have prepared it
+    status = path.stat()
+    if status.st_uid != 0 and not ours(status):  # in a folder open to others, anyone may have prepared it
         raise OutputError("belongs to another user", where=str(path), fix=_FIX)
     forms = {
         "C": (torch.float32, (p.p, p.p)), "G": (torch.float32, (p.d, p.d)), "tokens": (torch.int64, ()),

@@ -28,33 +28,46 @@ class TooCostly(Exception):
 def bounded(seconds: float = SECONDS, memory: int = MEMORY) -> Iterator[None]:
     """Processor time and memory (bytes beyond what is taken now) of a block, where the system can bound them.
 
-    Time: in the main thread of Unix. Memory: on Linux.
+    Time: in the main thread, on Linux and macOS. Memory: there too, on Linux. Nothing is bounded in other threads, and on
+    Windows: a template that never ends must be stopped by hand there, and one that fills memory is ended by the system.
     Raises:
         TooCostly.
     """
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
         return
-    import resource
 
     def stop(*_: object) -> None:
         raise TooCostly(f"takes more than {seconds:g} seconds")
 
-    limit = resource.getrlimit(resource.RLIMIT_AS)
     was = signal.signal(signal.SIGVTALRM, stop)
     signal.setitimer(signal.ITIMER_VIRTUAL, seconds, 0.5)  # again and again: something may swallow the first
     try:
-        statm = Path("/proc/self/statm")
-        if statm.exists():
-            room = int(statm.read_text().split()[0]) * resource.getpagesize() + memory
-            soft = min(x for x in (room, *limit) if x != resource.RLIM_INFINITY)
-            resource.setrlimit(resource.RLIMIT_AS, (soft, limit[1]))
-        yield
+        with _room(memory):
+            yield
     except MemoryError as e:
         raise TooCostly(f"takes more than {memory / 1e6:,.0f} MB") from e
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, was)
+
+
+@contextmanager
+def _room(memory: int) -> Iterator[None]:
+    """So many bytes of memory more than is taken now, on Linux."""
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        yield
+        return
+    import resource
+
+    limit = resource.getrlimit(resource.RLIMIT_AS)
+    room = int(statm.read_text().split()[0]) * resource.getpagesize() + memory
+    soft = min(x for x in (room, *limit) if x != resource.RLIM_INFINITY)
+    resource.setrlimit(resource.RLIMIT_AS, (soft, limit[1]))
+    try:
+        yield
+    finally:
         resource.setrlimit(resource.RLIMIT_AS, limit)
 
 

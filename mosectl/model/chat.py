@@ -5,11 +5,10 @@ from __future__ import annotations
 import atexit
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
-from threading import Lock
+from threading import Event, Lock, Timer
 from typing import Any
 
 from mosectl.model import chat_worker
@@ -29,17 +28,28 @@ def rendered(template: str, prompt: str, variables: dict[str, Any]) -> str:
     asked = {"template": template, "messages": [{"role": "user", "content": prompt}], "variables": variables}
     with _lock:
         worker = _worker()
+        late = Event()
+
+        def end() -> None:
+            late.set()
+            worker.kill()
+
+        deadline = Timer(chat_worker.SECONDS, end)
+        deadline.start()
         try:
             worker.stdin.write(json.dumps(asked, default=str) + "\n")  # type: ignore[union-attr]
             worker.stdin.flush()  # type: ignore[union-attr]
             answer = worker.stdout.readline()  # type: ignore[union-attr]
-        except BrokenPipeError:
+        except OSError:  # a broken pipe, which Windows calls an invalid argument
             answer = ""
-        if not answer:
-            late = worker.wait() == -signal.SIGALRM
-            raise ValueError(
-                f"takes longer than {chat_worker.SECONDS} s" if late else "takes too much memory, or breaks its process"
-            )
+        finally:
+            deadline.cancel()
+            deadline.join()
+        if late.is_set() or not answer.endswith("\n"):
+            worker.wait()  # or the next prompt would be given to a dying process
+        if not answer.endswith("\n"):
+            what = "takes too much memory, or breaks its process"
+            raise ValueError(f"takes longer than {chat_worker.SECONDS} s" if late.is_set() else what)
     told = json.loads(answer)
     if "error" in told:
         raise ValueError(told["error"])
@@ -52,9 +62,11 @@ def _worker() -> subprocess.Popen[str]:
         _running = subprocess.Popen(
             [sys.executable, "-P", str(Path(chat_worker.__file__))],  # -P: its folder is not a place to import from
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, encoding="utf-8",
-            env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,  # Ctrl-C is for the one who waits
-        )  # fmt: skip
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            start_new_session=True, creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+        )  # fmt: skip  # a group of its own: Ctrl-C is for the one who waits
         atexit.register(_stop, _running)
+        _running.stdout.readline()  # type: ignore[union-attr]  # it is ready: its start is not the template's time
     return _running
 
 

@@ -1,15 +1,14 @@
 """A process of its own that renders chat templates: a template is a stranger's program, which may never end or fill memory.
 
 Run by chat.py as a file, not as a module of mosectl: it needs transformers' renderer and nothing else. Reads one JSON
-request a line, {"template", "messages", "variables"}, and answers with one, {"text"} or {"error"}. At the deadline the
-system ends it, whatever the template is doing.
+request a line, {"template", "messages", "variables"}, and answers with one, {"text"} or {"error"}; an empty line first says
+that it is ready. At the deadline chat.py ends it, whatever the template is doing; if chat.py is gone, it ends itself.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import json
-import resource
-import signal
 import sys
 from contextlib import suppress
 from typing import Any
@@ -22,14 +21,18 @@ LENGTH = 1_000_000  # characters of a rendered prompt
 def main() -> None:
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    with suppress(OSError, ValueError):  # macOS knows no such limit
+    with suppress(ImportError, OSError, ValueError):  # Windows and macOS know no such limit
+        import resource
+
         import psutil
 
         limit = psutil.Process().memory_info().vms + MEMORY
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    sys.stdout.write("\n")
+    sys.stdout.flush()
     for line in sys.stdin:
         asked = json.loads(line)
-        signal.alarm(SECONDS)  # without a handler: no instruction of Python's is needed for it
+        faulthandler.dump_traceback_later(2 * SECONDS, exit=True)  # by a thread that needs no instruction of Python's
         try:
             found: Any = render_jinja_template(
                 [asked["messages"]], chat_template=asked["template"], add_generation_prompt=True, **asked["variables"]
@@ -41,7 +44,7 @@ def main() -> None:
             told = {"error": "takes too much memory"}
         except Exception as e:  # a template may raise anything
             told = {"error": f"fails: {str(e)[:500]}"}
-        signal.alarm(0)
+        faulthandler.cancel_dump_traceback_later()
         sys.stdout.write(json.dumps(told) + "\n")
         sys.stdout.flush()
 

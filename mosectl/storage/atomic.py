@@ -20,8 +20,6 @@ from mosectl.errors import OutputError
 if TYPE_CHECKING:
     from torch import Tensor
 
-
-NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
 _SPACE = "free some space or choose another disk; nothing was changed"
 _ELSEWHERE = "choose a folder you may write to (-o)"
 _REMEDIES = {
@@ -116,8 +114,33 @@ def stream_tensors(path: Path, shapes: Mapping[str, tuple[str, Sequence[int]]], 
 @contextmanager
 def exclusive(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
     """A new file that nobody has made before, open for writing; what stands there, a link too, is an error."""
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NOFOLLOW, mode), "wb") as file:
+    with os.fdopen(open_no_link(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
         yield file
+
+
+def open_no_link(path: Path, flags: int, mode: int) -> int:
+    """os.open that follows no link at ``path``; where the system cannot be asked for that (Windows), by looking at it.
+
+    Raises:
+        OSError: ELOOP, a link is there.
+    """
+    if hasattr(os, "O_NOFOLLOW"):
+        return os.open(path, flags | os.O_NOFOLLOW, mode)
+    if not path.is_symlink():
+        descriptor = os.open(path, flags, mode)
+        try:
+            if os.path.samestat(os.fstat(descriptor), path.lstat()):  # no link came in between
+                return descriptor
+        except OSError:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+
+
+def ours(status: os.stat_result) -> bool:
+    """Does it belong to this user? Windows does not tell: there, all does."""
+    return not hasattr(os, "geteuid") or status.st_uid == os.geteuid()
 
 
 def append(path: Path, data: bytes) -> None:
@@ -126,10 +149,10 @@ def append(path: Path, data: bytes) -> None:
     Raises:
         OutputError.
     """
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | NOFOLLOW | getattr(os, "O_NONBLOCK", 0)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NONBLOCK", 0)
     with output_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with os.fdopen(os.open(path, flags, 0o666), "ab") as file:
+        with os.fdopen(open_no_link(path, flags, 0o666), "ab") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise OutputError("is not a regular file", where=str(path), fix="delete it, or choose another place")
             file.write(data)
@@ -142,7 +165,8 @@ def like(source: Path, target: Path) -> None:
     status = source.stat()
     mode = stat.S_IMODE(status.st_mode)
     try:
-        os.chown(target, status.st_uid, status.st_gid)
+        if hasattr(os, "chown"):
+            os.chown(target, status.st_uid, status.st_gid)
     except OSError:
         mode &= 0o777  # no rights of a user or group that it does not belong to
     if hasattr(os, "listxattr"):

@@ -7,7 +7,6 @@ finished: a killed process's work is gone on with where it is the same work.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
 import shutil
@@ -20,6 +19,7 @@ from pathlib import Path
 from mosectl.errors import ModelError, Notice, OutputError
 from mosectl.storage.atomic import exclusive, fsync_folder, like, output_errors
 from mosectl.storage.inputs import opened
+from mosectl.storage.locks import locked
 from mosectl.storage.places import (
     EXCHANGE,
     NEW,
@@ -28,7 +28,6 @@ from mosectl.storage.places import (
     half_exchanged,
     is_private,
     leftovers,
-    locked,
     private_folder,
     remove,
     renameat2,
@@ -176,7 +175,7 @@ def recovered(path: Path) -> None:
 
 
 def _exchange(new: Path, path: Path) -> None:
-    """Swap two folders: in one system call on Linux; by two renames elsewhere, whose gap :func:`recover` mends."""
+    """Swap two folders: in one system call on Linux and macOS; by two renames elsewhere, whose gap :func:`recover` mends."""
     if renameat2(new, path, EXCHANGE):
         return
     old = new.with_name(OLD)
@@ -195,7 +194,11 @@ def _move(new: Path, path: Path) -> None:
     except OSError as e:
         if not os.path.lexists(path):
             raise
-        raise _exists(path) from e
+        try:
+            path.rmdir()  # Windows renames over nothing, an empty folder neither
+        except OSError:
+            raise _exists(path) from e
+        new.rename(path)
 
 
 def _exists(path: Path) -> OutputError:
@@ -307,7 +310,16 @@ def clone(source: Path, target: Path) -> None:
     with opened(source, ModelError, "see that the model is all there and may be read") as a:
         mode = stat.S_IMODE(os.fstat(a.fileno()).st_mode) & 0o777
         with exclusive(target, mode | 0o600) as b:
-            with contextlib.suppress(OSError):
-                fcntl.ioctl(b.fileno(), FICLONE, a.fileno())
-                return
-            shutil.copyfileobj(a, b, 2**24)
+            if not _by_reference(a.fileno(), b.fileno()):
+                shutil.copyfileobj(a, b, 2**24)
+
+
+def _by_reference(source: int, target: int) -> bool:
+    """Let an open file share another's blocks; False where the system or the disk cannot."""
+    try:
+        import fcntl
+
+        fcntl.ioctl(target, FICLONE, source)
+    except (ImportError, OSError):
+        return False
+    return True

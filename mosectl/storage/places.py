@@ -1,4 +1,4 @@
-"""Beside an output while it is written: a lock, and a private folder whose content is moved to its place at the end.
+"""Beside an output while it is written: a lock (locks.py), and a private folder whose content is moved there at the end.
 
 Strangers may write into the same folder (/tmp, a cluster's scratch disk). So what is made there has a random name, is made
 exclusively and belongs to its maker alone; nothing is written through a link; only what is ours is gone on with or removed.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import fcntl
 import os
 import re
 import secrets
@@ -17,20 +16,22 @@ import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from mosectl.errors import OutputError
-from mosectl.storage.atomic import NOFOLLOW, fsync_folder, like, output_errors, short
+from mosectl.storage.atomic import fsync_folder, like, ours, output_errors, short
+from mosectl.storage.locks import locked
 
-TEMPORARY, LOCK = ".mosectl.tmp", ".mosectl.lock"
+TEMPORARY = ".mosectl.tmp"
 # Names that only mosectl gives, of this version and those before; never part of a model.
-OWN = re.compile(r"\.mosectl-(plan|done)|\..*\.mosectl\.(tmp|lock)(\.old)?|\..+\.[0-9a-f]{8}\.tmp")
+OWN = re.compile(r"\.mosectl-(plan|done)|\..*\.mosectl\.(tmp|lock)(\.old|\.pid(\..+)?)?|\..+\.[0-9a-f]{8}\.tmp")
 NEW, OLD = "new", "old"  # inside a private folder: what is made; and a folder that the new one takes the place of
 MARGIN = 2**20  # bytes beyond what is asked for: records, folders
 NOREPLACE, EXCHANGE = 1, 2  # linux/fs.h, for renameat2
+MACOS = {NOREPLACE: 4, EXCHANGE: 2}  # sys/stdio.h, for renamex_np
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def _exists(path: Path, option: str) -> OutputError:
 
 
 def _publish(file: Path, path: Path, overwrite: bool) -> None:
-    with file.open("rb") as made:
+    with file.open("r+b") as made:  # Windows syncs only what may be written to
         os.fsync(made.fileno())  # whoever wrote it
     if overwrite:
         if path.exists():
@@ -171,90 +172,27 @@ def _rename_new(a: Path, b: Path) -> None:
 
 
 def renameat2(a: Path, b: Path, flags: int) -> bool:
-    """Linux's rename with flags; False where the system or the disk has none.
+    """Linux's rename with flags, or macOS's like it; False where the system or the disk has none.
 
     Raises:
         FileExistsError: NOREPLACE, and ``b`` exists.
     """
-    if sys.platform != "linux":
+    if sys.platform not in ("linux", "darwin"):
         return False
     try:
         libc = ctypes.CDLL(None, use_errno=True)
-        at_cwd = -100
-        if libc.renameat2(at_cwd, os.fsencode(a), at_cwd, os.fsencode(b), flags) == 0:
+        old, new, at_cwd = os.fsencode(a), os.fsencode(b), -100
+        if sys.platform == "darwin":
+            failed = libc.renamex_np(old, new, MACOS[flags])
+        else:
+            failed = libc.renameat2(at_cwd, old, at_cwd, new, flags)
+        if not failed:
             return True
     except (AttributeError, OSError):  # an old libc
         return False
     if ctypes.get_errno() == errno.EEXIST:
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(b))
     return False
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Keep other processes from writing ``path`` at the same time; a killed one's lock is free again by itself.
-
-    Folders above ``path`` are made, and removed again if the block fails and they are empty.
-
-    Raises:
-        OutputError: another process holds it, or there is no writing there.
-    """
-    path = path.absolute()
-    name = path.with_name(f".{short(path.name)}{LOCK}")
-    made: list[Path] = []
-    try:
-        with output_errors(path):
-            made += [p for p in path.parents if not p.exists()]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = _lock(name, path)
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):
-                name.unlink()
-            os.close(descriptor)
-    except BaseException:
-        with contextlib.suppress(OSError):  # not there, or not empty
-            for folder in made:
-                folder.rmdir()
-        raise
-
-
-def _lock(name: Path, path: Path) -> int:
-    """A descriptor that holds the lock file ``name``."""
-    flags = os.O_RDWR | NOFOLLOW | getattr(os, "O_NONBLOCK", 0)
-    while True:
-        try:
-            descriptor = os.open(name, flags | os.O_CREAT | os.O_EXCL, 0o600)
-        except FileExistsError:
-            try:
-                descriptor = _opened_lock(name, flags, path)
-            except FileNotFoundError:
-                continue  # its holder was done in between
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            os.close(descriptor)
-            what = "another mosectl process is writing there"
-            raise OutputError(what, where=str(path), fix="wait for it, or choose another place") from e
-        except OSError:  # a disk that knows no locks: there is still the look before the rename
-            pass
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(descriptor), name.lstat()):
-                return descriptor
-        os.close(descriptor)  # its holder was done and deleted it in between
-
-
-def _opened_lock(name: Path, flags: int, path: Path) -> int:
-    try:
-        descriptor = os.open(name, flags)
-        if _ours(os.fstat(descriptor), stat.S_ISREG):
-            return descriptor
-        os.close(descriptor)
-    except PermissionError:
-        pass
-    what = f"{name.name} beside it is another user's, or no lock"
-    raise OutputError(what, where=str(path), fix="delete it if no mosectl is running there, or choose another place")
 
 
 def private_folder(path: Path) -> Path:
@@ -275,7 +213,7 @@ def leftovers(path: Path, *, exchanged: bool = False) -> list[Path]:
     found = []
     for entry in os.scandir(path.parent):
         with contextlib.suppress(FileNotFoundError):
-            if pattern.fullmatch(entry.name) and _ours(entry.stat(follow_symlinks=False)):
+            if pattern.fullmatch(entry.name) and ours(entry.stat(follow_symlinks=False)):
                 found.append(Path(entry.path))
     return sorted(p for p in found if half_exchanged(p) == exchanged)
 
@@ -286,15 +224,16 @@ def half_exchanged(place: Path) -> bool:
 
 
 def is_private(folder: Path) -> bool:
-    """A folder, not a link, that is ours and that nobody else may enter: what it holds is what we have put there."""
+    """A folder, not a link, that is ours and that nobody else may enter: what it holds is what we have put there.
+
+    Windows tells neither whose it is nor who may enter: there, a folder that is no link.
+    """
     with contextlib.suppress(OSError):
         status = folder.lstat()
-        return _ours(status, stat.S_ISDIR) and not stat.S_IMODE(status.st_mode) & 0o077
+        junction = getattr(status, "st_reparse_tag", 0) == getattr(stat, "IO_REPARSE_TAG_MOUNT_POINT", -1)
+        open_to_others = hasattr(os, "geteuid") and stat.S_IMODE(status.st_mode) & 0o077
+        return stat.S_ISDIR(status.st_mode) and not junction and ours(status) and not open_to_others
     return False
-
-
-def _ours(status: os.stat_result, kind: Callable[[int], bool] = lambda _: True) -> bool:
-    return status.st_uid == os.geteuid() and kind(status.st_mode)
 
 
 def remove(path: Path) -> None:
