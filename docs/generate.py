@@ -193,8 +193,8 @@ def settings_page() -> str:
         "These have an option of their own; the defaults depend on the method all the same:\n",
         shared_table(["rounds"], edit, own, "--"),
         "## Of the search for targets\n",
-        "A target is what an edited layer should write at the subject's last token. Methods that train on the model have no\n"
-        f"such search; of these settings they take {' and '.join(f'`{n}`' for n in rest)}.\n",
+        "A target is what an edited layer should write at the subject's last token. Methods that train on the model have\n"
+        f"no such search; of these settings they take {' and '.join(f'`{n}`' for n in rest)}.\n",
         shared_table([n for n in shared if n in target], target, own),
         "## Of a method\n",
         table(("method", "setting", "default", "what it does"), own_rows(own)),
@@ -349,8 +349,8 @@ def exit_codes_page() -> str:
             "[Python API](python.md#errors).\n",
             table(("code", "class", "meaning"), rows),
             *([f"Others: {'; '.join(inherit)}\n"] if inherit else []),
-            "Results go to standard output, progress and errors to standard error. `MOSECTL_DEBUG=1` shows the traceback of\n"
-            "an error.\n",
+            "Results go to standard output, progress and errors to standard error. `MOSECTL_DEBUG=1` shows the traceback\n"
+            "of an error.\n",
         ]
     )
 
