@@ -102,7 +102,7 @@ def command_part(name: str, command: Any) -> str:
     usage = " ".join([name, *(placeholder(p) for p in arguments), "[OPTIONS]"])
     parts = [f"### {name}\n", f"{cell(command.help)}\n", f"    {usage}\n"]
     if arguments:
-        rows = [(code(placeholder(p)), cell(p.help or ""), default_of(p)) for p in arguments]
+        rows = [(code(placeholder(p)), cell(help_of(p, command.callback)), default_of(p)) for p in arguments]
         parts.append(table(("argument", "what it is", "default"), rows))
     by_panel: dict[str, list[Any]] = {}
     for p in command.params:
@@ -128,6 +128,13 @@ def options_table(params: Sequence[Any], kinds: dict[str, str] | None = None) ->
 
 def is_argument(param: Any) -> bool:
     return not param.opts[0].startswith("-")
+
+
+def help_of(param: Any, callback: Any) -> str:
+    """As the annotation says it: typer 0.24 with click 8.5 loses an argument's."""
+    hint = typing.get_type_hints(callback, include_extras=True).get(param.name)
+    said = [getattr(m, "help", None) for m in getattr(hint, "__metadata__", ())]
+    return next((text for text in said if text), None) or param.help or ""
 
 
 def placeholder(param: Any) -> str:
