@@ -1,6 +1,6 @@
 """Train a small HORSE editor for the demo model on its own world's facts, then edit 200 others with it at once.
 
-    python examples/04_train_editor.py                            # five minutes or so; what to expect: docs/methods.md
+    python examples/04_train_editor.py                            # five minutes; expect: docs/explanation/methods.md
     python examples/04_train_editor.py --steps 20 --edit 40       # a look at it, a minute: too short to reach much
 
 Writes train.jsonl, test.jsonl, editor.safetensors and patch.safetensors to --out (default: horse-demo).

@@ -402,7 +402,7 @@ def test_earlier_facts_that_slip_are_edited_with_the_next_batch(corpus: str, mon
 
 
 def test_every_setting_is_documented() -> None:
-    text = (ROOT / "docs" / "methods.md").read_text()
+    text = (ROOT / "docs" / "reference" / "settings.md").read_text()
     known = {f.name for f in fields(TargetOptions)} | {n for name in NAMES for n in method(name).defaults}
     known |= {
         f.name for f in fields(EditOptions) if f.type in ("int", "float") and f.name not in ("batch_size", "seed")
