@@ -1,5 +1,5 @@
 """`python -m mosectl`, also for `accelerate launch -m mosectl stats …`."""
 
-from mosectl.cli.app import main
+from mosectl.cli.main import main
 
 main()

@@ -22,7 +22,7 @@ import gguf  # noqa: F401  (imported here, and not again in every child)
 import torch
 import transformers.models.llama.modeling_llama  # noqa: F401
 
-from mosectl.cli import app
+from mosectl.cli import main
 from mosectl.storage import folders, places
 
 FOLDER, TIMES = Path(sys.argv[1]), int(sys.argv[3])
@@ -36,7 +36,7 @@ def command(*args: object) -> Callable[[], int]:
     def job() -> int:
         sys.argv = ["mosectl", *map(str, args)]
         try:
-            app.main()
+            main.main()
         except SystemExit as e:
             return int(e.code or 0)
         return 0

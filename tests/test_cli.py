@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import os
 import signal
@@ -22,7 +23,7 @@ from test_stack import hashes, patch_for
 
 import mosectl
 from mosectl.checkpoints import writer
-from mosectl.cli import app, params
+from mosectl.cli import app, main
 from mosectl.patch.change import Change
 from mosectl.patch.file import Patch
 from mosectl.render import console
@@ -46,7 +47,7 @@ def run(*args: object) -> int:
     """Run a command in this process; its exit code."""
     sys.argv = ["mosectl", *map(str, args)]
     try:
-        app.main()
+        main.main()
     except SystemExit as e:
         return int(e.code or 0)
     return 0
@@ -258,8 +259,22 @@ def no_tokenizer(world: World, patch: pytest.MonkeyPatch) -> tuple[object, ...]:
     return world.edit()
 
 
+def one_fact(world: World) -> tuple[object, ...]:
+    said = ("--prompt", FACT["prompt"], "--subject", FACT["subject"], "--target", FACT["target_new"])
+    return ("edit", "--model", world.model, "-o", world.folder / "new.safetensors", *EASY, *said)
+
+
+def piped(world: World, patch: pytest.MonkeyPatch, data: bytes | None) -> tuple[object, ...]:
+    """An edit of facts from standard input; None: a person sits there."""
+    stdin = io.TextIOWrapper(io.BytesIO(data or b""))
+    patch.setattr(stdin, "isatty", lambda: data is None)
+    patch.setattr(sys, "stdin", stdin)
+    return ("edit", "-", *world.edit()[2:])
+
+
 Case = tuple[Callable[[World, pytest.MonkeyPatch], tuple[object, ...]], int, str]
 LINE = json.dumps(FACT).encode()
+CSV = "prompt,subject,target_new\n{prompt},{subject},{target_new}\n".format(**FACT).encode()
 LONG = LINE + b"\n" + b"x" * 100_000
 BAD: dict[str, Case] = {
     "wrong base": (other_base, 6, "sha256 differs"),
@@ -300,6 +315,13 @@ BAD: dict[str, Case] = {
     "no such dtype": (lambda w, _: w.edit("--dtype", "int8"), 2, "--dtype int8"),
     "chat without a template": (lambda w, _: w.edit("--chat"), 2, "no chat template"),
     "no corpus": (lambda w, _: w.edit("--corpus", "/nowhere"), 2, "cannot read the corpus"),
+    "no facts": (lambda w, _: ("edit", "--model", w.model), 2, "no facts"),
+    "a file and a fact": (lambda w, _: (*w.edit(), "--prompt", "x"), 2, "both a facts file and --prompt"),
+    "a fact without its target": (lambda w, _: one_fact(w)[:-2], 2, "--target is missing"),
+    "a fact without its subject": (lambda w, _: (*one_fact(w), "--subject", "Nobody"), 3, "the fact given"),
+    "facts from a terminal": (lambda w, p: piped(w, p, None), 3, "no facts are piped in"),
+    "nothing piped in": (lambda w, p: piped(w, p, b""), 3, "standard input: is empty"),
+    "a bad line piped in": (lambda w, p: piped(w, p, LINE + b"\n{"), 3, "standard input:2: not JSON"),
     "revert what is not applied": (lambda w, _: ("revert", w.patch, "--model", w.model), 6, "not applied here"),
 }  # fmt: skip
 
@@ -319,6 +341,32 @@ def test_bad_input(
     assert "Traceback" not in shown.err and shown.out == ""
     assert code == 130 or "→" in shown.err, "every error says what to do next"
     assert world.state() == before, "nothing lost, nothing half-written"
+
+
+def test_one_fact_without_a_file_is_that_of_a_file(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = []
+    for given in (None, LINE, CSV):
+        assert run(*(piped(world, monkeypatch, given) if given else one_fact(world)), "--overwrite") == 0
+        ids.append(Patch.load(world.folder / "new.safetensors").id)
+    for args in (world.edit(), one_fact(world)):
+        assert run(*args, "--overwrite") == 0
+        ids.append(Patch.load(world.folder / "new.safetensors").id)
+    assert len(set(ids)) == 1
+
+
+def test_warnings_of_libraries_do_not_reach_the_user(world: World, capfd: pytest.CaptureFixture[str]) -> None:
+    done = subprocess.run([sys.executable, "-m", "mosectl", *map(str, world.edit())], capture_output=True, text=True)
+    assert done.returncode == 0 and "Warning" not in done.stderr and "deprecated" not in done.stderr, done.stderr
+
+
+def test_the_help_page_has_panels_and_the_shell_completes(capsys: pytest.CaptureFixture[str]) -> None:
+    names = [c.name for c in app.app.registered_commands]
+    assert names[:1] == ["edit"] and len(names) == len(set(names)) == 20
+    assert {c.rich_help_panel for c in app.app.registered_commands} == set(app.PANELS)
+    env = {**os.environ, "_MOSECTL_COMPLETE": "complete_bash", "COMP_WORDS": "mosectl tr", "COMP_CWORD": "1"}
+    start = "import sys; sys.argv = ['mosectl']; from mosectl.cli.main import main; main()"
+    shown = subprocess.run([sys.executable, "-c", start], env=env, capture_output=True, text=True)
+    assert shown.stdout.split() == ["train-editor"], shown.stderr
 
 
 def test_windows_facts_and_bom_are_fine(world: World) -> None:
@@ -454,7 +502,7 @@ def test_an_output_that_cannot_be_is_told_before_the_work(tmp_path: Path, capsys
 def test_every_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     import typer
 
-    commands = typer.main.get_command(params.app).commands  # type: ignore[attr-defined]
+    commands = typer.main.get_command(app.app).commands  # type: ignore[attr-defined]
     assert len(commands) >= 18
     for name in commands:
         assert run(name, "--help") == 0 and "Usage" in capsys.readouterr().out, name

@@ -140,7 +140,7 @@ def test_no_decomposition_of_what_is_not_finite(capfd: pytest.CaptureFixture[str
 
 SCRIPT = """
 import os, sys, warnings
-from mosectl.cli import app as cli
+from mosectl.cli import main as cli
 def app(standalone_mode):
     os.write(1, b"Intel MKL ERROR: Parameter 4 was incorrect\\n")
     print('{"a": 1}')

@@ -16,7 +16,7 @@ from conftest import DEMO, ROOT
 from golden import check, check_json, text
 from test_cli import run
 
-from mosectl.cli.params import app
+from mosectl.cli.app import app
 from mosectl.patch.change import Change
 from mosectl.patch.file import Patch
 

@@ -21,7 +21,7 @@ from test_stack import hashes, patch_for
 
 from mosectl.checkpoints.apply import apply, revert
 from mosectl.checkpoints.audit import verify
-from mosectl.cli import app
+from mosectl.cli import main as cli
 from mosectl.errors import OutputError, UsageError
 from mosectl.measure.sandbox import bounded
 from mosectl.model import chat_worker
@@ -41,7 +41,7 @@ def mosectl(*args: object) -> tuple[int, str]:
     sys.argv = ["mosectl", *map(str, args)]
     with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
         try:
-            app.main()
+            cli.main()
         except SystemExit as e:
             return int(e.code or 0), " ".join(told.getvalue().split())
     raise AssertionError("main() has not ended")

@@ -1,4 +1,4 @@
-"""`mosectl bench`: the command line of a bench. Imported by cli.py, whose options it shares."""
+"""`mosectl bench`: the command line of a bench."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mosectl.cli.params import Device, Dtype, Json, OnError, app
+from mosectl.cli.params import Device, Dtype, Json, OnError
 from mosectl.errors import OutputError
 
 if TYPE_CHECKING:
     from mosectl.bench.runner import Progress
 
 
-@app.command()
 def bench(
     config: Annotated[str, typer.Argument(help="Configuration, .yaml; see examples/bench-small.yaml.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the results; finished cells in it are kept.")],

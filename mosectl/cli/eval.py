@@ -1,4 +1,4 @@
-"""`mosectl eval`: the command line of an evaluation. Imported by cli.py, whose options it shares."""
+"""`mosectl eval`: the command line of an evaluation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mosectl.cli.params import Chat, Device, Dtype, Force, Json, Limit, OnError, Revision, app, file_option
+from mosectl.cli.params import FACTS, Chat, Device, Dtype, Force, Json, Limit, OnError, Revision, file_option
 from mosectl.errors import UsageError
 
 if TYPE_CHECKING:
@@ -18,10 +18,9 @@ if TYPE_CHECKING:
     from mosectl.storage.places import Place
 
 
-@app.command("eval")
 def evaluate(
     what: Annotated[str, typer.Argument(metavar="MODEL_OR_PATCH", help="Patch file; or model folder or hub id.")],
-    facts: Annotated[str, typer.Argument(help="Facts file: .jsonl, .json or .csv.")],
+    facts: Annotated[str, typer.Argument(help=FACTS)],
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="The patch's model; default: the one the patch names.")
     ] = None,

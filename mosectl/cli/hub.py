@@ -1,4 +1,4 @@
-"""push and pull. Imported by cli.py, whose options it shares."""
+"""push and pull."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from typing import Annotated
 
 import typer
 
-from mosectl.cli.params import FILE, Json, Revision, app
+from mosectl.cli.params import FILE, Json, Revision
 from mosectl.text.shown import word
 
 
-@app.command()
 def push(
     patch: Annotated[str, typer.Argument(help="Patch file, or trained editor.")],
     repo: Annotated[str, typer.Argument(help="Repository on the Hugging Face Hub, user/name; made if there is none.")],
@@ -38,7 +37,6 @@ def push(
         )
 
 
-@app.command()
 def pull(
     place: Annotated[
         str, typer.Argument(help="hf://user/repo, hf://user/repo@revision, or either with /file.safetensors.")

@@ -1,4 +1,4 @@
-"""The typer application and the options that commands share."""
+"""Options that commands share, and what typer is told about files to write."""
 
 from __future__ import annotations
 
@@ -8,20 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mosectl._version import __version__
 from mosectl.errors import OutputError
-
-app = typer.Typer(
-    name="mosectl",
-    help="Edit facts in open language models with orthogonal, portable, revertible patches.",
-    epilog="Exit codes: 0 done, 1 bug, 2 usage, 3 facts file, 4 model, 5 patch, 6 wrong base, 7 output, "
-    "8 nothing changed, or harm refused, 9 Hub, 10 below --fail-under, 11 stopped early, 12 patches conflict, 130 Ctrl-C, "
-    "141 closed pipe.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
-)
 
 Model = Annotated[str, typer.Option("--model", "-m", help="Model folder or hub id.")]
 Revision = Annotated[str | None, typer.Option(help="Commit, tag or branch of a hub model.")]
@@ -60,21 +47,7 @@ def file_option(option: str = "-o") -> dict[str, Any]:
 
 
 FILE = file_option()
-
-
-def _version(value: bool) -> None:
-    if value:
-        typer.echo(f"mosectl {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _root(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
-    ] = False,
-) -> None:
-    pass
+FACTS = "Facts file: .jsonl, .json or .csv; - for standard input."
 
 
 def named(phase: str, on_step: Any) -> Any:

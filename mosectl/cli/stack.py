@@ -1,4 +1,4 @@
-"""The commands about patches on folders and among each other, apply to export. Imported by cli.py for its options."""
+"""The commands about patches on folders and among each other, apply to export."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mosectl.cli.params import FILE, Device, Dtype, Force, Json, Model, Revision, app, named, output_file
+from mosectl.cli.params import FILE, Device, Dtype, Force, Json, Model, Revision, named, output_file
 from mosectl.errors import ConflictError, PatchError, UsageError
 
 if TYPE_CHECKING:
@@ -34,7 +34,6 @@ def _told(found: Sequence[Conflict], allow: bool, as_json: bool) -> None:
         raise ConflictError(what, where=bad[0].where, fix=fix)
 
 
-@app.command()
 def apply(
     patches: Annotated[list[str], typer.Argument(help="Patch files, applied in this order.")],
     model: Model,
@@ -99,7 +98,6 @@ def apply(
     console.data(done) if as_json else terminal.applied(done, "Applied")
 
 
-@app.command()
 def revert(
     what: Annotated[
         str, typer.Argument(metavar="PATCH|DIR", help="Patch file or 6 or more digits of its id; or the edited folder.")
@@ -138,7 +136,6 @@ def revert(
     console.data(done) if as_json else terminal.applied(done, "Reverted")
 
 
-@app.command()
 def log(folder: Folder, as_json: Json = False) -> None:
     """Which patches an edited folder holds, with which facts, and where their order matters."""
     from mosectl.checkpoints.audit import history, history_tables
@@ -148,7 +145,6 @@ def log(folder: Folder, as_json: Json = False) -> None:
     console.data(found) if as_json else console.tables(history_tables(found))
 
 
-@app.command()
 def verify(
     folder: Folder,
     base: Annotated[str | None, typer.Option(help="The unedited model, if it is not where the journal says.")] = None,
@@ -171,7 +167,6 @@ def verify(
         )
 
 
-@app.command()
 def blame(
     prompt: Annotated[str, typer.Argument(help="The prompt.")],
     folder: Folder,
@@ -196,7 +191,6 @@ def blame(
     console.data({"patches": ids, **vars(found)}) if as_json else console.tables([grid])
 
 
-@app.command()
 def merge(
     patches: Annotated[list[str], typer.Argument(help="Patch files, in the order they would be applied.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Patch file to write.", **FILE)],
@@ -223,7 +217,6 @@ def merge(
         console.hint(f"patch {merged.id[:12]} → {out} ({console.size(out.stat().st_size)}), {len(merged.facts)} facts")
 
 
-@app.command()
 def diff(
     first: Annotated[str, typer.Argument(help="Patch file.")],
     second: Annotated[str, typer.Argument(help="Patch file.")],
@@ -239,7 +232,6 @@ def diff(
     console.data(found) if as_json else console.tables(difference_tables(found))
 
 
-@app.command()
 def export(
     patches: Annotated[list[str], typer.Argument(help="Patch files, in this order.")],
     model: Model,

@@ -7,11 +7,10 @@ from typing import Annotated
 
 import typer
 
-from mosectl.cli.params import FILE, Corpus, Device, Dtype, Json, Model, Revision, app, named
+from mosectl.cli.params import FILE, Corpus, Device, Dtype, Json, Model, Revision, named
 from mosectl.text.shown import word
 
 
-@app.command()
 def stats(
     model: Model,
     layers: Annotated[str, typer.Option(help="all, or layers such as 19,20,21.")] = "all",
@@ -36,7 +35,6 @@ def stats(
         ) if as_json else terminal.statistics(found)
 
 
-@app.command()
 def sample(
     model: Model,
     out: Annotated[Path, typer.Option("--out", "-o", help="Text file to write, one sample a line.", **FILE)],

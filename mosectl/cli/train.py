@@ -1,4 +1,4 @@
-"""`mosectl train-editor`. Imported by cli.py, whose options it shares."""
+"""`mosectl train-editor`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from mosectl.cli.params import (
     Model,
     OnError,
     Revision,
-    app,
     file_option,
     named,
 )
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
     from mosectl.storage.places import Place
 
 
-@app.command("train-editor")
 def train_editor(
     facts: Annotated[str, typer.Argument(help="Facts to train on, hundreds or thousands; not those to be edited.")],
     model: Model,

@@ -74,7 +74,9 @@ def options_from(settings: Sequence[str], **given: Any) -> EditOptions:
             raise UsageError(f"--set {setting}: method '{solver.name}' has no such setting", fix=f"it has: {names}")
         lowest, highest = (-1, 1) if name == "aim" else (0, float("inf"))
         if not lowest <= number <= highest:  # NaN too
-            fix = "-1, 0 or 1: see docs/explanation/methods.md" if name == "aim" else "give a number that is not negative"
+            fix = (
+                "-1, 0 or 1: see docs/explanation/methods.md" if name == "aim" else "give a number that is not negative"
+            )
             raise UsageError(f"--set {setting}: out of range", fix=fix)
         if name in searching:
             raise UsageError(f"--set {setting}: '{solver.name}' has its own way to values", fix="leave it out")

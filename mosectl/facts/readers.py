@@ -11,16 +11,19 @@ import difflib
 import io
 import json
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from mosectl.errors import FactsError
-from mosectl.storage.inputs import MAX_VALUES, parse_json, read_bytes
+from mosectl.storage.inputs import MAX_JSON, MAX_VALUES, parse_json, read_bytes
 
 MAX_LINE = 100_000  # characters; no fact is that long, a wrong file often is
 MAX_ENTRIES = 1_000_000
+STDIN = Path("-")
+FIX = "check the path; facts are .jsonl, .json or .csv"
 WRAPPERS = ("facts", "data")
 SAMPLE = 'give lines like {"prompt": …, "subject": …, "target_new": …}'
 _OTHER_NAMES = {  # what people write for a required field, where the spelling alone does not tell
@@ -42,8 +45,10 @@ def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
     Raises:
         FactsError: the file as a whole cannot be read.
     """
-    text = _text(path)
-    suffix, start = path.suffix.lower(), text.lstrip()[:1]
+    piped = path == STDIN
+    path = shown(path)
+    text = _text(path, _stdin() if piped else read_bytes(path, FactsError, FIX))
+    suffix, start = ".csv" if piped else path.suffix.lower(), text.lstrip()[:1]
     if start not in ("[", "{") and suffix in (".csv", ".tsv"):
         rows = _csv_rows(path, text)
     elif start in ("[", "{") or suffix in (".jsonl", ".json"):
@@ -56,8 +61,12 @@ def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
         yield row
 
 
-def _text(path: Path) -> str:
-    data = read_bytes(path, FactsError, "check the path; facts are .jsonl, .json or .csv")
+def shown(path: Path) -> Path:
+    """A facts file's name in messages."""
+    return Path("standard input") if path == STDIN else path
+
+
+def _text(path: Path, data: bytes) -> str:
     _refuse_binary(path, data)
     bom = 3 * data.startswith(b"\xef\xbb\xbf")
     try:
@@ -68,6 +77,16 @@ def _text(path: Path) -> str:
     if not text.strip():
         raise bad(path, "is empty", SAMPLE)
     return text
+
+
+def _stdin() -> bytes:
+    """What is piped in, of bounded size; a person at a terminal would wait for nothing."""
+    if sys.stdin is None or sys.stdin.closed or sys.stdin.isatty():
+        raise bad("standard input", "no facts are piped in", "mosectl edit - … < facts.jsonl, or give a file")
+    data = sys.stdin.buffer.read(MAX_JSON + 1)
+    if len(data) > MAX_JSON:
+        raise bad("standard input", f"more than {MAX_JSON:,} bytes", "split it")
+    return data
 
 
 def _refuse_binary(path: Path, data: bytes) -> None:

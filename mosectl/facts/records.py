@@ -27,7 +27,7 @@ from typing import Any
 from mosectl.errors import FactsError, UsageError
 from mosectl.facts.entries import MOST_UNKNOWN, Entry, nearest, short, unused
 from mosectl.facts.readers import MAX_LINE as MAX_LINE
-from mosectl.facts.readers import SAMPLE, bad, read_rows
+from mosectl.facts.readers import SAMPLE, bad, read_rows, shown
 from mosectl.facts.words import is_word, last_word, surrounding
 from mosectl.facts.words import join as join
 from mosectl.text.shown import word
@@ -86,6 +86,7 @@ def read_facts(path: str | Path, on_error: str = "fail", limit: int | None = Non
     """Read and check a facts file.
 
     Args:
+        path: "-" is standard input.
         on_error: "fail" raises at the end of the check, "skip" leaves bad lines out, "report" returns them as problems.
         limit: take the first ``limit`` entries only; those behind are not checked.
     Raises:
@@ -96,12 +97,12 @@ def read_facts(path: str | Path, on_error: str = "fail", limit: int | None = Non
         raise UsageError(f"--on-error {on_error}: no such way", fix="choose fail or skip")
     if limit is not None and limit < 1:
         raise UsageError(f"--limit {limit}: out of range", fix="give 1 or more")
-    path = Path(path)
+    file, path = Path(path), shown(Path(path))
     facts: dict[str, Fact] = {}  # by prompt
     problems: list[Problem] = []
     unknown: Counter[str] = Counter()  # fields that are not used
     entries = unusable = 0
-    for where, row in read_rows(path):
+    for where, row in read_rows(file):
         entries += 1
         try:
             fact = _fact(row, where, problems, unknown)
@@ -126,6 +127,17 @@ def read_facts(path: str | Path, on_error: str = "fail", limit: int | None = Non
     if not facts and on_error == "skip":
         raise bad(path, f"none of the {entries} entries is usable", f"run: mosectl check {word(path)}")
     return FactsReport(tuple(facts.values()), tuple(problems), unusable)
+
+
+def one_fact(prompt: str, subject: str, target: str) -> FactsReport:
+    """One fact as options state it, checked as a line of a file is.
+
+    Raises:
+        FactsError: the subject is not in the prompt, or a text is empty or not usable.
+    """
+    problems: list[Problem] = []
+    row = {"prompt": prompt, "subject": subject, "target_new": target}
+    return FactsReport((_fact(row, "the fact given", problems, Counter()),), tuple(problems), 0)
 
 
 def fact_from_dict(row: Mapping[str, Any], source: str) -> Fact:

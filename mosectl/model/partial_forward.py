@@ -33,6 +33,7 @@ class Past:
     mask: Tensor  # (B, P)
     still: Tensor  # (B,) how many tokens of each row they stand for
     placed: bool  # the model takes position_ids
+    cache: str  # the argument that takes keys and values: "cache", in older transformers "past_key_values"
 
     @staticmethod
     @torch.no_grad()
@@ -44,13 +45,14 @@ class Past:
         ids = batch.input_ids.gather(1, column.clamp_min(0))
         mask = (column >= 0).long()
         cache = DynamicCache()
-        placed = "position_ids" in inspect.signature(model.forward).parameters
+        taken = inspect.signature(model.forward).parameters
+        placed, name = "position_ids" in taken, "cache" if "cache" in taken else "past_key_values"
         place = {"position_ids": column.clamp_min(0)} if placed else {}
         with logits_at(model, torch.zeros_like(still)[:, None]):
-            model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **place)
+            model(input_ids=ids, attention_mask=mask, use_cache=True, **{name: cache}, **place)
         pairs = [(getattr(x, "keys", None), getattr(x, "values", None)) for x in cache.layers]
         states = [(k, v) if isinstance(k, Tensor) and isinstance(v, Tensor) and k.numel() else None for k, v in pairs]
-        return Past(states, mask, still, placed)
+        return Past(states, mask, still, placed, name)
 
     def kwargs(self, rows: Tensor, batch: Batch) -> dict[str, Any]:
         """What to call the model with for the tokens behind the past of some rows."""
@@ -63,7 +65,7 @@ class Past:
                 cache.update(keys, values, layer)
         mask = torch.cat([self.mask[rows], batch.attention_mask], 1)
         place = torch.arange(batch.input_ids.shape[1], device=rows.device) + self.still[rows][:, None]
-        whole = {"input_ids": batch.input_ids, "attention_mask": mask, "past_key_values": cache, "use_cache": True}
+        whole = {"input_ids": batch.input_ids, "attention_mask": mask, self.cache: cache, "use_cache": True}
         return {**whole, "position_ids": place} if self.placed else whole
 
 
