@@ -23,12 +23,12 @@ import typer
 # All of mosectl that is read here: where modules move, only this block changes.
 from mosectl import errors
 from mosectl.cli import app as cli
-from mosectl.editing import methods, options, targets
+from mosectl.editing import methods, options, settings, targets
 
 APP = cli.app
-METHODS, method = methods.NAMES, methods.method
+METHODS, method = methods.built_in(), methods.method
 EditOptions, default_options, options_from = options.EditOptions, options.default_options, options.options_from
-TargetOptions = targets.TargetOptions
+TargetOptions, WORDS = targets.TargetOptions, settings.WORDS
 
 REFERENCE = Path(__file__).parent / "reference"
 WRITTEN = "<!-- Written by docs/generate.py from the code. Change the code, then run: python docs/generate.py -->\n"
@@ -187,7 +187,7 @@ def settings_page() -> str:
     parts = [
         WRITTEN,
         "# Settings\n",
-        "`--set NAME=NUMBER` sets them on the command line and may be repeated; a wrong name lists those that the method\n"
+        "`--set NAME=VALUE` sets them on the command line and may be repeated; a wrong name lists those that the method\n"
         "has. `mosectl inspect PATCH` shows those a patch was made with. What the symbols mean:\n"
         "[Methods](../explanation/methods.md). Options of their own (`--rounds`, `--layers`, `--batch-size`, …) are on the\n"
         "page [Commands](commands.md#mosectl-edit).\n",
@@ -214,9 +214,9 @@ def settings_page() -> str:
 def methods_row(name: str) -> tuple[str, ...]:
     m = method(name)
     values = {
-        "layer": "a target for each edited layer",
+        "per-layer": "a target for each edited layer",
         "spread": "one target at the topmost edited layer, its residual spread over the layers",
-        "fit": "trains on the model itself",
+        "none": "trains on the model itself",
     }
     holds = {
         "both": "rotations on both sides",
@@ -224,9 +224,9 @@ def methods_row(name: str) -> tuple[str, ...]:
         "input": "a rotation of the input",
         "additive": "a low-rank matrix that is added",
     }
-    by = f"a trained network (`--editor`, [`train-editor --method {m.trained}`](commands.md#mosectl-train-editor))"
+    by = f"a trained network (`--editor`, [`train-editor --method {m.editor}`](commands.md#mosectl-train-editor))"
     source = re.sub(r"arXiv (\d+\.\d+)", r"[\1](https://arxiv.org/abs/\1)", m.source).replace("mosectl", "this project")
-    return f"`{name}`", holds.get(m.side, m.side), by if m.trained else values.get(m.kind, m.kind), source
+    return f"`{name}`", holds.get(m.side, m.side), by if m.editor else values[m.placement], source
 
 
 def settings_of(name: str) -> list[str]:
@@ -266,43 +266,18 @@ def setting(name: str, which: str) -> Any:
 def own_rows(own: dict[str, list[str]]) -> list[tuple[str, ...]]:
     rows = []
     for name in METHODS:
-        for which, value in method(name).defaults.items():
-            what = described(name, which)
-            rows.append((f"`{name}`", f"`{which}`", number(float(value)), cell(FULLER.get(which, what))))
+        for which, option in method(name).options.items():
+            rows.append((f"`{name}`", f"`{which}`", number(float(option.default)), cell(option.help)))
     return rows
-
-
-def described(name: str, which: str) -> str:
-    """What the docstring of a method says of a setting behind "Options:"; else what another method's says.
-
-    Raises:
-        LookupError: none does.
-    """
-    for other in (name, *METHODS):
-        _, _, told = (inspect.getdoc(method(other).run) or "").partition("Options: ")
-        names = "|".join(map(re.escape, method(other).defaults)) or "$^"
-        pieces = re.split(rf"``({names})``", " ".join(told.split("\n\n")[0].split()))
-        found = dict(zip(pieces[1::2], pieces[2::2], strict=True))
-        if which in found:
-            return found[which].strip(" ,;.")
-    raise LookupError(f"no docstring describes the setting '{which}' of '{name}'")
 
 
 # What the code does not say yet, or only in the middle of a sentence.
 UNSAID = {"steps": "optimiser steps of a target, at most"}
-FULLER = {
-    "iterations": "Newton steps, at most",
-    "tolerance": "relative gain of a Newton step below which they end",
-    "blocks": "blocks of the rotation",
-    "steps_oft": "steps of Adam",
-    "rate": "Adam's learning rate",
-    "keep": "share of the entries that change, between 0 and 1: those of largest relative change",
-}
 
 
 def comments(cls: type) -> dict[str, str]:
     """What the comments of a dataclass say of its number fields: behind the field, or in the lines before it."""
-    fields = {f.name for f in dataclasses.fields(cls) if f.type in ("int", "float")}
+    fields = {f.name for f in dataclasses.fields(cls) if f.type in ("int", "float") or f.name in WORDS}
     found: dict[str, str] = {}
     before: list[str] = []
     name = ""

@@ -504,7 +504,7 @@ def write_card(result: dict, training: dict) -> None:
             smoothing=SMOOTHING,
             masked=MASKED,
             read=READ,
-            drop=" | ".join(f"{p:.2f}" for p in FFN_DROP),
+            nats_per_step=" | ".join(f"{p:.2f}" for p in FFN_DROP),
             heads=" | ".join(map(str, range(len(FFN_DROP)))),
             rule="---|" * len(FFN_DROP),
             ratios=ratios,

@@ -51,7 +51,7 @@ QUICK = ["--layers", "0,1", "--rounds", 1, "--corpus", FOLDER / "corpus.txt"]
 for s in (
     "preserve=0.0001",
     "step_size=0.3",
-    "fisher=0",
+    "optimizer=adam",
     "margin=3",
     "decay=0",
     "kl_weight=0",

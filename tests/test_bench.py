@@ -32,7 +32,16 @@ from mosectl.measure.answers import interview, judge
 from mosectl.measure.bootstrap import measure
 from mosectl.text.jsonable import jsonable
 
-EASY = ["preserve=0.0001", "prefixes=0", "reach=4", "fisher=0", "step_size=0.3", "margin=3", "decay=0", "kl_weight=0"]
+EASY = [
+    "preserve=0.0001",
+    "prefixes=0",
+    "max_displacement=4",
+    "optimizer=adam",
+    "step_size=0.3",
+    "margin=3",
+    "decay=0",
+    "kl_weight=0",
+]
 OTHERS = [
     {"prompt": "The old cello plays", "subject": "cello", "target_new": "in"},
     {"prompt": "She was born near Quill", "subject": "Quill", "target_new": "and"},
@@ -180,7 +189,7 @@ def test_dates_are_texts_and_aliases_are_taken(world: World) -> None:
     config += """
 models: [2024-01-01]
 methods:
-  - &first {name: isospectral, set: &easy [preserve=1, fisher=0], label: 2024-01-02}
+  - &first {name: isospectral, set: &easy [preserve=1, optimizer=adam], label: 2024-01-02}
   - {<<: *first, label: again}
   - {name: mose, set: *easy, label: 12:30:45}
 """
@@ -470,6 +479,6 @@ def test_numbers_that_are_not_finite(world: World) -> None:
 
 def test_the_example_is_a_good_configuration() -> None:
     plan = read_bench(ROOT / "examples" / "bench-small.yaml")
-    untrained = {name for name in methods.NAMES if not methods.method(name).trained}
+    untrained = {name for name in methods.names() if not methods.method(name).editor}
     assert {m.options.method for m in plan.methods} == untrained
     assert Path(plan.model_path(plan.models[0])) == ROOT / "examples" / "demo-model"

@@ -38,7 +38,7 @@ EASY = [
     "--set",
     "prefixes=0",
     "--set",
-    "reach=4",
+    "max_displacement=4",
 ]
 EASY += [x for s in ("step_size=0.3", "margin=3", "decay=0", "kl_weight=0") for x in ("--set", s)]
 

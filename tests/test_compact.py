@@ -115,7 +115,7 @@ def world(d: int = 24, p: int = 60, n: int = 4) -> tuple[Tensor, Tensor, Tensor]
         p_, W=W0, W0=W0, C=C, P=torch.zeros(p, p).double(), Q=torch.zeros(d, p).double(), K=K, V=V,
         weight=torch.ones(n).double(), options={**p_.options, "preserve": 1.0},
     )  # fmt: skip
-    return W0, method("isospectral").solve(asked), C + K @ K.T
+    return W0, method("isospectral").update(asked), C + K @ K.T
 
 
 def test_a_compact_pair_of_rotations_keeps_effect_and_spectrum() -> None:

@@ -31,7 +31,7 @@ class Stage:
         self.ps = list(arch.projections[:1])
         c = self.contexts = build_contexts(self.model, self.tokenizer, FACTS, ("",))
         self.base = {p.name: p.oriented(weight_of(self.model, p).detach()).double() for p in self.ps}
-        options = TargetOptions(steps=60, margin=2.0, sphere=0, step_size=0.1)
+        options = TargetOptions(steps=60, margin=2.0, preserve_norm=0, step_size=0.1)
         V = optimise_targets(self.model, arch, self.ps, c, options).V[0].double().T
         (k,) = keys_at(self.model, self.ps, c.batch.rows(c.edit_rows), c.subject[c.edit_rows])
         W, K = self.base[self.ps[0].name], k.double().T

@@ -16,7 +16,8 @@ import mosectl
 from mosectl.editing import second_moments as stats
 from mosectl.editing.contexts import Contexts, build_contexts
 from mosectl.editing.guard import canaries, harm, health
-from mosectl.editing.methods import NAMES, LayerProblem, method
+from mosectl.editing.methods import method, names
+from mosectl.editing.methods.base import LayerProblem
 from mosectl.editing.options import EditOptions, default_options, options_from
 from mosectl.editing.second_moments import _keys, second_moments
 from mosectl.editing.targets import TargetOptions, Targets, displaced, optimise_targets
@@ -42,7 +43,7 @@ FEW = EditOptions(
     layers="0,1,2",
     prefixes=0,
     solver={"preserve": 1e-4},
-    targets=TargetOptions(fisher=0, step_size=0.3, margin=3.0, decay=0.0, kl_weight=0.0),
+    targets=TargetOptions(optimizer="adam", step_size=0.3, margin=3.0, decay=0.0, kl_weight=0.0),
 )
 
 
@@ -108,7 +109,9 @@ def test_targets_lie_on_the_sphere_and_converged_facts_leave(tokenizer: object) 
     facts = [fact_from_dict(f, "x") for f in FACTS]
     contexts = build_contexts(model, tokenizer, facts, ["", "A cello. "])
     rows = contexts.edit_rows
-    found = optimise_targets(model, arch, projections, contexts, TargetOptions(steps=30, reach=3.0, margin=3.0))
+    found = optimise_targets(
+        model, arch, projections, contexts, TargetOptions(steps=30, max_displacement=3.0, margin=3.0)
+    )
     keys = keys_at(model, projections, contexts.batch.rows(rows), contexts.subject[rows])
     H = [k @ model.get_submodule(p.name).weight.T for k, p in zip(keys, projections, strict=True)]
     assert torch.allclose(found.V[0].norm(dim=-1), H[0].norm(dim=-1), rtol=1e-4)
@@ -116,7 +119,7 @@ def test_targets_lie_on_the_sphere_and_converged_facts_leave(tokenizer: object) 
     easy = optimise_targets(model, arch, projections, contexts, TargetOptions(steps=30, margin=-100.0))
     assert easy.converged.all() and (easy.steps == 0).all() and torch.allclose(easy.V[0], H[0], atol=1e-5)
     alone = optimise_targets(
-        model, arch, projections, contexts, TargetOptions(steps=30, reach=3.0, margin=3.0, max_rows=3)
+        model, arch, projections, contexts, TargetOptions(steps=30, max_displacement=3.0, margin=3.0, max_rows=3)
     )
     assert torch.allclose(alone.V[0], found.V[0], atol=1e-3), "facts are independent of their batch"
     assert all(p.requires_grad for p in model.parameters())
@@ -126,7 +129,7 @@ def test_displaced() -> None:
     h, delta = torch.randn(3, 8), torch.randn(3, 8)
     assert torch.allclose(displaced(h, delta).norm(dim=-1), h.norm(dim=-1))
     assert torch.allclose(displaced(h, torch.zeros(3, 8)), h, atol=1e-6)
-    assert torch.allclose(displaced(h, delta, sphere=False), h + h.norm(dim=-1, keepdim=True) * delta)
+    assert torch.allclose(displaced(h, delta, preserve_norm=False), h + h.norm(dim=-1, keepdim=True) * delta)
 
 
 def test_nothing_changed_is_an_error(corpus: str) -> None:
@@ -255,15 +258,20 @@ def test_demo_model_quality() -> None:
 def test_defaults_follow_the_method() -> None:
     assert default_options() == EditOptions() and options_from([]) == EditOptions()
     mose = options_from(["margin=5"], method="mose")
-    assert mose.method == "mose" and mose.relax == 0.8 and mose.targets.margin == 5.0 and mose.targets.reach == 1.5
+    assert (
+        mose.method == "mose"
+        and mose.preservation_decay == 0.8
+        and mose.targets.margin == 5.0
+        and mose.targets.max_displacement == 1.5
+    )
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n != "isospectral" and not method(n).trained])
+@pytest.mark.parametrize("name", [n for n in names() if n != "isospectral" and not method(n).editor])
 def test_every_method_edits_and_ships_what_it_measured(name: str, corpus: str, tmp_path: Path) -> None:
     """Through the whole path: the patch alone gives the weights that were measured, and the answer changes."""
     model, tokenizer = pico("llama"), make_tokenizer()
     solver = {k: v for k, v in {"preserve": 1e-4, "rate": 0.02, "keep": 0.9}.items() if k in method(name).defaults}
-    aims = replace(FEW.targets, sphere=int(name in ("mose", "oft")))
+    aims = replace(FEW.targets, preserve_norm=int(name in ("mose", "oft")))
     options = replace(
         default_options(name), corpus=corpus, layers="0,1", prefixes=0, solver=solver, targets=aims, guard=0
     )
@@ -285,8 +293,11 @@ def test_targets_can_be_spread_or_one_a_layer(corpus: str, monkeypatch: pytest.M
     monkeypatch.setattr(
         "mosectl.editing.session.optimise_targets", lambda *a: asked.append(len(a[2])) or optimise_targets(*a)
     )
-    for name, aim, layers in (("memit", -1, 1), ("memit", 0, 2), ("mose", -1, 2), ("mose", 1, 1)):
-        options = replace(default_options(name), corpus=corpus, layers="0,1", prefixes=0, rounds=1, aim=aim, guard=0)
+    own, each, top = "method", "per-layer", "spread"
+    for name, placement, layers in (("memit", own, 1), ("memit", each, 2), ("mose", own, 2), ("mose", top, 1)):
+        options = replace(
+            default_options(name), corpus=corpus, layers="0,1", prefixes=0, rounds=1, placement=placement, guard=0
+        )
         mosectl.edit(FACTS[:1], pico("llama"), make_tokenizer(), options=options, refuse=False)
         assert set(asked) == {layers}
         asked.clear()
@@ -328,16 +339,17 @@ def test_the_guard_sees_collapse(tokenizer: object) -> None:
 
 def test_settings_that_do_not_fit_are_told_apart() -> None:
     for given, name, message in (
-        ("aim=7", None, "out of range"),
-        ("aim=7", "memit", "out of range"),
-        ("aim=1", "oft", "its own way to values"),
-        ("protect=-1", None, "out of range"),
+        ("placement=top", None, "choose one of: method, per-layer, spread"),
+        ("placement=1", "memit", "choose one of"),
+        ("placement=spread", "oft", "its own way to values"),
+        ("previous_edit_weight=-1", None, "out of range"),
         ("spread=0", "memit", "'memit' has no such setting"),
     ):
-        with pytest.raises(UsageError, match=message) as e:
+        with pytest.raises(UsageError) as e:
             options_from([given], method=name)
+        assert message in f"{e.value.what} {e.value.fix}"
         assert e.value.fix
-    assert options_from([], method="memit").rehearse == 0.0 and options_from([]).rehearse == 1.0
+    assert options_from([], method="memit").replay_margin == 0.0 and options_from([]).replay_margin == 1.0
     for name, targets, message in (("memit", "best", "no such way"), ("oft", "gradient", "its own way to values")):
         with pytest.raises(UsageError, match=message):
             options_from([], method=name, targets=targets)
@@ -345,8 +357,8 @@ def test_settings_that_do_not_fit_are_told_apart() -> None:
 
 @pytest.mark.parametrize("name", ["isospectral", "mose", "memit"])
 def test_gradient_targets_take_one_backward_a_batch(name: str, corpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    o = options_from(["drop=4", "guard=0"], method=name, targets="gradient", corpus=corpus)
-    assert (o.rounds, o.targets.steps, o.targets.fisher, o.targets.drop) == (1, 1, 1, 4.0)
+    o = options_from(["nats_per_step=4", "guard=0"], method=name, targets="gradient", corpus=corpus)
+    assert (o.rounds, o.targets.steps, o.targets.optimizer, o.targets.nats_per_step) == (1, 1, "natural-gradient", 4.0)
     assert options_from([], method=name, targets="gradient", rounds=3).rounds == 3
     backwards: list[int] = []
     real = torch.autograd.grad
@@ -377,11 +389,13 @@ def test_facts_that_do_not_hold_weigh_more_in_the_next_round(corpus: str, monkey
     monkeypatch.setattr("mosectl.editing.session.Session._solved", solved)
     for name in ("isospectral", "memit"):
         usual = default_options(name)
-        options = replace(usual, corpus=corpus, layers="1", prefixes=0, wordings=0, rounds=3, insist=2.0, guard=0)
+        options = replace(
+            usual, corpus=corpus, layers="1", prefixes=0, wordings=0, rounds=3, unreached_weight_growth=2.0, guard=0
+        )
         mosectl.edit(FACTS, model, tokenizer, options=options, refuse=False)
         assert weights == [[1.0, 1.0], [2.0, 1.0], [4.0, 1.0]], name
         weights.clear()
-    assert default_options("memit").insist == 1.0 and EditOptions().insist > 1
+    assert default_options("memit").unreached_weight_growth == 1.0 and EditOptions().unreached_weight_growth > 1
 
 
 def test_earlier_facts_that_slip_are_edited_with_the_next_batch(corpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -395,7 +409,7 @@ def test_earlier_facts_that_slip_are_edited_with_the_next_batch(corpus: str, mon
     monkeypatch.setattr("mosectl.editing.session.build_contexts", contexts)
     first, second = (f["prompt"] for f in FACTS)
     for below, again in ((0.0, [second]), (1e6, [second, first])):  # nothing leads by a million nats
-        options = few(corpus, layers="1", batch_size=1, rehearse=below)
+        options = few(corpus, layers="1", batch_size=1, replay_margin=below)
         mosectl.edit(FACTS, model, tokenizer, options=options, refuse=False)
         assert edited == [[first], again]
         edited.clear()
@@ -403,7 +417,7 @@ def test_earlier_facts_that_slip_are_edited_with_the_next_batch(corpus: str, mon
 
 def test_every_setting_is_documented() -> None:
     text = (ROOT / "docs" / "reference" / "settings.md").read_text()
-    known = {f.name for f in fields(TargetOptions)} | {n for name in NAMES for n in method(name).defaults}
+    known = {f.name for f in fields(TargetOptions)} | {n for name in names() for n in method(name).defaults}
     known |= {
         f.name for f in fields(EditOptions) if f.type in ("int", "float") and f.name not in ("batch_size", "seed")
     }

@@ -202,16 +202,16 @@ def test_facts_stream_through_in_parts(trained: Path, monkeypatch: pytest.Monkey
     W = {p.name: p.oriented(model.get_submodule(p.name).weight.detach()).double() for p in projections}
     solver = method("horse")
     asked: Any = (model, arch, projections, contexts, W, solver.defaults, editor)
-    whole = solver.run(*asked)
+    whole = solver.fit(*asked)
     monkeypatch.setattr("mosectl.editing.methods.horse.fitting", lambda *_: 2)
-    parts = solver.run(*asked)
+    parts = solver.fit(*asked)
     assert all(torch.allclose(parts[n], whole[n], atol=1e-6) for n in whole)
     K, G, _ = keys_and_gradients(model, projections, _rows_of(contexts))
     with torch.no_grad():
         shift = editor.net.shifts(K, editor.net(K, G))[0]
     name = projections[0].name
     assert torch.allclose((whole[name] - W[name]).float(), shift, atol=1e-4 * float(shift.abs().max()))
-    turned = method("horse-isospectral").run(*asked)[name]
+    turned = method("horse-isospectral").fit(*asked)[name]
     assert torch.allclose(torch.linalg.svdvals(turned), torch.linalg.svdvals(W[name]), rtol=1e-9)
     assert (turned - whole[name]).norm() < (W[name] - whole[name]).norm()
 
@@ -230,7 +230,7 @@ def test_editors_that_do_not_fit(trained: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises((UsageError, PatchError), match=message):
             edited(name, editor)
-    for setting in ("steps=3", "fisher=1", "aim=0"):
+    for setting in ("steps=3", "optimizer=natural-gradient", "placement=per-layer"):
         with pytest.raises(UsageError, match="own way to values"):
             options_from([setting], method="horse")
     with pytest.raises(UsageError, match="no such setting") as refused:

@@ -18,7 +18,7 @@ from test_editor import CORPUS, FACTS, FEW
 from test_state_file import FUZZ, flipped, mutated
 
 import mosectl
-from mosectl.cli.app import main
+from mosectl.cli.main import main
 from mosectl.editing.resume import KIND, RECORD, Progress, beside
 from mosectl.editing.session import Session
 from mosectl.errors import OutputError
@@ -32,7 +32,7 @@ ALL = [fact_from_dict(f, "x") for f in [*FACTS, THIRD]]
 @pytest.fixture
 def options(tmp_path: Path) -> Any:
     (tmp_path / "corpus.txt").write_text(CORPUS)
-    return replace(FEW, corpus=str(tmp_path / "corpus.txt"), batch_size=1, rehearse=5.0, protect=50.0)
+    return replace(FEW, corpus=str(tmp_path / "corpus.txt"), batch_size=1, replay_margin=5.0, previous_edit_weight=50.0)
 
 
 def interrupted(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
@@ -112,7 +112,7 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str
     """The state of an interrupted run, what it belongs to, and the shapes of the edited weights."""
     folder = tmp_path_factory.mktemp("begun")
     (folder / "corpus.txt").write_text(CORPUS)
-    how = replace(FEW, corpus=str(folder / "corpus.txt"), batch_size=1, protect=50.0)
+    how = replace(FEW, corpus=str(folder / "corpus.txt"), batch_size=1, previous_edit_weight=50.0)
     kept, taken = Progress(folder / "p.progress", resume=True), []
 
     def load(_: Progress, *given: Any) -> Any:
@@ -185,7 +185,15 @@ def test_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     (tmp_path / "corpus.txt").write_text(CORPUS)
 
     def edit(*more: str) -> int:
-        sets = ["preserve=0.0001", "step_size=0.3", "fisher=0", "margin=3", "decay=0", "kl_weight=0", "prefixes=0"]
+        sets = [
+            "preserve=0.0001",
+            "step_size=0.3",
+            "optimizer=adam",
+            "margin=3",
+            "decay=0",
+            "kl_weight=0",
+            "prefixes=0",
+        ]
         how = ["--layers", "0,1,2", "--batch-size", "1", "--corpus", str(tmp_path / "corpus.txt")]
         command = ["mosectl", "edit", str(facts), "--model", str(folder), "-o", str(out), *how]
         monkeypatch.setattr("sys.argv", [*command, *(x for s in sets for x in ("--set", s)), *more])

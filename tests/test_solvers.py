@@ -10,7 +10,8 @@ from conftest import make_tokenizer, pico
 from torch import Tensor
 
 from mosectl.editing.contexts import build_contexts
-from mosectl.editing.methods import NAMES, LayerProblem, method
+from mosectl.editing.methods import method, names
+from mosectl.editing.methods.base import LayerProblem
 from mosectl.editing.methods.oft import cayley
 from mosectl.errors import UsageError
 from mosectl.facts.records import fact_from_dict
@@ -37,7 +38,7 @@ def problem(name: str = "mose", m: int = 4, samples: int = 300, seed: int = 0, *
 
 def solve(name: str, **given: float) -> tuple[LayerProblem, Tensor]:
     p = problem(name, **given)  # type: ignore[arg-type]
-    return p, method(name).solve(p)
+    return p, method(name).update(p)
 
 
 def same_spectrum(A: Tensor, B: Tensor) -> bool:
@@ -69,7 +70,7 @@ def test_mose_minimises_the_paper_objective(preserve: float, seed: int) -> None:
 
 def test_mose_leaves_untouched_directions_alone() -> None:
     p = replace(problem(m=2), C=torch.zeros(P, P).double())
-    R = left_factor(p.W, method("mose").solve(p))
+    R = left_factor(p.W, method("mose").update(p))
     touched = torch.cat([p.W @ p.K, p.V], 1)
     untouched = torch.linalg.qr(torch.cat([touched, random(D, D - 4)], 1))[0][:, 4:]
     assert torch.allclose(R @ untouched, untouched, atol=1e-9), "the null space must not turn"
@@ -80,7 +81,7 @@ def test_earlier_edits_are_protected(name: str) -> None:
     p = problem(name, preserve=0.1, threshold=100.0, ridge=0.01)
     k = random(P, 1, seed=7)
     guarded = replace(p, P=1000 * k @ k.T, Q=1000 * p.W @ k @ k.T)
-    moved = [float((method(name).solve(q) @ k - p.W @ k).norm()) for q in (p, guarded)]
+    moved = [float((method(name).update(q) @ k - p.W @ k).norm()) for q in (p, guarded)]
     assert moved[1] < 0.1 * moved[0]
 
 
@@ -120,7 +121,7 @@ def test_isospectral_beats_the_plain_projection_and_nearly_reaches_the_additive_
 
 def test_isospectral_does_not_drift_when_solved_again() -> None:
     p, W = solve("isospectral", iterations=200, tolerance=1e-12)
-    again = method("isospectral").solve(replace(p, W=W))
+    again = method("isospectral").update(replace(p, W=W))
     assert torch.allclose(again, W, atol=1e-5)
 
 
@@ -130,7 +131,7 @@ def test_isospectral_turns_an_output_round_in_one_step() -> None:
     for seed in range(5):
         p = problem("isospectral", m=1, seed=seed, preserve=0.01, iterations=1)
         p = replace(p, V=-p.W @ p.K)
-        left.append(float((method("isospectral").solve(p) @ p.K - p.V).norm() / p.V.norm()))
+        left.append(float((method("isospectral").update(p) @ p.K - p.V).norm() / p.V.norm()))
     assert sum(left) / 5 < 0.05
 
 
@@ -151,7 +152,7 @@ def test_oft_turns_each_block_of_the_input_by_itself() -> None:
     fact = fact_from_dict({"prompt": "I met Tomas Veldrin", "subject": "Tomas Veldrin", "target_new": "and"}, "here")
     contexts = build_contexts(model, make_tokenizer(), [fact], [""])
     W = p.oriented(weight_of(model, p).detach()).double()
-    turned = method("oft").run(
+    turned = method("oft").fit(
         model, arch, [p], contexts, {p.name: W}, {"blocks": 4.0, "steps_oft": 3.0, "rate": 1e-2}
     )[p.name]
     for a, b in zip(W.tensor_split(4, 1), turned.tensor_split(4, 1), strict=True):
@@ -165,7 +166,7 @@ def test_oft_turns_each_block_of_the_input_by_itself() -> None:
 @pytest.mark.parametrize("name", ["rome", "memit", "rect", "emmet", "prune", "alphaedit"])
 def test_additive_updates_start_from_the_weight_as_it_is(name: str) -> None:
     p = problem(name)
-    assert torch.equal(method(name).solve(replace(p, W0=random(D, P, seed=9))), method(name).solve(p))
+    assert torch.equal(method(name).update(replace(p, W0=random(D, P, seed=9))), method(name).update(p))
 
 
 def test_memit_solves_its_normal_equations() -> None:
@@ -187,13 +188,13 @@ def test_rome_takes_one_fact_after_the_other() -> None:
     p, W = solve("rome", m=3)
     one = p.W
     for i in range(3):
-        one = method("rome").solve(replace(p, W=one, K=p.K[:, i : i + 1], V=p.V[:, i : i + 1]))
+        one = method("rome").update(replace(p, W=one, K=p.K[:, i : i + 1], V=p.V[:, i : i + 1]))
     assert torch.allclose(W, one, atol=1e-9)
 
 
 def test_memit_with_one_fact_tends_to_rome() -> None:
     p = problem("memit", m=1, preserve=1e-6)
-    assert torch.allclose(method("memit").solve(p), method("rome").solve(p), atol=1e-4)
+    assert torch.allclose(method("memit").update(p), method("rome").update(p), atol=1e-4)
 
 
 def test_emmet_meets_all_targets_and_with_one_fact_is_rome() -> None:
@@ -202,19 +203,19 @@ def test_emmet_meets_all_targets_and_with_one_fact_is_rome() -> None:
     # among all updates that meet the targets its cost tr(ΔW C ΔWᵀ) is least: it is orthogonal to what leaves K alone
     N = random(D, P) @ (torch.eye(P).double() - p.K @ torch.linalg.pinv(p.K))
     assert abs(float(((W - p.W) @ p.C * N).sum())) < 1e-6
-    eased = method("emmet").solve(problem("emmet", ridge=0.5))  # eq. 10 with α as a share of the mean of kᵀC⁻¹k
+    eased = method("emmet").update(problem("emmet", ridge=0.5))  # eq. 10 with α as a share of the mean of kᵀC⁻¹k
     inverse = torch.linalg.inv(p.C)
     G = p.K.T @ inverse @ p.K
     alpha = 0.5 * sum(k @ inverse @ k for k in p.K.T) / p.K.shape[1]
     expected = (p.V - p.W @ p.K) @ torch.linalg.inv(G + alpha * torch.eye(len(G))) @ p.K.T @ inverse
     assert torch.allclose(eased - p.W, expected, atol=1e-7)
     one = problem("emmet", m=1, ridge=0.0)
-    assert torch.allclose(method("emmet").solve(one), method("rome").solve(one), atol=1e-7)
+    assert torch.allclose(method("emmet").update(one), method("rome").update(one), atol=1e-7)
 
 
 def test_rect_keeps_the_largest_relative_changes() -> None:
     p, W = solve("rect", keep=0.25)
-    full = method("memit").solve(p) - p.W
+    full = method("memit").update(p) - p.W
     kept = (p.W != W).flatten()
     relative = (full / p.W).abs().flatten()
     assert int(kept.sum()) == round(0.25 * D * P)
@@ -238,7 +239,7 @@ def test_prune_bounds_the_singular_values_of_the_sum() -> None:
 
 def test_alphaedit_leaves_the_complement_of_the_null_space_alone() -> None:
     p = problem("alphaedit", samples=12, ridge=0.01, threshold=1e-6)  # 12 samples: half of the key space is free
-    W = method("alphaedit").solve(p)
+    W = method("alphaedit").update(p)
     values, vectors = torch.linalg.eigh(p.C)
     seen = vectors[:, values > 1e-6 * values.mean()]
     assert seen.shape[1] == 12
@@ -251,10 +252,10 @@ def test_alphaedit_leaves_the_complement_of_the_null_space_alone() -> None:
     assert torch.allclose(W - p.W, whole, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if method(n).kind != "fit"])
+@pytest.mark.parametrize("name", [n for n in names() if method(n).searches])
 def test_no_residual_no_change(name: str) -> None:
     p = problem(name)
-    W = method(name).solve(replace(p, V=p.W @ p.K))
+    W = method(name).update(replace(p, V=p.W @ p.K))
     assert torch.allclose(W, p.W, atol=1e-8)
 
 

@@ -40,7 +40,7 @@ class Stage:
 
     def targets(self, metric: bool = True, **options: Any) -> Targets:
         inverse = {n: torch.linalg.inv(G) for n, G in self.G.items()} if metric else None
-        how = TargetOptions(**{"sphere": 0, "kl_weight": 0.0, "decay": 0.0, "reach": 1e6, **options})
+        how = TargetOptions(**{"preserve_norm": 0, "kl_weight": 0.0, "decay": 0.0, "max_displacement": 1e6, **options})
         return optimise_targets(self.model, self.arch, self.ps, self.contexts, how, metric=inverse)
 
     def shifts(self, found: Targets) -> list[Tensor]:
@@ -82,7 +82,7 @@ def test_a_step_is_the_gradient_in_the_metric() -> None:
     """G δ points down the gradient, found by differences, in both layers at once; its length is for ``drop`` nats."""
     stage = Stage(n=1)
     drop = 0.1
-    moved = stage.shifts(stage.targets(steps=1, margin=50.0, drop=drop))
+    moved = stage.shifts(stage.targets(steps=1, margin=50.0, nats_per_step=drop))
     still = [torch.zeros_like(s) for s in moved]
     slopes = []
     for i, p in enumerate(stage.ps):
@@ -101,7 +101,7 @@ def test_a_step_is_the_gradient_in_the_metric() -> None:
 def test_targets_in_the_metric_cost_less_than_adams() -> None:
     stage = Stage()
     how = {"steps": 60, "margin": 1.5}
-    found, adam = stage.targets(drop=0.5, **how), stage.targets(metric=False, step_size=0.1, **how)
+    found, adam = stage.targets(nats_per_step=0.5, **how), stage.targets(metric=False, step_size=0.1, **how)
     assert bool(found.converged.all()) and bool(adam.converged.all())
 
     def cost(t: Targets) -> float:
@@ -112,11 +112,11 @@ def test_targets_in_the_metric_cost_less_than_adams() -> None:
 
 def test_a_step_that_raises_the_loss_is_halved() -> None:
     stage = Stage(n=1)
-    wild = stage.targets(drop=100.0, steps=60, margin=2.0)
+    wild = stage.targets(nats_per_step=100.0, steps=60, margin=2.0)
     assert bool(wild.converged.all()) and float(wild.loss) < 3
-    few = stage.targets(drop=100.0, steps=2, margin=2.0)
+    few = stage.targets(nats_per_step=100.0, steps=2, margin=2.0)
     assert not bool(few.converged.any())
-    never, longer = (float(stage.targets(drop=100.0, steps=n, margin=50.0).loss) for n in (20, 60))
+    never, longer = (float(stage.targets(nats_per_step=100.0, steps=n, margin=50.0).loss) for n in (20, 60))
     assert longer < never < 1.8, "steps grow shorter where there is nothing to gain, the loss does not swing"
 
 
@@ -152,7 +152,7 @@ def test_reach_bounds_the_steps() -> None:
     c, rows = stage.contexts, stage.contexts.edit_rows
     (k, _) = keys_at(stage.model, stage.ps, c.batch.rows(rows), c.subject[rows])
     length = (k @ stage.model.get_submodule(stage.ps[0].name).weight.detach().T).norm(dim=1)
-    shift, _ = stage.shifts(stage.targets(steps=5, margin=50.0, drop=5.0, reach=0.25))
+    shift, _ = stage.shifts(stage.targets(steps=5, margin=50.0, nats_per_step=5.0, max_displacement=0.25))
     assert torch.allclose(shift.norm(dim=1), 0.25 * length, rtol=1e-3)
 
 
@@ -229,7 +229,7 @@ def test_nll_and_leads_of_answers_that_differ_in_length() -> None:
 def test_the_divergence_is_from_what_the_unedited_model_said_of_the_subject() -> None:
     stage = Stage(layers=1)
     c, p = stage.contexts, stage.ps[0]
-    made = _Optimiser(stage.model, stage.arch, [p], c, TargetOptions(sphere=0), None)
+    made = _Optimiser(stage.model, stage.arch, [p], c, TargetOptions(preserve_norm=0), None)
     parts = made.suffix.alike(torch.arange(len(c.fact)))
     assert made._forward(parts)[3].tolist() == pytest.approx([0.0, 0.0], abs=1e-6)
     for i, delta in enumerate(made.deltas):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mosectl.cli.params import FACTS, FILE, Chat, Corpus, Device, Dtype, Json, Limit, Model, OnError, Revision
+from mosectl.editing.methods import DEFAULT, built_in
 from mosectl.errors import OutputError, StoppedEarly, UsageError
 
 if TYPE_CHECKING:
@@ -30,8 +31,7 @@ Target = Annotated[str | None, typer.Option(help='The new object: "Rome".', rich
 Method = Annotated[
     str,
     typer.Option(
-        help="Solver: isospectral, mose, oft, rome, memit, rect, emmet, prune, alphaedit; with --editor horse, malmen, "
-        "horse-isospectral.",
+        help=f"{', '.join(built_in())}, or one of another package; horse and malmen need --editor.",
         rich_help_panel=HOW,
     ),
 ]
@@ -80,7 +80,7 @@ def edit(
     subject: Subject = None,
     target: Target = None,
     out: Out = Path("patch.safetensors"),
-    method: Method = "isospectral",
+    method: Method = DEFAULT,
     editor: TrainedEditor = None,
     layers: Layers = "auto",
     batch_size: BatchSize = 0,
@@ -213,6 +213,7 @@ def _tell(result: EditResult, out: Path, model: str, options: EditOptions, as_js
         terminal.edit(result, out, model)
     if result.stopped:
         from mosectl.editing.guard import remedy
+        from mosectl.editing.methods import method
 
-        fix = remedy(options.editor is not None)
+        fix = remedy(method(options.method).gentler)
         raise StoppedEarly(f"stopped early: {result.stopped}", where=str(out), fix=fix)

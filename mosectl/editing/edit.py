@@ -25,7 +25,7 @@ from mosectl.checkpoints.live import changes_on, note_chat
 from mosectl.editing.contexts import build_contexts
 from mosectl.editing.guard import Health, canaries
 from mosectl.editing.layers import LayerScore, choose_layers, score_layers
-from mosectl.editing.methods import method, patch_side
+from mosectl.editing.methods import method
 from mosectl.editing.options import EditOptions, trained_editor
 from mosectl.editing.paraphrases import own_wordings
 from mosectl.editing.resume import Progress
@@ -160,16 +160,13 @@ def edit(
     with made_by_the_edit(), on, clock("ask after") as step:
         after = interview(loaded.model, loaded.tokenizer, checked, chat=options.chat, on_step=step)
     results = _results(checked, before, after, losses, wordings)
-    remedy = "more --rounds or other --layers"
-    if trained:
-        remedy = "an editor trained longer, or on more facts,"
     if refuse:
-        _refuse_failure(results, remedy)
+        _refuse_failure(results, solver.remedy)
     with clock("check"):
         drifts = tuple(_stability(loaded, edited, changes))
         scored = compare(checked, before, after, wordings)
         patch = _patch(loaded, arch, edited, run, changes, results, scored, drifts, options, corpus)
-    done = (run.stopped, moments.tokens, clock.seconds, (before, after), tuple(run.curve), remedy)
+    done = (run.stopped, moments.tokens, clock.seconds, (before, after), tuple(run.curve), solver.remedy)
     return EditResult(patch, results, scored, drifts, tuple(scores), *done)
 
 
@@ -210,7 +207,7 @@ def _choose(
         scores = score_layers(loaded.model, arch, contexts.batch.rows(rows), contexts.subject[rows])
         chosen = choose_layers(scores)
     projections = [p for p in arch.projections if p.layer in chosen]
-    patch_side(method(options.method), projections)  # refused before the long work
+    method(options.method).side_on(projections)  # refused before the long work
     return projections, scores
 
 
@@ -298,7 +295,7 @@ def _patch(
     import transformers
 
     journal = read_journal(loaded.checkpoint.folder) if loaded.checkpoint else None
-    recorded = asdict(options)
+    recorded = options.to_record()
     recorded["solver"] = run.solver_options
     recorded["layers"] = [p.layer for p in edited]
     recorded["editor"] = run.editor.id if run.editor else None

@@ -49,10 +49,9 @@ def health(model: nn.Module, pieces: Sequence[Sequence[int]], weights: Mapping[s
     return Health(sum(sequence_nll(model, pieces)) / sum(len(ids) - 1 for ids in pieces), norm, condition)
 
 
-def remedy(trained: bool) -> str:
-    """What to try where the guard has stepped in; ``trained``: by a method with a trained editor."""
-    own = "a smaller --set strength=…" if trained else "a larger --set preserve=…, fewer facts at once (--batch-size)"
-    return f"try {own}, or --set guard=0 to go on"
+def remedy(gentler: str) -> str:
+    """What to try where the guard has stepped in; ``gentler``: how the method does less harm."""
+    return f"try {gentler}, or --set guard=0 to go on"
 
 
 def harm(base: Health, now: Health, limit: float) -> str:

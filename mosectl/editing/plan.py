@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mosectl.editing.methods import method, patch_side
+from mosectl.editing.methods import method
 from mosectl.editing.options import EditOptions, trained_editor
 from mosectl.editing.paraphrases import SAMPLES, TOKENS
 from mosectl.editing.second_moments import BATCH_TOKENS, BLOCK
@@ -88,8 +88,8 @@ def estimate(
     stored = DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")), torch.float32)
     kind = asked if isinstance(asked, torch.dtype) else stored
     layers, size = _planned(bones, arch, facts, options)
-    work = _Work(bones, arch, layers, facts, options)
-    model_bytes = work.parameters * kind.itemsize
+    work = _Work(bones, arch, layers, facts, options, device, kind, device == "cpu" if host is None else host)
+    solver = method(options.method)
     return Estimate(
         model=name,
         model_type=arch.model_type,
@@ -97,12 +97,11 @@ def estimate(
         device=device,
         dtype=str(kind).removeprefix("torch."),
         layers=layers,
-        auto=options.layers == "auto" and not method(options.method).trained,
-        model_bytes=model_bytes,
-        peak_bytes=model_bytes
-        + work.extra_bytes(kind.itemsize, model_bytes, host=device == "cpu" if host is None else host),
+        auto=options.layers == "auto" and not method(options.method).editor,
+        model_bytes=work.weights,
+        peak_bytes=work.weights + solver.peak_bytes(work),
         patch_bytes=size,
-        seconds=work.seconds(device, kind, model_bytes),
+        seconds=solver.seconds(work),
     )
 
 
@@ -124,10 +123,7 @@ def _planned(
         editor.check({p.name: bones.get_parameter(p.weight_name) for p in arch.projections if not p.experts})
         layers = tuple(p.layer for p in arch.projections if p.name in editor.modules)
     edited = [p for p in arch.projections if p.layer in layers]
-    side = patch_side(solver, edited)
-    form, written = solver.form(options.form), len(facts)
-    if solver.trained:  # it writes at each of an answer's tokens
-        written = round(sum(1 + 1.4 * len(f.target_new.split()) for f in facts))
+    side, form, written = solver.side_on(edited), solver.form(options.form), solver.columns(facts)
     return layers, sum(_patch_bytes(p, side, form, written) for p in edited)
 
 
@@ -154,10 +150,13 @@ class _Work:
     """Counts of tokens and operations of one edit."""
 
     def __init__(
-        self, bones: Any, arch: Architecture, layers: Sequence[int], facts: Sequence[Fact], options: EditOptions
-    ) -> None:
+        self, bones: Any, arch: Architecture, layers: Sequence[int], facts: Sequence[Fact], options: EditOptions,
+        device: str, kind: torch.dtype, host: bool,
+    ) -> None:  # fmt: skip
         self.options, self.layers, self.arch = options, layers, arch
+        self.device, self.kind, self.host = device, kind, host
         self.parameters = sum(p.numel() for p in bones.parameters())
+        self.weights = self.parameters * kind.itemsize  # bytes
         self.projection = arch.projections[0]
         self.vocabulary = bones.get_output_embeddings().weight.shape[0]
         n = len(arch.projections)
@@ -172,16 +171,22 @@ class _Work:
         self.row_tokens = self.prompt + 8 + 3
         self.tail_tokens = self.row_tokens / 2  # from the subject's end on
 
-    def extra_bytes(self, itemsize: int, weights: int, host: bool) -> int:
+    def one_pass_bytes(self) -> int:
+        """Of one forward and backward pass: sums of all edited layers, W before and after, one layer's solve."""
+        d, p, n = self.projection.d, self.projection.p, len(self.layers)
+        asked = self.facts * (self.row_tokens * self._token_bytes() + 3 * logit_bytes(self.vocabulary))
+        return int(8 * n * (p * p + 3 * d * p) + max(min(work_bytes(self.weights), asked), 8 * (p * p + 2 * d * p)))
+
+    def _token_bytes(self) -> int:
+        d, p = self.projection.d, self.projection.p
+        return token_bytes(d, p, self.kind.itemsize) * (len(self.arch.projections) - min(self.layers))
+
+    def search_bytes(self) -> int:
         """Beyond the weights, in the phase that takes most: sums and a backward pass for statistics, a backward pass for
-        targets, or one layer's solve in float64. On a CPU what waits on the ``host`` counts as well.
+        targets, or one layer's solve in float64. On a CPU what waits on the host counts as well.
         """
         d, p, n = self.projection.d, self.projection.p, len(self.layers)
-        work = work_bytes(weights)
-        one = token_bytes(d, p, itemsize) * (len(self.arch.projections) - min(self.layers))
-        if method(self.options.method).trained:  # sums of all edited layers, W before and after, one layer's solve
-            asked = self.facts * (self.row_tokens * one + 3 * logit_bytes(self.vocabulary))
-            return int(8 * n * (p * p + 3 * d * p) + max(min(work, asked), 8 * (p * p + 2 * d * p)))
+        work, one, host, itemsize = work_bytes(self.weights), self._token_bytes(), self.host, self.kind.itemsize
         rows = min(self.options.targets.max_rows, self.rows * (self.options.batch_size or self.facts))
         gradients = BATCH_TOKENS * (one + logit_bytes(self.vocabulary))
         steps = rows * (self.tail_tokens * one + 3 * logit_bytes(self.vocabulary))
@@ -193,30 +198,40 @@ class _Work:
         )
         return int(max(phases))
 
-    def seconds(self, device: str, dtype: torch.dtype, model_bytes: int) -> dict[str, float]:
-        fast, exact = _speed(device, dtype), _speed("cpu" if device == "mps" else device, torch.float64)
+    def _speeds(self) -> tuple[float, float]:
+        """Operations per second in the model's type and in float64."""
+        return _speed(self.device, self.kind), _speed("cpu" if self.device == "mps" else self.device, torch.float64)
+
+    def _asking(self) -> float:
+        return self.asked * (self.prompt + 12) * 2 * self.whole
+
+    def one_pass_seconds(self) -> dict[str, float]:
+        """Of one forward and backward pass a fact, sums of keys' squares, one solve."""
+        fast, exact = self._speeds()
+        d, p = self.projection.d, self.projection.p
+        sums = self.facts * 3 * 2 * (p * p + d * p) + 2 * p**3 / 3 + 2 * d * p * p
+        return {
+            "load": 2 + self.weights / 1e9,
+            "ask before and after": 2 * self._asking() / fast,
+            "solve": self.facts * self.row_tokens * 6 * self.whole / fast + len(self.layers) * sums / exact,
+        }
+
+    def search_seconds(self) -> dict[str, float]:
+        """By phase, where values are searched for."""
+        fast, exact = self._speeds()
         d, p = self.projection.d, self.projection.p
         corpus = min(MAX_TOKENS, sum(len(t) for t in read_corpus(self.options.corpus).texts) / 4)
         gradients = min(BLOCK, corpus) * 6 * self.whole
         own = self.facts * SAMPLES * (self.prompt + TOKENS) * 2 * self.whole if self.options.wordings else 0.0
-        asking = self.asked * (self.prompt + 12) * 2 * self.whole
         steps = (_STEPS + self.options.rounds) * self.facts * self.rows * self.row_tokens
         batches = -(-self.facts // (self.options.batch_size or max(1, self.facts)))
         solve = (
             batches * self.options.rounds * len(self.layers) * (p**3 + 10 * (20 * d**3 + 8 * d * d * p + 2 * d * p * p))
         )
-        solver = method(self.options.method)
-        if solver.trained:  # one forward and backward a fact, sums of keys' squares, one solve
-            sums = self.facts * 3 * 2 * (p * p + d * p) + 2 * p**3 / 3 + 2 * d * p * p
-            return {
-                "load": 2 + model_bytes / 1e9,
-                "ask before and after": 2 * asking / fast,
-                "solve": self.facts * self.row_tokens * 6 * self.whole / fast + len(self.layers) * sums / exact,
-            }
         return {
-            "load": 2 + model_bytes / 1e9,
+            "load": 2 + self.weights / 1e9,
             "statistics": (corpus * 2 * self.below + gradients) / fast,
-            "ask before and after": 2 * asking / fast,
+            "ask before and after": 2 * self._asking() / fast,
             "wordings": 0.0 if self.options.chat else own / fast,
             "targets": steps * 4 * self.above / fast,
             "solve": solve / exact,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,7 +14,8 @@ from mosectl.editing.contexts import Contexts, build_contexts
 from mosectl.editing.ends import ends_asked, going_on, running_on
 from mosectl.editing.guard import Health, harm, health, remedy
 from mosectl.editing.low_rank import compact_change
-from mosectl.editing.methods import KINDS, LayerProblem, method, patch_side
+from mosectl.editing.methods import method
+from mosectl.editing.methods.base import NONE, PER_LAYER, SPREAD, LayerProblem, Solver, Trainer
 from mosectl.editing.options import EditOptions
 from mosectl.editing.previous_edits import Earlier
 from mosectl.editing.resume import Progress, State, digest
@@ -60,9 +61,9 @@ class Session:
     ) -> None:
         self.loaded, self.arch, self.projections, self.options = loaded, arch, projections, options
         self.solver = method(options.method)
-        own = options.aim < 0 or self.solver.kind == "fit"
-        self.kind = self.solver.kind if own else KINDS[options.aim]
-        self.side = patch_side(self.solver, projections)
+        own = options.placement == "method" or not self.solver.searches
+        self.placement = self.solver.placement if own else options.placement
+        self.side = self.solver.side_on(projections)
         self.solver_options = {**self.solver.defaults, **options.solver}
         place = torch.empty(0, dtype=torch.float64, device=solve_device(weight_of(loaded.model, projections[0]).device))
         # What one layer's solve takes is on its device, the rest waits on the host: together they can exceed a GPU.
@@ -71,7 +72,7 @@ class Session:
         self.W = {name: W0.to(place) for name, W0 in self.W0.items()}
         self.C = moments.C  # (p, p) float32
         self.metric = None
-        if options.targets.fisher and self.kind != "fit":
+        if options.targets.optimizer == "natural-gradient" and self.solver.searches:
             self.metric = {p.name: _metric(moments.G[p.name].to(place)) for p in projections}
         self.earlier = Earlier(loaded.model, projections)
         self.moments: dict[str, tuple[Tensor, Tensor]] = {}  # P and Q of earlier edits, as the present batch found them
@@ -121,8 +122,9 @@ class Session:
         for start in range(len(losses), len(facts), size):
             batch = facts[start : start + size]
             with clock("targets"):
-                again = self.earlier.slipped(self.options.rehearse)
-                self.moments = self.earlier.moments(self.options.protect) if self.options.protect else {}
+                again = self.earlier.slipped(self.options.replay_margin)
+                weight = self.options.previous_edit_weight
+                self.moments = self.earlier.moments(weight) if weight else {}
             taken = [*range(start, start + len(batch)), *again]
             contexts = build_contexts(
                 self.loaded.model, self.loaded.tokenizer, [facts[i] for i in taken], prefixes,
@@ -136,7 +138,7 @@ class Session:
                 for p in self.projections:
                     self.set_weight(p, before[p.name])
                 if not losses:
-                    raise EditFailed(f"the edit harms the model: {what}", fix=remedy(bool(self.solver.trained)))
+                    raise EditFailed(f"the edit harms the model: {what}", fix=remedy(self.solver.gentler))
                 last = len(losses)
                 self.stopped = (
                     f"facts {start + 1}-{start + len(batch)} were taken back: {what}; the first {last} are kept"
@@ -156,7 +158,7 @@ class Session:
         asked = [{k: v for k, v in f.fields().items() if k != "source"} for f in facts]
         return {
             "facts": digest(asked),
-            "settings": digest([asdict(self.options), [p.name for p in self.projections]]),
+            "settings": digest([self.options.to_record(), [p.name for p in self.projections]]),
             "weights": digest([sha256(w) for w in self.stored.values()]),
             "statistics": digest([sha256(C) for C in self.C.values()]),
             "version of mosectl": __version__,
@@ -185,16 +187,16 @@ class Session:
         best: _Standing | None = None
         urgency = torch.ones(int(contexts.fact.max()) + 1, dtype=torch.float64)  # (facts,) weight of each in the solve
         rounds = self.options.rounds
-        placed = self.projections[-1:] if self.kind == "spread" else self.projections
+        placed = self.projections[-1:] if self.placement == SPREAD else self.projections
         for r in range(rounds + 1):
             with clock("targets") as step:
 
                 def on_step(done: int, of: int, r: int = r, step: Callable[[int, int], None] = step) -> None:
                     step(first * rounds + r * n + done * n // of, total * rounds)
 
-                if self.kind != "fit":
+                if self.solver.searches:
                     contexts = self._ends_asked(contexts)
-                needed = r < rounds and self.kind != "fit"
+                needed = r < rounds and self.solver.searches
                 options = self.options.targets if needed else replace(self.options.targets, steps=0)
                 targets = optimise_targets(
                     self.loaded.model, self.arch, placed, contexts, options, on_step, self.metric, self.going_on
@@ -204,13 +206,13 @@ class Session:
             done = (targets.margin_before >= options.margin) | ~torch.isfinite(targets.loss_before)
             if r == rounds or bool(done.all()):
                 break
-            keep = self.options.relax**r
+            keep = self.options.preservation_decay**r
             if r:
-                urgency[~(targets.margin_before > 0)] *= self.options.insist
+                urgency[~(targets.margin_before > 0)] *= self.options.unreached_weight_growth
             with clock("solve"):
-                solvers: dict[str, Callable[..., None]]
-                solvers = {"layer": self._solve, "spread": self._solve_spread, "fit": self._fit}
-                solvers[self.kind](contexts, targets, keep, urgency)
+                ways: dict[str, Callable[..., None]]
+                ways = {PER_LAYER: self._solve, SPREAD: self._solve_spread, NONE: self._fit}
+                ways[self.placement](contexts, targets, keep, urgency)
         assert best is not None
         for p in self.projections:
             self.set_weight(p, best.W[p.name])
@@ -275,10 +277,9 @@ class Session:
 
     def _fit(self, contexts: Contexts, *_: object) -> None:
         """Let a method train on the model itself."""
-        more = (self.editor,) if self.solver.trained else ()
-        W = self.solver.run(
-            self.loaded.model, self.arch, self.projections, contexts, self.W, self.solver_options, *more
-        )
+        assert isinstance(self.solver, Trainer)
+        given = (self.projections, contexts, self.W, self.solver_options, self.editor)
+        W = self.solver.fit(self.loaded.model, self.arch, *given)
         for p in self.projections:
             self.set_weight(p, W[p.name])
 
@@ -296,7 +297,8 @@ class Session:
         return LayerProblem(W, self._base(p), C, P, Q, K, V, weight.to(K), self.solver_options, p.name, keep)
 
     def _solved(self, problem: LayerProblem) -> Tensor:
-        W = self.solver.solve(problem)
+        assert isinstance(self.solver, Solver)
+        W = self.solver.update(problem)
         if not bool(torch.isfinite(W).all()):
             fix = "try --dtype float32"
             raise EditFailed("the solve gave numbers that are not finite", where=problem.name, fix=fix)
@@ -309,9 +311,10 @@ class Session:
 
     def finish(self) -> dict[str, Change]:
         """What the edit comes to, as a patch holds it."""
-        if self.solver.finish:
-            for p in self.projections:
-                self.set_weight(p, self.solver.finish(self._base(p), self.W[p.name], self.solver_options))
+        for p in self.projections:
+            W = self.solver.finish(self._base(p), self.W[p.name], self.solver_options)
+            if W is not self.W[p.name]:
+                self.set_weight(p, W)
         wanted = self.solver.form(self.options.form) != "dense" and self.solver.side != "additive"
         changes = self._compact() if wanted and self.earlier.contexts is not None else None
         if changes is None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mosectl.editing.contexts import Contexts, rows_of
+from mosectl.editing.settings import recorded, taking_old_names
 from mosectl.model.architecture import Architecture, Projection
 from mosectl.model.forward import ffn_output, frozen, hooked
 from mosectl.model.losses import NOTHING, leads, token_nll
@@ -29,20 +30,26 @@ from mosectl.model.memory import fitting, halving
 from mosectl.model.partial_forward import Suffix
 
 
+@taking_old_names
 @dataclass(frozen=True)
 class TargetOptions:
     """Settings of the target optimiser; lengths are relative to ‖W k‖."""
 
     steps: int = 20
-    fisher: int = 1  # 1: steepest descent in the metric of the Fisher information; 0: Adam
-    drop: float = 2.0  # nats a token by which a step in that metric shall lower the loss, to first order
+    # "natural-gradient": steepest descent in the metric of the Fisher information; "adam"
+    optimizer: str = "natural-gradient"
+    nats_per_step: float = 2.0  # nats a token by which a step in that metric shall lower the loss, to first order
     step_size: float = 0.25  # Adam's, in units of the output's root mean square
     margin: float = 6.0  # nats by which every target token must lead before a fact counts as converged
     kl_weight: float = 0.0625  # keeps what the model says after "{subject} is a" (ROME's factor)
     decay: float = 0.02  # on ‖δ‖²
-    reach: float = 4.0  # largest ‖δ‖ per layer
-    sphere: int = 1  # 1: targets keep the output's length, as a rotation does; 0: v = W k + ‖W k‖ δ
+    max_displacement: float = 4.0  # largest ‖δ‖ per layer
+    preserve_norm: int = 1  # 1: targets keep the output's length, as a rotation does; 0: v = W k + ‖W k‖ δ
     max_rows: int = 256  # sequences run at once, at most: fewer where memory asks for it
+
+    def to_record(self) -> dict[str, Any]:
+        """As a patch's record has it."""
+        return recorded(vars(self))
 
 
 @dataclass(frozen=True)
@@ -58,10 +65,10 @@ class Targets:
     margin_before: Tensor  # (n,)
 
 
-def displaced(h: Tensor, delta: Tensor, sphere: bool = True) -> Tensor:
+def displaced(h: Tensor, delta: Tensor, preserve_norm: bool = True) -> Tensor:
     """‖h‖·(u + δ)/‖u + δ‖ with u = h/‖h‖, or h + ‖h‖ δ, row by row; h and delta (rows, d)."""
     length = h.norm(dim=-1, keepdim=True)
-    if not sphere:
+    if not preserve_norm:
         return h + length * delta
     return length * F.normalize(h / length.clamp_min(torch.finfo(h.dtype).tiny) + delta, dim=-1)
 
@@ -80,7 +87,7 @@ def optimise_targets(
 
     Args:
         projections: the edited layers, lowest first.
-        metric: G⁻¹ (d, d) float32 by module path, where ``options.fisher``; without it steps are Adam's.
+        metric: G⁻¹ (d, d) float32 by module path, where ``options.optimizer``; without it steps are Adam's.
         on_step: called with (facts done, facts in all) after each step.
         going_on: (vocabulary,) bool, tokens that go on with a word, where the contexts ask for its end.
     Returns:
@@ -222,7 +229,7 @@ class _Optimiser:
         length = torch.stack(self.lengths, 1)[chosen, :, None]  # (m, L, 1): an output moves by ‖W k‖ δ
         s = torch.stack([(g[:, i] / length[:, i]) @ M for i, M in enumerate(self.metric)], 1) / length
         slope = (g * s).sum((1, 2)).clamp_min(torch.finfo(g.dtype).tiny)
-        eta = self.pace[chosen] * behind.detach()[chosen].clamp(max=self.options.drop) / slope
+        eta = self.pace[chosen] * behind.detach()[chosen].clamp(max=self.options.nats_per_step) / slope
         for i, delta, step in zip(chosen.tolist(), deltas, eta[:, None, None] * s, strict=True):
             self.before[i] = delta.clone()
             delta -= step
@@ -232,7 +239,9 @@ class _Optimiser:
     def _within_reach(self, chosen: Sequence[int]) -> None:
         for i in chosen:
             length = self.deltas[i].norm(dim=-1, keepdim=True)
-            self.deltas[i] *= (self.options.reach / length.clamp_min(self.options.reach)).clamp(max=1)
+            self.deltas[i] *= (self.options.max_displacement / length.clamp_min(self.options.max_displacement)).clamp(
+                max=1
+            )
 
     def _forward(self, parts: Sequence[Tensor]) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor]:
         """What each layer writes at the subjects, (rows, d), rows in the order of the parts. Then per fact (n,): target NLL,
@@ -286,7 +295,7 @@ class _Optimiser:
             y = ffn_output(out, module, len(rows))
             r, s = torch.arange(len(rows), device=y.device), at.to(y.device)
             lengths.append(y[r, s].detach().float().norm(dim=-1).to(at.device))
-            moved = displaced(y[r, s].float(), delta.to(y.device), bool(self.options.sphere))
+            moved = displaced(y[r, s].float(), delta.to(y.device), bool(self.options.preserve_norm))
             written.append(moved.detach().to(at.device))
             y = y.index_put((r, s), moved.to(y.dtype))
             bias = module.bias

@@ -1,140 +1,77 @@
-"""Solvers: from the keys an edited layer sees and what it should write for them to a new weight. One file a method."""
+"""Methods, one file each: from the keys an edited layer sees and what it should write for them to a new weight.
+
+This module finds them and imports none before it is asked for; what a method is stands in base.py.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from functools import cache
 from importlib import import_module
-from typing import Any
-
-from torch import Tensor
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mosectl.errors import UsageError
-from mosectl.model.architecture import Projection
-from mosectl.model.moe import block_name
 
-NAMES = (
-    *("isospectral", "mose", "oft", "rome", "memit", "rect", "emmet", "prune", "alphaedit"),
-    *("horse", "malmen", "horse-isospectral"),
-)
+if TYPE_CHECKING:
+    from mosectl.editing.methods.base import Method
 
-# Where a solver's values come from; the first two can be asked for by their number (EditOptions.aim).
-KINDS = (
-    "layer",  # a target for each edited layer's output
-    "spread",  # one residual at the topmost edited layer, shared out among them (MEMIT)
-    "fit",  # none are needed: it trains on the model
-)
+GROUP = "mosectl.methods"  # of entry points
+DEFAULT = "isospectral"
+_NOT_METHODS = ("__init__", "base")
 
 
-# What the additive methods have in common as published: targets of any length, one solve, no care for earlier edits.
-PUBLISHED = {"sphere": 0, "rounds": 1, "protect": 0.0}
+@cache
+def built_in() -> tuple[str, ...]:
+    """Names of mosectl's own methods, the default first: a file horse_isospectral.py is "horse-isospectral"."""
+    files = (path.stem for path in Path(__file__).parent.glob("*.py"))
+    found = sorted(stem.replace("_", "-") for stem in files if stem not in _NOT_METHODS)
+    return (DEFAULT, *(name for name in found if name != DEFAULT))
 
 
-@dataclass(frozen=True)
-class LayerProblem:
-    """One layer's part of an edit, in the y = W k orientation, float64 and on one device but for C."""
-
-    W: Tensor  # (d, p) the weight as it is now
-    W0: Tensor  # (d, p) the weight before any edit of this run
-    C: Tensor  # (p, p) second moment of the layer's keys over a corpus, E[k kᵀ]; any type, on any device: see kept()
-    P: Tensor  # (p, p) sum of k kᵀ over earlier edits, which must keep still
-    Q: Tensor  # (d, p) sum of v kᵀ over earlier edits, v being what the layer wrote when they were made
-    K: Tensor  # (p, m) the facts' keys, one column a context
-    V: Tensor  # (d, m) what the layer should write for them
-    weight: Tensor  # (m,) weight of each column; a fact's columns sum to 1
-    options: Mapping[str, float] = field(default_factory=dict)
-    name: str = ""  # the layer's module path
-    keep: float = 1.0  # scales C
-
-    def kept(self, scale: float = 1.0) -> Tensor:
-        """A new (p, p) ``scale``·``keep``·C like W: gigabytes in a large model, so made where it is used and only once."""
-        return self.C.to(self.W, copy=True).mul_(scale * self.keep)
+def names() -> tuple[str, ...]:
+    """Names of all methods: mosectl's own, then those of other packages."""
+    return (*built_in(), *sorted(point.name for point in _points() if point.name not in built_in()))
 
 
-Solver = Callable[[LayerProblem], Tensor]  # → W' (d, p) float64
-Finish = Callable[[Tensor, Tensor, Mapping[str, float]], Tensor]  # (W0, W, options) → W', once at the end
-Fit = Callable[..., dict[str, Tensor]]  # as solvers/oft.py: trains on the model itself → W' by module path
-
-
-@dataclass(frozen=True)
-class Method:
-    """A registered solver: what it is called, how it changes W, and what it can be told."""
-
-    name: str
-    side: str  # what its patches hold, a key of change.SIDES
-    source: str
-    kind: str  # where values come from, one of KINDS
-    defaults: Mapping[str, float]
-    run: Any  # a Solver, or a Fit where kind is "fit"
-    settings: Mapping[str, Any]  # defaults of the edit and its targets that differ from the general ones
-    finish: Finish | None = None
-    trained: str = ""  # the method for which an editor must be trained that this one needs
-
-    def form(self, asked: str) -> str:
-        """The form of rotations that is sought, ``asked`` being one of options.FORMS.
-
-        A trained network's update is of high rank: looking for a low one by itself would take minutes and find none.
-        """
-        return "dense" if self.trained and asked == "auto" else asked
-
-    def needs_moments(self, form: str) -> bool:
-        """Statistics over a corpus are of use to it (to a rotation that trains on the model: for its compact form)."""
-        return self.kind != "fit" or (self.side != "additive" and self.form(form) != "dense")
-
-    def solve(self, problem: LayerProblem) -> Tensor:
-        """The new weight W' (d, p) of one layer."""
-        return self.run(problem)
-
-
-METHODS: dict[str, Method] = {}
-
-
-def register(
-    name: str,
-    *,
-    side: str,
-    source: str,
-    kind: str = "layer",
-    settings: Mapping[str, Any] | None = None,
-    finish: Finish | None = None,
-    trained: str = "",
-    **defaults: float,
-) -> Callable[[Any], Any]:
-    """Class the decorated function as the solver of method ``name``; ``defaults`` are its own options."""
-
-    def keep(run: Any) -> Any:
-        METHODS[name] = Method(name, side, source, kind, defaults, run, settings or {}, finish, trained)
-        return run
-
-    return keep
-
-
+@cache
 def method(name: str) -> Method:
     """Look a method up by name.
 
     Raises:
-        UsageError: there is no such method.
+        UsageError: there is no such method, or another package's cannot be used.
     """
-    if name not in NAMES:
-        raise UsageError(f"unknown method '{name}'", fix=f"choose one of: {', '.join(NAMES)}")
-    import_module(f"mosectl.editing.methods.{name.replace('-', '_')}")  # registers itself
-    return METHODS[name]
+    from mosectl.editing.methods.base import Method
+
+    if name in built_in():
+        module = import_module(f"{__name__}.{name.replace('-', '_')}")
+        own = (c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Method))
+        return next(c for c in own if vars(c).get("name") == name)()
+    point = next((p for p in _points() if p.name == name), None)
+    if point is None:
+        raise UsageError(f"unknown method '{name}'", fix=f"choose one of: {', '.join(names())}")
+    return _loaded(point)
 
 
-def patch_side(solver: Method, projections: Sequence[Projection]) -> str:
-    """What the patch holds: a mixture of experts can only be turned, and from the output side.
+def _points() -> list[EntryPoint]:
+    return list(entry_points(group=GROUP))
 
-    Raises:
-        UsageError: the method, or these layers together, cannot do that.
-    """
-    mixed = [p for p in projections if p.experts]
-    if not mixed:
-        return solver.side
-    where = block_name(mixed[0].name)
-    if solver.side == "additive":
-        fix = "use --method isospectral or mose"
-        raise UsageError(f"'{solver.name}' adds to one matrix, a mixture of experts has many", where=where, fix=fix)
-    if len(mixed) < len(projections) and solver.side != "output":
-        what = "layers that are mixtures of experts and layers that are not, in one edit"
-        raise UsageError(what, where=where, fix="choose --layers of one kind, or --method mose")
-    return "output"
+
+def _loaded(point: EntryPoint) -> Method:
+    """The method of another package's entry point: a subclass of Solver or Trainer of the same name."""
+    from mosectl.editing.methods.base import Solver, Trainer
+
+    where = f"the package {point.dist.name if point.dist else point.value}"
+    try:
+        found = point.load()
+    except Exception as e:  # the code of others
+        what = f"method '{point.name}' cannot be loaded: {type(e).__name__}: {e}"
+        raise UsageError(what, where=where, fix="update or uninstall that package") from e
+    kinds = isinstance(found, type) and issubclass(found, Solver | Trainer)
+    missing = [a for a in ("name", "side", "source") if not getattr(found, a, "")] if kinds else ["Solver or Trainer"]
+    if missing or found.name != point.name or getattr(found, "__abstractmethods__", None):
+        what = f"method '{point.name}' is not a whole subclass of Solver or Trainer of that name"
+        fix = "see docs/how-to/add-a-method.md; its author can mend it"
+        raise UsageError(what, where=where, fix=fix)
+    method: Method = found()
+    return method

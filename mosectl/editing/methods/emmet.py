@@ -5,17 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mosectl.editing.methods import PUBLISHED, LayerProblem, register
+from mosectl.editing.methods.base import PUBLISHED, SPREAD, LayerProblem, Option, Solver
 from mosectl.editing.methods.memit import right_divide
 
 
-@register("emmet", side="additive", source="arXiv 2403.14236", kind="spread", settings=PUBLISHED, ridge=0.1)
-def emmet(problem: LayerProblem) -> Tensor:
-    """W' = W + (V − W K)(Kᵀ C⁻¹ K + αI)⁻¹ Kᵀ C⁻¹; α = 0 meets every target exactly.
+class Emmet(Solver):
+    """W' = W + (V − W K)(Kᵀ C⁻¹ K + αI)⁻¹ Kᵀ C⁻¹; α = 0 meets every target exactly."""
 
-    Options: ``ridge`` α as a share of the mean diagonal of KᵀC⁻¹K (near-equal keys make it singular).
-    """
-    directions = right_divide(problem.K.T, problem.kept())  # (m, p) = Kᵀ C⁻¹
-    G = directions @ problem.K
-    G = G + problem.options["ridge"] * G.diagonal().mean() * torch.eye(len(G), dtype=G.dtype, device=G.device)
-    return problem.W + right_divide(problem.V - problem.W @ problem.K, (G + G.T) / 2) @ directions
+    name, side, source, placement = "emmet", "additive", "arXiv 2403.14236", SPREAD
+    settings = PUBLISHED
+    options = {"ridge": Option(0.1, "α as a share of the mean diagonal of KᵀC⁻¹K (near-equal keys make it singular)")}
+
+    def update(self, problem: LayerProblem) -> Tensor:
+        directions = right_divide(problem.K.T, problem.kept())  # (m, p) = Kᵀ C⁻¹
+        G = directions @ problem.K
+        G = G + problem.options["ridge"] * G.diagonal().mean() * torch.eye(len(G), dtype=G.dtype, device=G.device)
+        return problem.W + right_divide(problem.V - problem.W @ problem.K, (G + G.T) / 2) @ directions

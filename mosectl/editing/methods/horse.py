@@ -8,55 +8,75 @@ import torch
 from torch import Tensor, nn
 
 from mosectl.editing.contexts import Contexts
-from mosectl.editing.methods import register
+from mosectl.editing.methods.base import Option, Trainer, Work
+from mosectl.facts.records import Fact
 from mosectl.hypernetwork.file import Editor
 from mosectl.hypernetwork.network import Rows, keys_and_gradients
 from mosectl.model.architecture import Architecture, Projection
 from mosectl.model.memory import fitting, halving
 
-# One pass, no care for earlier edits, no other wordings: as published.
-ONCE = {"rounds": 1, "protect": 0.0, "prefixes": 0, "wordings": 0, "rehearse": 0.0}
 
-
-@register("horse", side="additive", source="arXiv 2601.11441", kind="fit", trained="horse", settings=ONCE, strength=1.0)
-def horse(
-    model: nn.Module,
-    arch: Architecture,
-    projections: Sequence[Projection],
-    contexts: Contexts,
-    W: Mapping[str, Tensor],
-    options: Mapping[str, float],
-    editor: Editor,
-) -> dict[str, Tensor]:
+class Horse(Trainer):
     """W' = W + ΔW by module path for one batch of facts, ΔWᵀ = (KᵀK + e^λ I)⁻¹ KᵀD.
 
-    Facts stream through in parts that fit in memory: KᵀK (p, p) and KᵀD (p, d) are sums.
-
-    Args:
-        W: (d, p) float64 by module path, the weights as they are in the live model.
-    Options: ``strength`` scales D.
+    Facts stream through in parts that fit in memory: KᵀK (p, p) and KᵀD (p, d) are sums. One pass, no care for earlier
+    edits, no other wordings: as published.
     """
-    rows = contexts.edit_rows
-    own = Rows(contexts.batch.rows(rows), contexts.positions[rows], contexts.targets[rows])
-    net = editor.net.to(own.targets.device)
-    like = [W[p.name] for p in projections]
-    squares = [x.new_zeros(x.shape[1], x.shape[1]) for x in like]  # KᵀK
-    products = [x.new_zeros(x.shape[1], x.shape[0]) for x in like]  # KᵀD
 
-    def add(start: int, end: int) -> None:
-        K, G, _ = keys_and_gradients(model, projections, own.part(start, end))
-        with torch.no_grad():
-            D = net(K, G)
-        for i, (k, x) in enumerate(zip(K, D, strict=True)):
-            k, x = k.to(like[i]), x.to(like[i])
-            squares[i].addmm_(k.T, k)
-            products[i].addmm_(k.T, x, alpha=options["strength"])
+    name, side, source, editor = "horse", "additive", "arXiv 2601.11441", "horse"
+    settings = {
+        "rounds": 1, "previous_edit_weight": 0.0, "prefixes": 0, "wordings": 0, "replay_margin": 0.0,
+    }  # fmt: skip
+    options = {"strength": Option(1.0, "scales D")}
+    remedy = "an editor trained longer, or on more facts,"
+    gentler = "a smaller --set strength=…"
 
-    size = fitting(model, arch, projections[0].layer, own.batch.input_ids.shape[1], own.targets.shape[1])
-    for _ in halving(len(rows), size, add):
-        pass
-    out = {}
-    for i, p in enumerate(projections):
-        squares[i].diagonal().add_(net.ridge[i].exp().to(like[i]))
-        out[p.name] = like[i] + torch.linalg.solve(squares[i], products[i]).T
-    return out
+    def form(self, asked: str) -> str:
+        """Dense: the network's update is of high rank, looking for a low one by itself would take minutes and find none."""
+        return "dense" if asked == "auto" else asked
+
+    def columns(self, facts: Sequence[Fact]) -> int:
+        """It writes at each of an answer's tokens; English has about 1.4 tokens a word."""
+        return round(sum(1 + 1.4 * len(f.target_new.split()) for f in facts))
+
+    def peak_bytes(self, work: Work) -> int:
+        return work.one_pass_bytes()
+
+    def seconds(self, work: Work) -> dict[str, float]:
+        return work.one_pass_seconds()
+
+    def fit(
+        self,
+        model: nn.Module,
+        arch: Architecture,
+        projections: Sequence[Projection],
+        contexts: Contexts,
+        W: Mapping[str, Tensor],
+        options: Mapping[str, float],
+        editor: Editor | None = None,
+    ) -> dict[str, Tensor]:
+        assert editor is not None  # options.trained_editor has seen to it
+        rows = contexts.edit_rows
+        own = Rows(contexts.batch.rows(rows), contexts.positions[rows], contexts.targets[rows])
+        net = editor.net.to(own.targets.device)
+        like = [W[p.name] for p in projections]
+        squares = [x.new_zeros(x.shape[1], x.shape[1]) for x in like]  # KᵀK
+        products = [x.new_zeros(x.shape[1], x.shape[0]) for x in like]  # KᵀD
+
+        def add(start: int, end: int) -> None:
+            K, G, _ = keys_and_gradients(model, projections, own.part(start, end))
+            with torch.no_grad():
+                D = net(K, G)
+            for i, (k, x) in enumerate(zip(K, D, strict=True)):
+                k, x = k.to(like[i]), x.to(like[i])
+                squares[i].addmm_(k.T, k)
+                products[i].addmm_(k.T, x, alpha=options["strength"])
+
+        size = fitting(model, arch, projections[0].layer, own.batch.input_ids.shape[1], own.targets.shape[1])
+        for _ in halving(len(rows), size, add):
+            pass
+        out = {}
+        for i, p in enumerate(projections):
+            squares[i].diagonal().add_(net.ridge[i].exp().to(like[i]))
+            out[p.name] = like[i] + torch.linalg.solve(squares[i], products[i]).T
+        return out

@@ -11,12 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mosectl.editing.methods import LayerProblem, register
+from mosectl.editing.methods.base import LayerProblem, Option, Solver
 from mosectl.linalg.rotation import nearest_rotation, thin_svd
 
 
-@register("isospectral", side="both", source="mosectl", preserve=10.0, damping=1e-4, iterations=5, tolerance=1e-3)
-def isospectral(problem: LayerProblem) -> Tensor:
+class Isospectral(Solver):
     """W' = argmin over the singular values of W₀ of λ‖(W' − W₀)C½‖² + Σ‖W'k_j − v_j‖² + ‖(W'K − V)w½‖².
 
     The objective is tr((W' − T) A (W' − T)ᵀ) + const with A = λC + P + K w Kᵀ and T = (λW₀C + Q + V w Kᵀ) A⁻¹, the
@@ -26,46 +25,53 @@ def isospectral(problem: LayerProblem) -> Tensor:
     z_jᵀA⁻¹z_j, which decouple because the u_j are orthonormal. After each step the nearest matrix of that spectrum is
     taken (Mirsky) and turned from the left by the best rotation, which has a closed form as in MOSE; steps are halved
     until the objective falls.
-
-    Options: ``preserve`` λ, how many edits one unit of C weighs; ``damping`` added to C as a share of its mean diagonal;
-    ``iterations`` at most; ``tolerance``, the relative gain below which it stops.
     """
-    o = problem.options
-    A = problem.kept(o["preserve"])
-    A.diagonal().add_(o["damping"] * A.diagonal().mean())
-    weighted = problem.K * problem.weight
-    B = problem.W0 @ A + problem.Q + problem.V @ weighted.T
-    A.add_(problem.P).addmm_(weighted, problem.K.T)
-    root = torch.linalg.cholesky(A)
-    del A
-    T = torch.cholesky_solve(B.T, root).T
-    sigma = torch.linalg.svdvals(problem.W0)
 
-    def objective(X: Tensor) -> float:
-        return float(torch.linalg.norm((X - T) @ root)) ** 2
+    name, side, source = "isospectral", "both", "mosectl"
+    options = {
+        "preserve": Option(10.0, "λ, how many edits one unit of C weighs"),
+        "damping": Option(1e-4, "added to C as a share of its mean diagonal"),
+        "iterations": Option(5, "Newton steps, at most"),
+        "tolerance": Option(1e-3, "relative gain of a Newton step below which they end"),
+    }
 
-    def of_spectrum(X: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
-        """U, Zᵀ, U Σ Zᵀ and its objective for the matrix nearest to X, turned by argmax over L of tr(L W' Bᵀ)."""
-        U, _, Zh = thin_svd(X)
-        del X  # a (d, p) in float64 is half a gigabyte in a large model
-        U = nearest_rotation(B @ ((U * sigma) @ Zh).T) @ U
-        W = (U * sigma) @ Zh
-        return U, Zh, W, objective(W)
+    def update(self, problem: LayerProblem) -> Tensor:
+        o = problem.options
+        A = problem.kept(o["preserve"])
+        A.diagonal().add_(o["damping"] * A.diagonal().mean())
+        weighted = problem.K * problem.weight
+        B = problem.W0 @ A + problem.Q + problem.V @ weighted.T
+        A.add_(problem.P).addmm_(weighted, problem.K.T)
+        root = torch.linalg.cholesky(A)
+        del A
+        T = torch.cholesky_solve(B.T, root).T
+        sigma = torch.linalg.svdvals(problem.W0)
 
-    U, Zh, W, cost = of_spectrum(problem.W)
-    for _ in range(int(o["iterations"])):
-        D = T - W
-        ZA = torch.cholesky_solve(Zh.T, root).T  # Zᵀ A⁻¹
-        D = D - (U * (((U.T @ D) * Zh).sum(1) / (ZA * Zh).sum(1))) @ ZA  # mu (d,)
-        del ZA
-        for halvings in range(8):
-            step = of_spectrum(W + 0.5**halvings * D)
-            if step[-1] < cost:
+        def objective(X: Tensor) -> float:
+            return float(torch.linalg.norm((X - T) @ root)) ** 2
+
+        def of_spectrum(X: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
+            """U, Zᵀ, U Σ Zᵀ and its objective for the matrix nearest to X, turned by argmax over L of tr(L W' Bᵀ)."""
+            U, _, Zh = thin_svd(X)
+            del X  # a (d, p) in float64 is half a gigabyte in a large model
+            U = nearest_rotation(B @ ((U * sigma) @ Zh).T) @ U
+            W = (U * sigma) @ Zh
+            return U, Zh, W, objective(W)
+
+        U, Zh, W, cost = of_spectrum(problem.W)
+        for _ in range(int(o["iterations"])):
+            D = T - W
+            ZA = torch.cholesky_solve(Zh.T, root).T  # Zᵀ A⁻¹
+            D = D - (U * (((U.T @ D) * Zh).sum(1) / (ZA * Zh).sum(1))) @ ZA  # mu (d,)
+            del ZA
+            for halvings in range(8):
+                step = of_spectrum(W + 0.5**halvings * D)
+                if step[-1] < cost:
+                    break
+            else:
                 break
-        else:
-            break
-        gain = 1 - step[-1] / cost
-        U, Zh, W, cost = step
-        if gain < o["tolerance"]:
-            break
-    return W
+            gain = 1 - step[-1] / cost
+            U, Zh, W, cost = step
+            if gain < o["tolerance"]:
+                break
+        return W

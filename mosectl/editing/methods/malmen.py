@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from mosectl.editing.methods import register
-from mosectl.editing.methods.horse import ONCE, horse
+from mosectl.editing.methods.horse import Horse
 
-register(
-    "malmen", side="additive", source="arXiv 2311.04661", kind="fit", trained="malmen", settings=ONCE, strength=1.0
-)(horse)
+
+class Malmen(Horse):
+    """As :class:`~mosectl.editing.methods.horse.Horse`; the editor's network does not spread."""
+
+    name, source, editor = "malmen", "arXiv 2311.04661", "malmen"

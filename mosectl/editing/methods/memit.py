@@ -5,18 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mosectl.editing.methods import PUBLISHED, LayerProblem, register
+from mosectl.editing.methods.base import PUBLISHED, SPREAD, LayerProblem, Option, Solver
 
 
-@register("memit", side="additive", source="arXiv 2210.07229", kind="spread", settings=PUBLISHED, preserve=1.0)
-def memit(problem: LayerProblem) -> Tensor:
-    """W' = W + (V − W K) Kᵀ (λC + K Kᵀ)⁻¹.
+class Memit(Solver):
+    """W' = W + (V − W K) Kᵀ (λC + K Kᵀ)⁻¹."""
 
-    Options: ``preserve`` λ, how many edits one unit of C weighs (the paper's λ, C being a mean there too).
-    """
-    K = problem.K * problem.weight.sqrt()
-    E = problem.V * problem.weight.sqrt() - problem.W @ K
-    return problem.W + right_divide(E @ K.T, problem.kept(problem.options["preserve"]).addmm_(K, K.T))
+    name, side, source, placement = "memit", "additive", "arXiv 2210.07229", SPREAD
+    settings = PUBLISHED
+    options = {
+        "preserve": Option(1.0, "λ, how many edits one unit of C weighs (the paper's λ, C being a mean there too)")
+    }
+
+    def update(self, problem: LayerProblem) -> Tensor:
+        K = problem.K * problem.weight.sqrt()
+        E = problem.V * problem.weight.sqrt() - problem.W @ K
+        return problem.W + right_divide(E @ K.T, problem.kept(problem.options["preserve"]).addmm_(K, K.T))
 
 
 def right_divide(B: Tensor, A: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mosectl.editing.contexts import Contexts
-from mosectl.editing.methods import register
+from mosectl.editing.methods.base import Option, Trainer
 from mosectl.model.architecture import Architecture, Projection
 from mosectl.model.forward import frozen, hooked
 from mosectl.model.losses import token_nll
@@ -27,52 +27,51 @@ def cayley(raw: Tensor) -> Tensor:
     return torch.linalg.solve(eye + A, eye - A, left=False)
 
 
-@register(
-    "oft",
-    side="input",
-    source="arXiv 2306.07280",
-    kind="fit",
-    settings={"rounds": 1, "protect": 0.0},
-    blocks=4.0,
-    steps_oft=25.0,
-    rate=5e-4,
-)
-def oft(
-    model: nn.Module,
-    arch: Architecture,
-    projections: Sequence[Projection],
-    contexts: Contexts,
-    W: Mapping[str, Tensor],
-    options: Mapping[str, float],
-) -> dict[str, Tensor]:
-    """W' = W R_in by module path, R_in block-diagonal, for one batch of facts.
+class Oft(Trainer):
+    """W' = W R_in by module path, R_in block-diagonal, for one batch of facts."""
 
-    Args:
-        W: (d, p) float64 by module path, the weights as they are in the live model.
-    Options: ``blocks`` on the diagonal; ``steps_oft`` of Adam; ``rate``, its learning rate.
-    """
-    raw = {
-        p.name: [
-            torch.zeros(len(part), len(part), device=W[p.name].device, requires_grad=True)
-            for part in torch.arange(p.p).tensor_split(int(options["blocks"]))
-        ]
-        for p in projections
+    name, side, source = "oft", "input", "arXiv 2306.07280"
+    settings = {"rounds": 1, "previous_edit_weight": 0.0}
+    options = {
+        "blocks": Option(4.0, "blocks of the rotation"),
+        "steps_oft": Option(25.0, "steps of Adam"),
+        "rate": Option(5e-4, "Adam's learning rate"),
     }
-    adam = torch.optim.Adam([x for blocks in raw.values() for x in blocks], lr=options["rate"])
-    rows, targets = contexts.edit_rows, contexts.targets[contexts.edit_rows]
-    with frozen(model):
-        suffix = Suffix(model, arch, projections[0].layer, contexts.batch)
-        for _ in range(int(options["steps_oft"])):
-            turns = {name: torch.block_diag(*map(cayley, blocks)) for name, blocks in raw.items()}
-            handles = [model.get_submodule(name).register_forward_pre_hook(_turn_input(R)) for name, R in turns.items()]
-            with hooked(handles), torch.enable_grad():
-                logp = suffix.logits(rows, contexts.positions[rows], targets >= 0).log_softmax(-1)
-                loss = token_nll(logp, targets, targets >= 0).mean()
-                adam.zero_grad(set_to_none=True)
-                loss.backward()
-            adam.step()
-    with torch.no_grad():
-        return {n: W[n] @ torch.block_diag(*(cayley(x.double()) for x in blocks)) for n, blocks in raw.items()}
+
+    def fit(
+        self,
+        model: nn.Module,
+        arch: Architecture,
+        projections: Sequence[Projection],
+        contexts: Contexts,
+        W: Mapping[str, Tensor],
+        options: Mapping[str, float],
+        editor: Any = None,
+    ) -> dict[str, Tensor]:
+        raw = {
+            p.name: [
+                torch.zeros(len(part), len(part), device=W[p.name].device, requires_grad=True)
+                for part in torch.arange(p.p).tensor_split(int(options["blocks"]))
+            ]
+            for p in projections
+        }
+        adam = torch.optim.Adam([x for blocks in raw.values() for x in blocks], lr=options["rate"])
+        rows, targets = contexts.edit_rows, contexts.targets[contexts.edit_rows]
+        with frozen(model):
+            suffix = Suffix(model, arch, projections[0].layer, contexts.batch)
+            for _ in range(int(options["steps_oft"])):
+                turns = {name: torch.block_diag(*map(cayley, blocks)) for name, blocks in raw.items()}
+                handles = [
+                    model.get_submodule(name).register_forward_pre_hook(_turn_input(R)) for name, R in turns.items()
+                ]
+                with hooked(handles), torch.enable_grad():
+                    logp = suffix.logits(rows, contexts.positions[rows], targets >= 0).log_softmax(-1)
+                    loss = token_nll(logp, targets, targets >= 0).mean()
+                    adam.zero_grad(set_to_none=True)
+                    loss.backward()
+                adam.step()
+        with torch.no_grad():
+            return {n: W[n] @ torch.block_diag(*(cayley(x.double()) for x in blocks)) for n, blocks in raw.items()}
 
 
 def _turn_input(R: Tensor) -> Callable[..., Any]:

@@ -1,0 +1,172 @@
+"""What a method is: its name and settings, how it finds values, its update, its cost, what it needs and what may help.
+
+A method is a subclass of :class:`Solver` (from keys and values to a new weight, layer by layer) or of :class:`Trainer` (it
+trains on the model itself). One in a file of this package is found by the file's name; one of another package by an entry
+point of the group ``mosectl.methods`` (docs/how-to/add-a-method.md).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from torch import Tensor
+
+from mosectl.errors import UsageError
+from mosectl.model.architecture import Projection
+from mosectl.model.moe import block_name
+
+if TYPE_CHECKING:
+    from mosectl.facts.records import Fact
+
+# Where the values come from that a layer shall write.
+PER_LAYER = "per-layer"  # a target for each edited layer's output
+SPREAD = "spread"  # one residual at the topmost edited layer, shared out among them (MEMIT §4.3)
+NONE = "none"  # none are needed
+
+# What the additive methods have in common as published: targets of any length, one solve, no care for earlier edits.
+PUBLISHED: Mapping[str, Any] = {"preserve_norm": 0, "rounds": 1, "previous_edit_weight": 0.0}
+
+
+@dataclass(frozen=True)
+class Option:
+    """One setting of a method: a number, and what it does."""
+
+    default: float
+    help: str
+
+
+@dataclass(frozen=True)
+class LayerProblem:
+    """One layer's part of an edit, in the y = W k orientation, float64 and on one device but for C."""
+
+    W: Tensor  # (d, p) the weight as it is now
+    W0: Tensor  # (d, p) the weight before any edit of this run
+    C: Tensor  # (p, p) second moment of the layer's keys over a corpus, E[k kᵀ]; any type, on any device: see kept()
+    P: Tensor  # (p, p) sum of k kᵀ over earlier edits, which must keep still
+    Q: Tensor  # (d, p) sum of v kᵀ over earlier edits, v being what the layer wrote when they were made
+    K: Tensor  # (p, m) the facts' keys, one column a context
+    V: Tensor  # (d, m) what the layer should write for them
+    weight: Tensor  # (m,) weight of each column; a fact's columns sum to 1
+    options: Mapping[str, float] = field(default_factory=dict)
+    name: str = ""  # the layer's module path
+    keep: float = 1.0  # scales C
+
+    def kept(self, scale: float = 1.0) -> Tensor:
+        """A new (p, p) ``scale``·``keep``·C like W: gigabytes in a large model, so made where it is used and only once."""
+        return self.C.to(self.W, copy=True).mul_(scale * self.keep)
+
+
+class Work(Protocol):
+    """What an edit has to do, as the plan counts it; see :mod:`mosectl.editing.plan`."""
+
+    def search_bytes(self) -> int: ...
+    def search_seconds(self) -> dict[str, float]: ...
+    def one_pass_bytes(self) -> int: ...
+    def one_pass_seconds(self) -> dict[str, float]: ...
+
+
+class Method(ABC):
+    """One way to edit. The class attributes say what it is; an instance has no state."""
+
+    name: ClassVar[str]
+    side: ClassVar[str]  # what its patches hold, a key of mosectl.patch.change.SIDES
+    source: ClassVar[str]  # publication
+    placement: ClassVar[str]  # where values come from: PER_LAYER, SPREAD or NONE
+    options: ClassVar[Mapping[str, Option]] = {}  # its own settings
+    settings: ClassVar[Mapping[str, Any]] = {}  # defaults of the edit and its targets that differ from the general ones
+    editor: ClassVar[str] = ""  # the method for which an editor must be trained that this one needs
+    remedy: ClassVar[str] = "more --rounds or other --layers"  # what may help where facts are not reached
+    gentler: ClassVar[str] = (
+        "a larger --set preserve=…, fewer facts at once (--batch-size)"  # … where an edit does harm
+    )
+
+    @property
+    def defaults(self) -> dict[str, float]:
+        """Its own settings' defaults."""
+        return {name: option.default for name, option in self.options.items()}
+
+    @property
+    def searches(self) -> bool:
+        """It needs values, which an optimiser searches for."""
+        return self.placement != NONE
+
+    def form(self, asked: str) -> str:
+        """The form of rotations that is sought, ``asked`` being one of options.FORMS."""
+        return asked
+
+    def needs_moments(self, form: str) -> bool:
+        """Statistics over a corpus are of use to it (to a rotation that trains on the model: for its compact form)."""
+        return self.searches or (self.side != "additive" and self.form(form) != "dense")
+
+    def finish(self, W0: Tensor, W: Tensor, options: Mapping[str, float]) -> Tensor:
+        """The weight (d, p) that the edit leaves, from the base W0 and the W of all batches: once, at the end."""
+        return W
+
+    def side_on(self, projections: Sequence[Projection]) -> str:
+        """What the patch holds: a mixture of experts can only be turned, and from the output side.
+
+        Raises:
+            UsageError: the method, or these layers together, cannot do that.
+        """
+        mixed = [p for p in projections if p.experts]
+        if not mixed:
+            return self.side
+        where = block_name(mixed[0].name)
+        if self.side == "additive":
+            fix = "use --method isospectral or mose"
+            raise UsageError(f"'{self.name}' adds to one matrix, a mixture of experts has many", where=where, fix=fix)
+        if len(mixed) < len(projections) and self.side != "output":
+            what = "layers that are mixtures of experts and layers that are not, in one edit"
+            raise UsageError(what, where=where, fix="choose --layers of one kind, or --method mose")
+        return "output"
+
+    # What it costs, for `edit --dry-run`.
+
+    def columns(self, facts: Sequence[Fact]) -> int:
+        """How many outputs a layer writes for these facts: the rank of an additive patch."""
+        return len(facts)
+
+    def peak_bytes(self, work: Work) -> int:
+        """Memory beyond the model's weights."""
+        return work.search_bytes()
+
+    def seconds(self, work: Work) -> dict[str, float]:
+        """Time by phase."""
+        return work.search_seconds()
+
+
+class Solver(Method):
+    """From the keys an edited layer sees and what it should write for them to a new weight."""
+
+    placement: ClassVar[str] = PER_LAYER
+
+    @abstractmethod
+    def update(self, problem: LayerProblem) -> Tensor:
+        """The new weight W' (d, p) float64 of one layer."""
+
+
+class Trainer(Method):
+    """A method that trains on the model itself."""
+
+    placement: ClassVar[str] = NONE
+
+    @abstractmethod
+    def fit(
+        self,
+        model: Any,
+        arch: Any,
+        projections: Sequence[Projection],
+        contexts: Any,
+        W: Mapping[str, Tensor],
+        options: Mapping[str, float],
+        editor: Any = None,
+    ) -> dict[str, Tensor]:
+        """The new weights (d, p) float64 by module path, for one batch of facts.
+
+        Args:
+            W: (d, p) float64 by module path, the weights as they are in the live model.
+            editor: the trained editor, where the method needs one.
+        """

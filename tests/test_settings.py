@@ -1,0 +1,65 @@
+"""Settings in today's words; old names are taken with a notice, and records keep them."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+
+from mosectl.editing.options import EditOptions, default_options, options_from
+from mosectl.editing.settings import RENAMED, WORDS
+from mosectl.editing.targets import TargetOptions
+from mosectl.errors import Notice, UsageError
+
+OLD = {
+    "insist": "2", "relax": "0.5", "aim": "1", "fisher": "0", "drop": "3", "sphere": "0", "reach": "1.5", "protect": "7",
+    "rehearse": "0",
+}  # fmt: skip
+NOW = ["unreached_weight_growth=2", "preservation_decay=0.5", "placement=spread", "optimizer=adam", "nats_per_step=3"]
+NOW += ["preserve_norm=0", "max_displacement=1.5", "previous_edit_weight=7", "replay_margin=0"]
+
+
+def test_old_names_mean_what_todays_do() -> None:
+    assert set(OLD) == set(RENAMED)
+    with pytest.warns(Notice) as told:
+        old = options_from([f"{name}={value}" for name, value in OLD.items()])
+    assert len(told) == len(OLD) and "'relax' is called 'preservation_decay' now" in " ".join(
+        str(w.message) for w in told
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert options_from(NOW) == old
+    with pytest.warns(Notice, match="aim"):
+        assert EditOptions(aim=0).placement == "per-layer"  # type: ignore[call-arg]
+    with pytest.warns(Notice, match="fisher"):
+        assert TargetOptions(fisher=0) == TargetOptions(optimizer="adam")  # type: ignore[call-arg]
+
+
+def test_records_keep_the_names_of_format_1() -> None:
+    record = default_options("mose").to_record()
+    assert (record["relax"], record["aim"], record["targets"]["reach"], record["targets"]["fisher"]) == (
+        0.8,
+        -1,
+        1.5,
+        0,
+    )
+    assert not {*RENAMED.values()} & {*record, *record["targets"]}
+    fields = set(vars(EditOptions())) | set(vars(TargetOptions()))
+    assert set(RENAMED.values()) <= fields, "every new name is a field"
+
+
+@pytest.mark.parametrize(
+    "setting", ["placement=0", "placement=top", "optimizer=1", "optimizer=", "aim=7", "aim=x", "fisher=2"]
+)
+def test_what_is_no_choice_lists_the_choices(setting: str) -> None:
+    with pytest.raises(UsageError) as e:
+        options_from([setting])
+    assert any(e.value.fix == f"choose one of: {', '.join(words)}" for words in WORDS.values())
+
+
+@pytest.mark.parametrize(
+    "setting", ["reach=-1", "max_displacement=nan", "relax=inf", "rounds=x", "steps=1.5", "=", "relax"]
+)
+def test_what_is_no_number_is_refused(setting: str) -> None:
+    with pytest.raises(UsageError):
+        options_from([setting])
