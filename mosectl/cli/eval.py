@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,61 +13,76 @@ from mosectl.cli.params import FACTS, Chat, Device, Dtype, Force, Json, Limit, O
 from mosectl.errors import UsageError
 
 if TYPE_CHECKING:
+    from mosectl.facts.records import Fact
     from mosectl.measure.evaluate import Evaluation, OnStep
     from mosectl.measure.lm_harness import AbilityTasks
     from mosectl.storage.places import Place
 
 
+What = Annotated[str, typer.Argument(metavar="MODEL_OR_PATCH", help="Patch file; or model folder or hub id.")]
+Facts = Annotated[str, typer.Argument(help=FACTS)]
+PatchModel = Annotated[
+    str | None, typer.Option("--model", "-m", help="The patch's model; default: the one the patch names.")
+]
+Base = Annotated[
+    str | None, typer.Option(help="The unedited model of an edited one; default: found by its mosectl.json.")
+]
+Protocols = Annotated[
+    list[str] | None,
+    typer.Option("--protocol", help="generation, easyedit, memit or zsre. Repeatable; default: all."),
+]
+Text = Annotated[
+    str | None, typer.Option(help="Held-out text for perplexity: .txt or .jsonl; default: a small embedded one.")
+]
+Abilities = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TASKS",
+        help="Tasks of lm-evaluation-harness, before and after: local (four small ones, no network), names such as "
+        "rte,sst2,nq_open (downloaded), YAML files; commas between. Needs: pip install 'mosectl\\[eval]'.",
+    ),
+]
+AllowCode = Annotated[
+    bool,
+    typer.Option(
+        "--allow-code",
+        help="Let YAML files of --abilities run Python code: !function, classes, metrics' scripts, unbounded templates. "
+        "Only for files that you trust.",
+    ),
+]
+AbilitiesLimit = Annotated[int | None, typer.Option(min=1, help="Examples a task; default: all.")]
+FailUnder = Annotated[
+    list[str] | None,
+    typer.Option(help="Exit with 10 below it: reliability=0.95, memit.locality=0.9, abilities.TASK=0.6. Repeatable."),
+]
+Csv = Annotated[Path | None, typer.Option(help="Write one row a fact to this file.", **file_option("--csv"))]
+Png = Annotated[Path | None, typer.Option(help="Write a picture (needs matplotlib).", **file_option("--png"))]
+Html = Annotated[
+    Path | None, typer.Option(help="Write a report, one file that needs nothing else.", **file_option("--html"))
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing output files.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Prompts asked together.")]
+
+
 def evaluate(
-    what: Annotated[str, typer.Argument(metavar="MODEL_OR_PATCH", help="Patch file; or model folder or hub id.")],
-    facts: Annotated[str, typer.Argument(help=FACTS)],
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="The patch's model; default: the one the patch names.")
-    ] = None,
-    base: Annotated[
-        str | None, typer.Option(help="The unedited model of an edited one; default: found by its mosectl.json.")
-    ] = None,
-    protocol: Annotated[
-        list[str] | None, typer.Option(help="generation, easyedit, memit or zsre. Repeatable; default: all.")
-    ] = None,
-    text: Annotated[
-        str | None, typer.Option(help="Held-out text for perplexity: .txt or .jsonl; default: a small embedded one.")
-    ] = None,
-    abilities: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TASKS",
-            help="Tasks of lm-evaluation-harness, before and after: local (four small ones, no network), names such as "
-            "rte,sst2,nq_open (downloaded), YAML files; commas between. Needs: pip install 'mosectl\\[eval]'.",
-        ),
-    ] = None,
-    allow_code: Annotated[
-        bool,
-        typer.Option(
-            "--allow-code",
-            help="Let YAML files of --abilities run Python code: !function, classes, metrics' scripts, unbounded templates. "
-            "Only for files that you trust.",
-        ),
-    ] = False,
-    abilities_limit: Annotated[int | None, typer.Option(min=1, help="Examples a task; default: all.")] = None,
-    fail_under: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Exit with 10 below it: reliability=0.95, memit.locality=0.9, abilities.TASK=0.6. Repeatable."
-        ),
-    ] = None,
-    csv: Annotated[Path | None, typer.Option(help="Write one row a fact to this file.", **file_option("--csv"))] = None,
-    png: Annotated[
-        Path | None, typer.Option(help="Write a picture (needs matplotlib).", **file_option("--png"))
-    ] = None,
-    html: Annotated[
-        Path | None, typer.Option(help="Write a report, one file that needs nothing else.", **file_option("--html"))
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing output files.")] = False,
+    what: What,
+    facts: Facts,
+    model: PatchModel = None,
+    base: Base = None,
+    protocol: Protocols = None,
+    text: Text = None,
+    abilities: Abilities = None,
+    allow_code: AllowCode = False,
+    abilities_limit: AbilitiesLimit = None,
+    fail_under: FailUnder = None,
+    csv: Csv = None,
+    png: Png = None,
+    html: Html = None,
+    overwrite: Overwrite = False,
     revision: Revision = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts asked together.")] = 64,
+    batch_size: BatchSize = 64,
     limit: Limit = None,
     on_error: OnError = "fail",
     chat: Chat = False,
@@ -81,38 +96,37 @@ def evaluate(
     checked = read_facts(facts, on_error, limit)
     terminal.problems(checked)
     files = {name: path for name, path in (("--csv", csv), ("--png", png), ("--html", html)) if path is not None}
+    how = {
+        "model": model, "base": base, "text": text, "chat": chat, "revision": revision, "device": device, "dtype": dtype,
+        "batch_size": batch_size, "force": force, "on_error": on_error,
+    }  # fmt: skip
     with ExitStack() as stack:
         places = _places(files, overwrite, (what, facts, model, base, text), stack)
-        from mosectl.measure.evaluate import choose_protocols, evaluate_edit
-        from mosectl.measure.thresholds import check_asked, check_thresholds, parse_threshold
-
-        chosen = choose_protocols(protocol or [])
-        with console.progress() as on_step:
-            tasks = _tasks(abilities, abilities_limit, allow_code, on_step)
-            thresholds = [parse_threshold(t, chosen, tasks.names if tasks else ()) for t in fail_under or []]
-            check_asked(checked.facts, thresholds, what)
-            found = evaluate_edit(
-                what,
-                checked.facts,
-                model=model,
-                base=base,
-                text=text,
-                protocols=chosen,
-                abilities=tasks,
-                chat=chat,
-                revision=revision,
-                device=device,
-                dtype=dtype,
-                batch_size=batch_size,
-                force=force,
-                on_error=on_error,
-                on_step=on_step,
-            )
+        tasks = (abilities, abilities_limit, allow_code)
+        found, judge = _measured(what, checked.facts, protocol or [], tasks, fail_under or [], how)
         _write(found, places)
     console.data(found) if as_json else terminal.evaluation(found)
     for path in files.values():
         console.hint(f"written: {path}")
-    check_thresholds(found, thresholds)
+    judge()
+
+
+def _measured(
+    what: str, facts: Sequence[Fact], protocols: Sequence[str], abilities: tuple[str | None, int | None, bool],
+    fail_under: Sequence[str], how: dict[str, Any],
+) -> tuple[Evaluation, Callable[[], None]]:  # fmt: skip
+    """The evaluation, and the check of its thresholds, for after it has been shown."""
+    from mosectl.measure.evaluate import choose_protocols, evaluate_edit
+    from mosectl.measure.thresholds import check_asked, check_thresholds, parse_threshold
+    from mosectl.render import console
+
+    chosen = choose_protocols(protocols)
+    with console.progress() as on_step:
+        tasks = _tasks(*abilities, on_step)
+        thresholds = [parse_threshold(t, chosen, tasks.names if tasks else ()) for t in fail_under]
+        check_asked(facts, thresholds, what)
+        found = evaluate_edit(what, facts, protocols=chosen, abilities=tasks, on_step=on_step, **how)
+    return found, lambda: check_thresholds(found, thresholds)
 
 
 def _tasks(names: str | None, limit: int | None, allow_code: bool, on_step: OnStep) -> AbilityTasks | None:

@@ -19,6 +19,24 @@ Folder = Annotated[str, typer.Argument(help="An edited folder.")]
 AllowConflicts = Annotated[
     bool, typer.Option("--allow-conflicts", help="Go on where patches contradict each other; which one wins is open.")
 ]
+UneditedBase = Annotated[
+    str | None, typer.Option("--base", help="The unedited model, if MODEL is edited and has not kept its base tensors.")
+]
+KeepBase = Annotated[
+    bool,
+    typer.Option(
+        "--keep-base/--no-keep-base", help="Keep the original tensors beside the edited ones for an exact revert."
+    ),
+]
+Copy = Annotated[bool, typer.Option("--copy", help="Copy unchanged weight files too, instead of hard-linking them.")]
+Proof = Annotated[
+    bool | None,
+    typer.Option("--proof/--no-proof", help="Compare spectra before and after; default: up to a hidden size of 2048."),
+]
+CheckFacts = Annotated[
+    bool,
+    typer.Option("--check-facts", help="First ask whether the facts of all patches hold together; loads the model."),
+]
 
 
 def _told(found: Sequence[Conflict], allow: bool, as_json: bool) -> None:
@@ -39,30 +57,11 @@ def apply(
     model: Model,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; must not exist.")],
     revision: Revision = None,
-    base: Annotated[
-        str | None, typer.Option(help="The unedited model, if MODEL is edited and has not kept its base tensors.")
-    ] = None,
-    keep_base: Annotated[
-        bool,
-        typer.Option(
-            "--keep-base/--no-keep-base", help="Keep the original tensors beside the edited ones for an exact revert."
-        ),
-    ] = True,
-    copy: Annotated[
-        bool, typer.Option("--copy", help="Copy unchanged weight files too, instead of hard-linking them.")
-    ] = False,
-    proof: Annotated[
-        bool | None,
-        typer.Option(
-            "--proof/--no-proof", help="Compare spectra before and after; default: up to a hidden size of 2048."
-        ),
-    ] = None,
-    check_facts: Annotated[
-        bool,
-        typer.Option(
-            "--check-facts", help="First ask whether the facts of all patches hold together; loads the model."
-        ),
-    ] = False,
+    base: UneditedBase = None,
+    keep_base: KeepBase = True,
+    copy: Copy = False,
+    proof: Proof = None,
+    check_facts: CheckFacts = False,
     allow_conflicts: AllowConflicts = False,
     device: Device = "auto",
     force: Force = False,
@@ -75,26 +74,15 @@ def apply(
     from mosectl.render import console, terminal
 
     loaded = load_patches(patches)
+    how: dict[str, Any] = {"revision": revision, "force": force}
     with console.progress() as on_step:
-        found = before_applying(
-            loaded, model, revision=revision, ask=check_facts, device=device, force=force, on_step=named("ask", on_step)
-        )
+        found = before_applying(loaded, model, ask=check_facts, device=device, on_step=named("ask", on_step), **how)
     _told(found, allow_conflicts, as_json)
     if check_facts and not any(c.kind == "lost" for c in found):
         console.hint("asked: no fact is lost")
+    how |= {"base": base, "keep_base": keep_base, "copy": copy, "proof": proof}
     with console.progress() as on_step:
-        done = run(
-            loaded,
-            model,
-            out,
-            revision=revision,
-            base=base,
-            keep_base=keep_base,
-            copy=copy,
-            proof=proof,
-            force=force,
-            on_step=named("apply", on_step),
-        )
+        done = run(loaded, model, out, on_step=named("apply", on_step), **how)
     console.data(done) if as_json else terminal.applied(done, "Applied")
 
 

@@ -25,91 +25,153 @@ from mosectl.cli.params import (
 from mosectl.errors import OutputError
 
 if TYPE_CHECKING:
+    from mosectl.facts.records import Fact
+    from mosectl.hypernetwork.file import Editor
     from mosectl.storage.places import Place
 
 
-def train_editor(
-    facts: Annotated[str, typer.Argument(help="Facts to train on, hundreds or thousands; not those to be edited.")],
-    model: Model,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Editor file to write.", **FILE)] = Path(
-        "editor.safetensors"
+NETWORK, TRAINING = "The network", "Its training"
+Facts = Annotated[str, typer.Argument(help="Facts to train on, hundreds or thousands; not those to be edited.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Editor file to write.", **FILE)]
+Method = Annotated[
+    str, typer.Option(help="horse, or malmen: the same without the orthogonal spread.", rich_help_panel=NETWORK)
+]
+Validation = Annotated[
+    str | None,
+    typer.Option(
+        help="Facts file to validate on; without it a tenth of the others is kept for that.", rich_help_panel=TRAINING
     ),
-    method: Annotated[str, typer.Option(help="horse, or malmen: the same without the orthogonal spread.")] = "horse",
-    validation: Annotated[
-        str | None, typer.Option(help="Facts file to validate on; without it a tenth of the others is kept for that.")
-    ] = None,
-    layers: Annotated[str, typer.Option(help="auto (the last six, at most half), or such as 19,20,21.")] = "auto",
-    rank: Annotated[int, typer.Option(min=1, help="Of the network's blocks.")] = 128,
-    blocks: Annotated[int, typer.Option(min=1, help="How many of them.")] = 2,
-    batch_size: Annotated[
-        int, typer.Option(min=1, help="Facts edited together in a step: about as many as will be.")
-    ] = 64,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps, at most.")] = 300,
-    rate: Annotated[float, typer.Option(min=0.0, help="Adam's learning rate.")] = 1e-2,
-    locality: Annotated[float, typer.Option(min=0.0, help="Weight of what shall not change.")] = 5.0,
-    patience: Annotated[int, typer.Option(min=1, help="Validations without a better one before it stops.")] = 6,
-    every: Annotated[int, typer.Option(min=1, help="Steps between validations; the state is kept at each.")] = 20,
+]
+Layers = Annotated[
+    str, typer.Option(help="auto (the last six, at most half), or such as 19,20,21.", rich_help_panel=NETWORK)
+]
+Rank = Annotated[int, typer.Option(min=1, help="Of the network's blocks.", rich_help_panel=NETWORK)]
+Blocks = Annotated[int, typer.Option(min=1, help="How many of them.", rich_help_panel=NETWORK)]
+BatchSize = Annotated[
+    int,
+    typer.Option(min=1, help="Facts edited together in a step: about as many as will be.", rich_help_panel=TRAINING),
+]
+Steps = Annotated[int, typer.Option(min=1, help="Training steps, at most.", rich_help_panel=TRAINING)]
+Rate = Annotated[float, typer.Option(min=0.0, help="Adam's learning rate.", rich_help_panel=TRAINING)]
+Locality = Annotated[float, typer.Option(min=0.0, help="Weight of what shall not change.", rich_help_panel=TRAINING)]
+Patience = Annotated[
+    int, typer.Option(min=1, help="Validations without a better one before it stops.", rich_help_panel=TRAINING)
+]
+Every = Annotated[
+    int, typer.Option(min=1, help="Steps between validations; the state is kept at each.", rich_help_panel=TRAINING)
+]
+Plot = Annotated[Path | None, typer.Option(help="Draw the losses: a PNG file.", **file_option("--plot"))]
+Seed = Annotated[int, typer.Option(help="Order of the facts, start of the network.", rich_help_panel=TRAINING)]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on after the last validation (-o.progress).")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing editor file.")]
+
+
+def train_editor(
+    facts: Facts,
+    model: Model,
+    out: Out = Path("editor.safetensors"),
+    method: Method = "horse",
+    validation: Validation = None,
+    layers: Layers = "auto",
+    rank: Rank = 128,
+    blocks: Blocks = 2,
+    batch_size: BatchSize = 64,
+    steps: Steps = 300,
+    rate: Rate = 1e-2,
+    locality: Locality = 5.0,
+    patience: Patience = 6,
+    every: Every = 20,
     corpus: Corpus = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the losses: a PNG file.", **file_option("--plot"))] = None,
-    seed: Annotated[int, typer.Option(help="Order of the facts, start of the network.")] = 0,
+    plot: Plot = None,
+    seed: Seed = 0,
     revision: Revision = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     limit: Limit = None,
     on_error: OnError = "fail",
-    resume: Annotated[bool, typer.Option("--resume", help="Go on after the last validation (-o.progress).")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing editor file.")] = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Train HORSE's or MALMEN's network on a model, for edit --method horse. Many GPUs: accelerate launch -m mosectl …"""
     from mosectl.facts.records import read_facts
     from mosectl.model import distributed
-    from mosectl.render import console, terminal
-    from mosectl.storage.atomic import output_errors, write_bytes
+    from mosectl.render import terminal
 
     checked = read_facts(facts, on_error, limit)
     terminal.problems(checked)
     unseen = read_facts(validation, on_error).facts if validation else ()
     first, state = distributed.first(), out.with_name(out.name + ".progress")
+    given = {
+        "method": method, "layers": layers, "rank": rank, "blocks": blocks, "batch_size": batch_size, "steps": steps,
+        "rate": rate, "locality": locality, "patience": patience, "every": every, "seed": seed,
+    }  # fmt: skip
     with ExitStack() as stack:
         places = _places(out, plot, overwrite, (facts, validation, corpus, model), stack) if first else {}
-        with output_errors(state):
-            if state.exists() and not resume and not overwrite:
-                fix = "give --resume to go on with it, or --overwrite to start again"
-                raise OutputError("holds an interrupted training", where=str(state), fix=fix)
-        from mosectl.facts.corpus import read_corpus
-        from mosectl.hypernetwork.train import TrainOptions, check, train
-        from mosectl.model.loading import load
-
-        texts = read_corpus(corpus)
-        options = TrainOptions(
-            method=method, layers=layers, rank=rank, blocks=blocks, batch_size=batch_size, steps=steps, rate=rate,
-            locality=locality, patience=patience, every=every, seed=seed,
-        )  # fmt: skip
-        check(options, checked.facts, unseen)
-        if resume and first:
-            console.hint(
-                f"goes on with {state}" if state.exists() else f"no {state} to go on with: starts from the beginning"
-            )
-        try:
-            with console.progress(quiet=not first) as on_step:
-                loaded = load(model, revision=revision, device=distributed.process_device(device), dtype=dtype)
-                editor = train(
-                    loaded, checked.facts, options, texts, validation=unseen, on_error=on_error, state=state, resume=resume,
-                    on_step=named("training", on_step), on_validation=terminal.validated if first else None,
-                )  # fmt: skip
-        except KeyboardInterrupt:
-            if state.exists():
-                console.hint(f"{state} holds the training up to its last validation: give --resume to go on")
-            raise
+        _check_state(state, resume, overwrite)
+        where = {"revision": revision, "device": distributed.process_device(device), "dtype": dtype}
+        how = {"validation": unseen, "on_error": on_error, "state": state, "resume": resume}
+        editor = _trained(model, checked.facts, given, corpus, where, how)
         if not first:
             return
-        editor.save(places["-o"].ready())
-        if plot:
-            from mosectl.render.charts import png_training
-
-            write_bytes(places["--plot"].ready(), png_training(editor.history))
+        _write(editor, places)
     state.unlink(missing_ok=True)
+    _tell(editor, out, model, as_json)
+
+
+def _check_state(state: Path, resume: bool, overwrite: bool) -> None:
+    """What an interrupted training has left is not thrown away unasked."""
+    from mosectl.model import distributed
+    from mosectl.render import console
+    from mosectl.storage.atomic import output_errors
+
+    with output_errors(state):
+        there = state.exists()
+    if there and not resume and not overwrite:
+        fix = "give --resume to go on with it, or --overwrite to start again"
+        raise OutputError("holds an interrupted training", where=str(state), fix=fix)
+    if resume and distributed.first():
+        console.hint(f"goes on with {state}" if there else f"no {state} to go on with: starts from the beginning")
+
+
+def _trained(
+    model: str, facts: Sequence[Fact], given: dict[str, Any], corpus: str | None, where: dict[str, Any],
+    how: dict[str, Any],
+) -> Editor:  # fmt: skip
+    from mosectl.facts.corpus import read_corpus
+    from mosectl.hypernetwork.train import TrainOptions, check, train
+    from mosectl.model import distributed
+    from mosectl.model.loading import load
+    from mosectl.render import console, terminal
+
+    texts, options, first = read_corpus(corpus), TrainOptions(**given), distributed.first()
+    check(options, facts, how["validation"])
+    try:
+        with console.progress(quiet=not first) as on_step:
+            loaded = load(model, **where)
+            tell: dict[str, Any] = {"on_step": named("training", on_step)}
+            return train(
+                loaded, facts, options, texts, on_validation=terminal.validated if first else None, **tell, **how
+            )
+    except KeyboardInterrupt:
+        if how["state"].exists():
+            console.hint(f"{how['state']} holds the training up to its last validation: give --resume to go on")
+        raise
+
+
+def _write(editor: Editor, places: dict[str, Place]) -> None:
+    from mosectl.storage.atomic import write_bytes
+
+    editor.save(places["-o"].ready())
+    if "--plot" in places:
+        from mosectl.render.charts import png_training
+
+        write_bytes(places["--plot"].ready(), png_training(editor.history))
+
+
+def _tell(editor: Editor, out: Path, model: str, as_json: bool) -> None:
+    from mosectl.render import console, terminal
+
     if as_json:
         record = {k: v for k, v in editor.record.items() if k != "base"}  # samples of weights: in the file
         console.data({"editor": str(out), "id": editor.id, **record})

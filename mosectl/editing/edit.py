@@ -110,64 +110,103 @@ def edit(
         EditFailed: no answer changed, or a number was not finite.
     """
     options = options or EditOptions()
-    solver = method(options.method)
-    trained = trained_editor(options)
+    solver, trained = method(options.method), trained_editor(options)
     if unknown := set(options.solver) - set(solver.defaults):
-        raise UsageError(
-            f"method '{solver.name}' has no option '{min(unknown)}'", fix=f"it has: {', '.join(solver.defaults)}"
-        )
-    checked = as_facts(facts, "edit")
-    clock = Clock(on_step)
+        what = f"method '{solver.name}' has no option '{min(unknown)}'"
+        raise UsageError(what, fix=f"it has: {', '.join(solver.defaults)}")
+    checked, clock = as_facts(facts, "edit"), Clock(on_step)
     with clock("load"):
-        loaded = load(model, revision=revision, device=device, dtype=dtype) if isinstance(model, str | Path) else model
-        loaded = loaded if isinstance(loaded, Loaded) else Loaded(loaded, tokenizer, None)
-        if loaded.tokenizer is None:
-            raise UsageError("a loaded model needs its tokenizer", fix="call edit(facts, model, tokenizer)")
-        if away := next((n for n, p in loaded.model.named_parameters() if p.is_meta), ""):
-            fix = "use more GPUs (--device balanced) or --dtype bfloat16; patches apply on disk whatever the size"
-            raise ModelError("is offloaded: the model does not fit", where=away, fix=fix)
-        if loaded.checkpoint:
-            stored_patches(loaded.checkpoint)  # on top of which the patch will be
-        arch = resolve(loaded.model)
+        source = load(model, revision=revision, device=device, dtype=dtype) if isinstance(model, str | Path) else model
+        ready = _ready(
+            source if isinstance(source, Loaded) else Loaded(source, tokenizer, None), checked, options, on_error
+        )
         if isinstance(model, str | Path):
-            note_chat(loaded.tokenizer, options.chat)
-        seen = window(loaded.model)
-        checked = fitted(checked, loaded.tokenizer, seen, chat=options.chat, on_error=on_error)
-        empty = {p.layer: p for p in arch.projections if _all_zeros(loaded, p)}
-        corpus = read_corpus(options.corpus)
-    with turns(loaded.model, arch) as turned:
-        with clock("layers"):
-            projections, scores = _choose(loaded, turned, checked, options, trained)
-            if found := next((empty[p.layer] for p in projections if p.layer in empty), None):
-                raise all_zeros(found.weight_name, _where(loaded))
-        with clock("statistics") as step:
-            moments = Moments({}, {}, 0, False, math.inf)
-            if solver.needs_moments(options.form):
-                moments = second_moments(loaded.model, loaded.tokenizer, projections, corpus, on_step=step)
-        with clock("ask before") as step:
-            before = interview(loaded.model, loaded.tokenizer, checked, chat=options.chat, on_step=step)
-        with clock("wordings") as step:
-            wordings = _wordings(loaded, checked, before, options, step)
-        run = Session(loaded, turned, projections, moments, options, trained)
-        with run.restored():
-            run.watch(canaries(loaded.tokenizer, corpus.texts, seen.most))
-            with made_by_the_edit():
-                losses = run.edit(checked, _prefixes(corpus, options), wordings, clock, progress)
-            with clock("solve"):
-                changes = {block_name(module): change for module, change in run.finish().items()}
-    edited = [p for p in arch.projections if p.name in changes]
-    on = changes_on(loaded.model, [(p, [changes[p.name]]) for p in edited])
+            note_chat(ready.loaded.tokenizer, options.chat)
+    loaded, checked = ready.loaded, ready.facts
+    done = _computed(ready, options, trained, clock, progress)
+    edited = [p for p in ready.arch.projections if p.name in done.changes]
+    on = changes_on(loaded.model, [(p, [done.changes[p.name]]) for p in edited])
     with made_by_the_edit(), on, clock("ask after") as step:
         after = interview(loaded.model, loaded.tokenizer, checked, chat=options.chat, on_step=step)
-    results = _results(checked, before, after, losses, wordings)
+    results = _results(checked, done.before, after, done.losses, done.wordings)
     if refuse:
         _refuse_failure(results, solver.remedy)
     with clock("check"):
-        drifts = tuple(_stability(loaded, edited, changes))
-        scored = compare(checked, before, after, wordings)
-        patch = _patch(loaded, arch, edited, run, changes, results, scored, drifts, options, corpus)
-    done = (run.stopped, moments.tokens, clock.seconds, (before, after), tuple(run.curve), solver.remedy)
-    return EditResult(patch, results, scored, drifts, tuple(scores), *done)
+        drifts = tuple(_stability(loaded, edited, done.changes))
+        scored = compare(checked, done.before, after, done.wordings)
+        patch = _patch(
+            loaded, ready.arch, edited, done.session, done.changes, results, scored, drifts, options, ready.corpus
+        )
+    told = (done.session.stopped, done.tokens, clock.seconds, (done.before, after), tuple(done.session.curve))
+    return EditResult(patch, results, scored, drifts, done.scores, *told, solver.remedy)
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """What an edit works on."""
+
+    loaded: Loaded
+    arch: Architecture
+    facts: list[Fact]  # that the model can read
+    corpus: Corpus
+    empty: Mapping[int, Projection]  # layers whose weight is nothing but zeros
+    most: int  # tokens that the model reads at once
+
+
+def _ready(loaded: Loaded, facts: list[Fact], options: EditOptions, on_error: str) -> _Ready:
+    """The model and the facts, checked for what would stand in the way of an edit."""
+    if loaded.tokenizer is None:
+        raise UsageError("a loaded model needs its tokenizer", fix="call edit(facts, model, tokenizer)")
+    if away := next((n for n, p in loaded.model.named_parameters() if p.is_meta), ""):
+        fix = "use more GPUs (--device balanced) or --dtype bfloat16; patches apply on disk whatever the size"
+        raise ModelError("is offloaded: the model does not fit", where=away, fix=fix)
+    if loaded.checkpoint:
+        stored_patches(loaded.checkpoint)  # on top of which the patch will be
+    arch, seen = resolve(loaded.model), window(loaded.model)
+    facts = fitted(facts, loaded.tokenizer, seen, chat=options.chat, on_error=on_error)
+    empty = {p.layer: p for p in arch.projections if _all_zeros(loaded, p)}
+    return _Ready(loaded, arch, facts, read_corpus(options.corpus), empty, seen.most)
+
+
+@dataclass(frozen=True)
+class _Done:
+    """What the computation came to; the live model is as it was."""
+
+    session: Session
+    changes: dict[str, Change]  # by module path
+    losses: Sequence[float]
+    before: Interview
+    wordings: Sequence[tuple[str, ...]]
+    scores: tuple[LayerScore, ...]
+    tokens: int  # of the corpus
+
+
+def _computed(
+    ready: _Ready, options: EditOptions, trained: Editor | None, clock: Clock, progress: Progress | None
+) -> _Done:
+    """Choose layers, take statistics, ask before, edit."""
+    loaded, facts, model = ready.loaded, ready.facts, ready.loaded.model
+    with turns(model, ready.arch) as turned:
+        with clock("layers"):
+            projections, scores = _choose(loaded, turned, facts, options, trained)
+            if found := next((ready.empty[p.layer] for p in projections if p.layer in ready.empty), None):
+                raise all_zeros(found.weight_name, _where(loaded))
+        with clock("statistics") as step:
+            moments = Moments({}, {}, 0, False, math.inf)
+            if method(options.method).needs_moments(options.form):
+                moments = second_moments(model, loaded.tokenizer, projections, ready.corpus, on_step=step)
+        with clock("ask before") as step:
+            before = interview(model, loaded.tokenizer, facts, chat=options.chat, on_step=step)
+        with clock("wordings") as step:
+            wordings = _wordings(loaded, facts, before, options, step)
+        session = Session(loaded, turned, projections, moments, options, trained)
+        with session.restored():
+            session.watch(canaries(loaded.tokenizer, ready.corpus.texts, ready.most))
+            with made_by_the_edit():
+                losses = session.edit(facts, _prefixes(ready.corpus, options), wordings, clock, progress)
+            with clock("solve"):
+                changes = {block_name(module): change for module, change in session.finish().items()}
+    return _Done(session, changes, losses, before, wordings, tuple(scores), moments.tokens)
 
 
 def _all_zeros(loaded: Loaded, p: Projection) -> bool:

@@ -32,9 +32,9 @@ from mosectl.model.loading import Loaded
 from mosectl.model.positions import fitted, window
 from mosectl.model.scoring import encode_pairs, score
 from mosectl.patch.record import PatchFact
+from mosectl.storage.progress import OnStep
 from mosectl.text.shown import spreadsheet
 
-OnStep = Callable[[str, int, int], None]  # phase, done, total
 BINS = 20
 
 
@@ -151,28 +151,46 @@ def evaluate_edit(
         FactsError, PatchError, BaseMismatch, ModelError, HubError, UsageError.
     """
     start = time.perf_counter()
-    chosen = choose_protocols(protocols)
-    checked, corpus = as_facts(facts, "evaluate"), read_corpus(text)
     tell = on_step or (lambda phase, done, total: None)
+    asked = _Asked(
+        as_facts(facts, "evaluate"), choose_protocols(protocols), read_corpus(text), abilities, chat, batch_size, on_error,
+        tell,
+    )  # fmt: skip
+    tell("load", 0, 1)
+    subject, before, after = both_sides(what, model, base, How(revision, device, dtype, force), asked.of)
+    return _evaluation(asked, subject, before, after, start)
 
-    fits = False
 
-    def ask(loaded: Loaded, side: str) -> Observation:
-        nonlocal checked, fits
-        if not fits:  # both sides read alike
-            seen = window(loaded.model)
-            checked, fits = fitted(checked, loaded.tokenizer, seen, chat=chat, on_error=on_error), True
+class _Asked:
+    """What is asked of a model; of the second side just what was asked of the first."""
+
+    def __init__(
+        self, facts: list[Fact], chosen: tuple[str, ...], corpus: Corpus, abilities: AbilityTasks | None, chat: bool,
+        batch_size: int, on_error: str, tell: OnStep,
+    ) -> None:  # fmt: skip
+        self.facts, self.chosen, self.corpus, self.abilities = facts, chosen, corpus, abilities
+        self.chat, self.batch_size, self.on_error, self.tell = chat, batch_size, on_error, tell
+        self.fits = False  # the facts, into what the model reads
+
+    def of(self, loaded: Loaded, side: str) -> Observation:
+        if not self.fits:  # both sides read alike
+            how: dict[str, Any] = {"chat": self.chat, "on_error": self.on_error}
+            self.facts, self.fits = fitted(self.facts, loaded.tokenizer, window(loaded.model), **how), True
 
         def step(name: str) -> Callable[[int, int], None]:
-            return lambda done, total: tell(f"{side}: {name}", done, total)
+            return lambda done, total: self.tell(f"{side}: {name}", done, total)
 
-        found = _observe(loaded, checked, chosen, corpus, chat, batch_size, step)
-        if abilities is None:
+        found = _observe(loaded, self.facts, self.chosen, self.corpus, self.chat, self.batch_size, step)
+        if self.abilities is None:
             return found
-        return replace(found, abilities=ask_tasks(abilities, loaded, chat=chat, batch_size=batch_size, step=step))
+        tasks = ask_tasks(self.abilities, loaded, chat=self.chat, batch_size=self.batch_size, step=step)
+        return replace(found, abilities=tasks)
 
-    tell("load", 0, 1)
-    subject, before, after = both_sides(what, model, base, How(revision, device, dtype, force), ask)
+
+def _evaluation(
+    asked: _Asked, subject: Subject, before: Observation | None, after: Observation, start: float
+) -> Evaluation:
+    checked, chosen, corpus, chat, abilities = asked.facts, asked.chosen, asked.corpus, asked.chat, asked.abilities
     records = _records(checked, subject.records)
     judged = _judge(checked, chosen, before, after)
     settings = {
