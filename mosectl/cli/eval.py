@@ -14,9 +14,10 @@ from mosectl.errors import UsageError
 
 if TYPE_CHECKING:
     from mosectl.facts.records import Fact
-    from mosectl.measure.evaluate import Evaluation, OnStep
+    from mosectl.measure.evaluate import Evaluation
     from mosectl.measure.lm_harness import AbilityTasks
     from mosectl.storage.places import Place
+    from mosectl.storage.progress import OnStep
 
 
 What = Annotated[str, typer.Argument(metavar="MODEL_OR_PATCH", help="Patch file; or model folder or hub id.")]

@@ -1,7 +1,7 @@
 """Facts to patch: the whole edit, told in :func:`edit`.
 
 Batches of facts are edited one after the other. For each batch, rounds of: find what the edited layers should write so
-that the model says the new objects (targets.py), then bring every edited layer, lowest first, towards it (solvers/); what
+that the model says the new objects (targets.py), then bring every edited layer, lowest first, towards it (methods/); what
 a layer could not reach is handed to the next, and the next round starts from the model as it then is. Weights are kept
 in float64 and rounded once into the live model, which is put back when the edit is done.
 """
@@ -134,9 +134,8 @@ def edit(
     with clock("check"):
         drifts = tuple(_stability(loaded, edited, done.changes))
         scored = compare(checked, done.before, after, done.wordings)
-        patch = _patch(
-            loaded, ready.arch, edited, done.session, done.changes, results, scored, drifts, options, ready.corpus
-        )
+        made = (edited, done.session, done.changes, results, scored, drifts)
+        patch = _patch(loaded, ready.arch, *made, options, ready.corpus)
     told = (done.session.stopped, done.tokens, clock.seconds, (done.before, after), tuple(done.session.curve))
     return EditResult(patch, results, scored, drifts, done.scores, *told, solver.remedy)
 
