@@ -136,7 +136,7 @@ def _key(
     """16 hex digits; names and places of files do not count, what they hold does."""
     what = {
         "mosectl": __version__, "model": model, "dtype": dtype, "facts": dataset.sha256, "skip": dataset.skip,
-        "run": asdict(run), "options": {**asdict(options), "corpus": bench.corpus_sha256, "editor": editor},
+        "run": asdict(run), "options": {**options.to_record(), "corpus": bench.corpus_sha256, "editor": editor},
         "text": bench.text_sha256,
     }  # fmt: skip
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]

@@ -174,7 +174,7 @@ def run_cell(cell: Cell, asked: _Asked, on_step: OnStep | None = None) -> Record
         "key": cell.key, "status": "done", "reason": "", "label": cell.label, "method": cell.options.method,
         "model": cell.model, "dataset": cell.dataset.name, "skip": cell.dataset.skip, "seed": cell.seed,
         "edits": cell.run.edits, "batch_size": cell.run.batch_size, "mosectl": __version__,
-        "options": {**asdict(cell.options), "corpus": Path(cell.options.corpus).name if cell.options.corpus else None},
+        "options": {**cell.options.to_record(), "corpus": Path(cell.options.corpus).name if cell.options.corpus else None},
     }  # fmt: skip
     try:
         result = edit(cell.edited, asked.loaded, options=cell.options, refuse=False, on_step=on_step)

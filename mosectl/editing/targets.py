@@ -149,7 +149,7 @@ class _Optimiser:
         self.metric = metric and [metric[p.name].to(contexts.fact.device) for p in projections]
         self.lengths: list[Tensor] = []  # (n,) a layer: ‖W k‖ of each fact, mean over its rows, before any step
         self.reached = torch.full((self.n,), torch.inf, device=contexts.fact.device)  # loss at the last step taken
-        self.pace = torch.ones_like(self.reached)  # share of ``drop`` that a fact's steps are for
+        self.pace = torch.ones_like(self.reached)  # share of ``nats_per_step`` that a fact's steps are for
         self.before = [d.detach() for d in self.deltas]  # each fact's δ before its last step
         self.reference: Tensor | None = None  # (n, V) log-probabilities of each fact's KL row before any step
         first = torch.arange(contexts.targets.shape[1], device=contexts.fact.device) == 0
@@ -207,7 +207,7 @@ class _Optimiser:
 
     @torch.no_grad()
     def _descend(self, nll: Tensor, behind: Tensor, kl: Tensor, active: Tensor) -> None:
-        """δ ← δ − η G⁻¹ g, g the gradient of the rows that do not lead yet, η for ``drop`` nats less to first order.
+        """δ ← δ − η G⁻¹ g, g the gradient of the rows that do not lead yet, η for ``nats_per_step`` less to first order.
 
         A fact whose loss rose goes half of its last step back, and on in shorter steps.
         """

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -44,15 +44,17 @@ class Patch:
     @property
     def record(self) -> str:
         """Everything but the tensors as canonical JSON: sorted keys, no spaces, no dates."""
-        return canonical(self._content())
+        return canonical(self.to_record())
 
-    def _content(self) -> dict[str, Any]:
-        content = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "changes"}
-        content["base"] = {name: vars(t) for name, t in self.base.items()}
-        content["facts"] = [
-            {k: v for k, v in vars(f).items() if k != "space_before_target" or v is not None} for f in self.facts
-        ]
-        return {"format": FORMAT, **content}
+    def to_record(self) -> dict[str, Any]:
+        """The record of patches/FORMAT.md, without the id."""
+        return {
+            "format": FORMAT, "method": self.method, "side": self.side, "options": self.options, "model": self.model,
+            "revision": self.revision, "model_type": self.model_type, "metrics": self.metrics, "seed": self.seed,
+            "versions": self.versions, "parents": self.parents,
+            "base": {name: t.to_record() for name, t in self.base.items()},
+            "facts": [fact.to_record() for fact in self.facts],
+        }  # fmt: skip
 
     @property
     def id(self) -> str:
@@ -70,7 +72,7 @@ class Patch:
         Raises:
             OutputError: the file cannot be written. PatchError: its record is larger than a patch file can hold.
         """
-        record = canonical({**self._content(), "id": self.id})
+        record = canonical({**self.to_record(), "id": self.id})
         check_size(record, len(self.tensors))
         write_tensors(Path(path), self.tensors, {KEY: record})
 

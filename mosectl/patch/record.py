@@ -20,6 +20,12 @@ class BaseTensor:
     sha256: str  # of the raw bytes
     sample: tuple[float, ...]  # evenly spaced entries: recognises the same weights in another dtype
 
+    def to_record(self) -> dict[str, Any]:
+        """As a patch's record has it."""
+        return {
+            "tensor": self.tensor, "shape": self.shape, "dtype": self.dtype, "sha256": self.sha256, "sample": self.sample,
+        }  # fmt: skip
+
     @staticmethod
     def of(entry: Mapping[str, Any]) -> BaseTensor:
         """From a record's entry."""
@@ -40,3 +46,13 @@ class PatchFact:
     status: str  # "changed", "already known", "not reached", "not finite"
     wordings: tuple[str, ...] = ()  # other prompts that were edited along with it, the model's own
     space_before_target: bool | None = None  # as the facts file said; in the record only if it did
+
+    def to_record(self) -> dict[str, Any]:
+        """As a patch's record has it."""
+        space = self.space_before_target
+        return {
+            "prompt": self.prompt, "subject": self.subject, "target_new": self.target_new, "before": self.before,
+            "after": self.after, "probability_before": self.probability_before,
+            "probability_after": self.probability_after, "status": self.status, "wordings": self.wordings,
+            **({} if space is None else {"space_before_target": space}),
+        }  # fmt: skip
