@@ -1,24 +1,25 @@
-"""Every error a user can meet: what is wrong, where, what to do next, and a documented exit code.
-
-| code | class           | meaning                                                       |
-|------|-----------------|---------------------------------------------------------------|
-| 1    | (any other)     | a bug in mosectl; MOSECTL_DEBUG=1 shows the traceback          |
-| 2    | UsageError      | wrong command line                                            |
-| 3    | FactsError      | the facts file cannot be read or a fact is wrong              |
-| 4    | ModelError      | model missing, unsupported or not readable                    |
-| 5    | PatchError      | the patch file is damaged or invalid                          |
-| 6    | BaseMismatch    | the patch was made for another base model                     |
-| 7    | OutputError     | the output exists, cannot be written, or the disk is full     |
-| 8    | EditFailed      | the edit changed nothing, diverged or reached no target       |
-| 9    | HubError        | the Hugging Face Hub cannot be reached or refuses             |
-| 10   | BelowThreshold  | a number is below its --fail-under                            |
-| 11   | StoppedEarly    | the guard ended an edit; its patch holds the facts before     |
-| 12   | ConflictError   | patches contradict each other; nothing was written            |
-| 130  | (Ctrl-C)        | interrupted; nothing half-written is left behind              |
-| 141  | (closed pipe)   | whoever read the output stopped reading                       |
-"""
+"""Every error a user can meet: what is wrong, where, what to do next, and a documented exit code."""
 
 from __future__ import annotations
+
+# By code: in a word or two for the help page, and in full.
+EXIT_CODES = {
+    0: ("done", "done"),
+    1: ("bug", "a bug in mosectl; MOSECTL_DEBUG=1 shows the traceback"),
+    2: ("usage", "wrong command line"),
+    3: ("facts file", "the facts file cannot be read or a fact is wrong"),
+    4: ("model", "model missing, unsupported or not readable"),
+    5: ("patch", "the patch file is damaged or invalid"),
+    6: ("wrong base", "the patch was made for another base model"),
+    7: ("output", "the output exists, cannot be written, or the disk is full"),
+    8: ("nothing changed, or harm refused", "the edit changed nothing, diverged or reached no target"),
+    9: ("Hub", "the Hugging Face Hub cannot be reached or refuses"),
+    10: ("below --fail-under", "a number is below its --fail-under"),
+    11: ("stopped early", "the guard ended an edit; its patch holds the facts before"),
+    12: ("patches conflict", "patches contradict each other; nothing was written"),
+    130: ("Ctrl-C", "interrupted; nothing half-written is left behind"),
+    141: ("closed pipe", "whoever read the output stopped reading"),
+}
 
 
 class MosectlError(Exception):

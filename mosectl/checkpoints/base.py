@@ -21,15 +21,17 @@ from mosectl.storage.hub import cached_model, looks_like_repo
 KEPT_BASE = f"{SIDECAR}/base.safetensors"
 
 
-def layout(checkpoint: Checkpoint, bones: nn.Module | None = None) -> tuple[Architecture, dict[str, tuple[str, ...]]]:
+def layout(
+    checkpoint: Checkpoint, meta_model: nn.Module | None = None
+) -> tuple[Architecture, dict[str, tuple[str, ...]]]:
     """A checkpoint's layers, and the names on disk of each one's tensors, whose shapes are as config.json says.
 
     Args:
-        bones: its skeleton, where there is one.
+        meta_model: its skeleton, where there is one.
     Raises:
         ModelError: config.json claims more than the weight files hold or another shape, or the model is not supported.
     """
-    arch = resolve(bones if bones is not None else skeleton(checkpoint.config, len(checkpoint.tensors)))
+    arch = resolve(meta_model if meta_model is not None else skeleton(checkpoint.config, len(checkpoint.tensors)))
     names = disk_names(arch, checkpoint.tensors)
     for p in arch.projections:
         entry, wanted = checkpoint.tensors[names[p.name][0]], (p.p, p.d) if p.transposed else (p.d, p.p)

@@ -9,13 +9,12 @@ import typer
 
 from mosectl._version import __version__
 from mosectl.cli import bench, edit, eval, hub, look, stack, stats, train
+from mosectl.errors import EXIT_CODES
 
 app = typer.Typer(
     name="mosectl",
     help="Edit facts in open language models with orthogonal, portable, revertible patches.",
-    epilog="Exit codes: 0 done, 1 bug, 2 usage, 3 facts file, 4 model, 5 patch, 6 wrong base, 7 output, "
-    "8 nothing changed, or harm refused, 9 Hub, 10 below --fail-under, 11 stopped early, 12 patches conflict, 130 Ctrl-C, "
-    "141 closed pipe.",
+    epilog=f"Exit codes: {', '.join(f'{code} {short}' for code, (short, _) in EXIT_CODES.items())}.",
     no_args_is_help=True,
     add_completion=True,
     rich_markup_mode="rich",

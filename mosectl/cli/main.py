@@ -1,8 +1,4 @@
-"""The command line: parse, one library call, render. Nothing heavy is imported until a command runs.
-
-Exit codes: 0 done · 1 bug · 2 usage · 3 facts file · 4 model · 5 patch · 6 wrong base · 7 output · 8 nothing changed, or
-harm refused · 9 Hub · 10 below --fail-under · 11 stopped early · 12 patches conflict · 130 Ctrl-C · 141 closed pipe.
-"""
+"""One run of the command line: its streams, signals and warnings, and every error as one message and an exit code."""
 
 from __future__ import annotations
 

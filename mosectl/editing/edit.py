@@ -251,10 +251,10 @@ def _choose(
 
 def _prefixes(corpus: Corpus, options: EditOptions) -> list[str]:
     """What to put before prompts: nothing, and openings of some texts; an edit must hold wherever the subject stands."""
-    chance = random.Random(options.seed)
+    rng = random.Random(options.seed)
     texts = [t for t in corpus.texts if len(t.split()) >= 3] or list(corpus.texts)
-    picked = chance.sample(texts, min(options.prefixes, len(texts)))
-    openings = [" ".join(t.split()[: chance.randint(3, 7)]).rstrip(" .,;:") for t in picked]
+    picked = rng.sample(texts, min(options.prefixes, len(texts)))
+    openings = [" ".join(t.split()[: rng.randint(3, 7)]).rstrip(" .,;:") for t in picked]
     return ["", *(f"{text}. " for text in openings)]
 
 

@@ -81,14 +81,14 @@ def estimate(
     """
     folder, name, _ = locate(model, revision, weights=False)
     config = read_config(folder)
-    bones = skeleton(config)
-    arch = resolve(bones)
+    meta_model = skeleton(config)
+    arch = resolve(meta_model)
     device = pick_device(device)
     asked = pick_dtype(dtype, device)
     stored = DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")), torch.float32)
     kind = asked if isinstance(asked, torch.dtype) else stored
-    layers, size = _planned(bones, arch, facts, options)
-    work = _Work(bones, arch, layers, facts, options, device, kind, device == "cpu" if host is None else host)
+    layers, size = _planned(meta_model, arch, facts, options)
+    work = _Work(meta_model, arch, layers, facts, options, device, kind, device == "cpu" if host is None else host)
     solver = method(options.method)
     return Estimate(
         model=name,
@@ -108,19 +108,19 @@ def estimate(
 def patch_bytes(model: str | Path, facts: Sequence[Fact], options: EditOptions, *, revision: str | None = None) -> int:
     """Bytes of an edit's patch, as far as one can tell before it; 0 where the edit itself will say what is wrong."""
     with suppress(MosectlError, ArithmeticError, ValueError, TypeError):  # an odd config.json: told by the edit
-        bones = skeleton(read_config(locate(model, revision, weights=False)[0]))
-        return _planned(bones, resolve(bones), facts, options)[1]
+        meta_model = skeleton(read_config(locate(model, revision, weights=False)[0]))
+        return _planned(meta_model, resolve(meta_model), facts, options)[1]
     return 0
 
 
 def _planned(
-    bones: Any, arch: Architecture, facts: Sequence[Fact], options: EditOptions
+    meta_model: Any, arch: Architecture, facts: Sequence[Fact], options: EditOptions
 ) -> tuple[tuple[int, ...], int]:
     """The layers that will be edited ("auto" is counted as the middle three), and the patch's bytes."""
     solver, n = method(options.method), len(arch.projections)
     layers = tuple(parse_layers(options.layers, n) or range(max(0, n // 2 - 1), min(n, n // 2 + 2)))
     if editor := trained_editor(options):
-        editor.check({p.name: bones.get_parameter(p.weight_name) for p in arch.projections if not p.experts})
+        editor.check({p.name: meta_model.get_parameter(p.weight_name) for p in arch.projections if not p.experts})
         layers = tuple(p.layer for p in arch.projections if p.name in editor.modules)
     edited = [p for p in arch.projections if p.layer in layers]
     side, form, written = solver.side_on(edited), solver.form(options.form), solver.columns(facts)
@@ -150,17 +150,17 @@ class _Work:
     """Counts of tokens and operations of one edit."""
 
     def __init__(
-        self, bones: Any, arch: Architecture, layers: Sequence[int], facts: Sequence[Fact], options: EditOptions,
+        self, meta_model: Any, arch: Architecture, layers: Sequence[int], facts: Sequence[Fact], options: EditOptions,
         device: str, kind: torch.dtype, host: bool,
     ) -> None:  # fmt: skip
         self.options, self.layers, self.arch = options, layers, arch
         self.device, self.kind, self.host = device, kind, host
-        self.parameters = sum(p.numel() for p in bones.parameters())
+        self.parameters = sum(p.numel() for p in meta_model.parameters())
         self.weights = self.parameters * kind.itemsize  # bytes
         self.projection = arch.projections[0]
-        self.vocabulary = bones.get_output_embeddings().weight.shape[0]
+        self.vocabulary = meta_model.get_output_embeddings().weight.shape[0]
         n = len(arch.projections)
-        per_layer = sum(p.numel() for p in bones.get_submodule(arch.layers_path).parameters()) / n
+        per_layer = sum(p.numel() for p in meta_model.get_submodule(arch.layers_path).parameters()) / n
         self.below, self.above = per_layer * (max(layers) + 1), per_layer * (n - min(layers))
         self.whole = per_layer * n + self.projection.d * self.vocabulary
         self.facts = len(facts)
@@ -260,13 +260,13 @@ def diagnose(model: str | Path, revision: str | None = None) -> Diagnosis:
     checkpoint = _on_disk(model, folder, commit)
     found = {n: (e.dtype, e.shape) for n, e in checkpoint.tensors.items()} if checkpoint else None
     found = found or remote_tensors(str(model), commit or revision)
-    bones = skeleton(read_config(folder), len(found))
-    arch = resolve(bones)
+    meta_model = skeleton(read_config(folder), len(found))
+    arch = resolve(meta_model)
     on_disk = disk_names(arch, found)
     edited = {p.name: [(n, *found[n]) for n in on_disk[p.name]] for p in arch.projections}
-    parameters = sum(p.numel() for p in bones.parameters())
+    parameters = sum(p.numel() for p in meta_model.parameters())
     problems, notes = (
-        weight_problems(bones, folder, found),
+        weight_problems(meta_model, folder, found),
         _notes(arch, folder, twins(checkpoint) if checkpoint else []),
     )
     quantised = (t for every in edited.values() for t in every if t[1] not in ("F32", "F16", "BF16"))
@@ -278,9 +278,9 @@ def diagnose(model: str | Path, revision: str | None = None) -> Diagnosis:
         at = f"{Path(e.where).name}: " if Path(e.where).is_file() else ""
         problems.append(Problem(at + e.what, e.fix))
     else:
-        problems += reading_problems(bones, folder, tokenizer)
+        problems += reading_problems(meta_model, folder, tokenizer)
         notes += check_tokenizer(tokenizer)
-        if (rows := window(bones).rows) < len(tokenizer):
+        if (rows := window(meta_model).rows) < len(tokenizer):
             notes.append(
                 f"{len(tokenizer) - rows} tokens of its tokenizer have no embedding: prompts with them are refused"
             )
@@ -337,7 +337,7 @@ def reader(model: str | Path, revision: str | None = None) -> tuple[Any, Window]
         ModelError: there is no tokenizer that can be loaded, or no such model. HubError.
     """
     folder, _, _ = locate(model, revision, weights=False)
-    bones = skeleton(
+    meta_model = skeleton(
         read_config(folder)
     )  # first: transformers reads the config for a tokenizer too, whatever it claims
-    return load_tokenizer(folder), window(bones)
+    return load_tokenizer(folder), window(meta_model)

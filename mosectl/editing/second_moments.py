@@ -160,8 +160,8 @@ def _accumulate(
         for done, (number, block, sequences) in enumerate(mine, 1):
             batch = Batch.of(sequences, device)
             if block == 0:
-                chance = torch.Generator(device).manual_seed(number)
-                found = dict(zip("CG", _in_parts(model, projections, batch, chance), strict=True))
+                rng = torch.Generator(device).manual_seed(number)
+                found = dict(zip("CG", _in_parts(model, projections, batch, rng), strict=True))
             else:
                 found = {"C": _keys(model, projections, batch)}
             for i, (key, of_layers) in enumerate(found.items()):
@@ -217,8 +217,8 @@ class _Halves:
 
     def __init__(self, total: Tensor) -> None:
         self.total = total  # (p, p) sum of k kᵀ over all texts, kept up to date by others
-        chance = torch.Generator().manual_seed(0)
-        self.directions = (torch.randn(len(total), SKETCH, generator=chance) / SKETCH**0.5).to(total)
+        rng = torch.Generator().manual_seed(0)
+        self.directions = (torch.randn(len(total), SKETCH, generator=rng) / SKETCH**0.5).to(total)
         self.sums = total.new_zeros(2, SKETCH, SKETCH)
         self.tokens = [0, 0]
 
@@ -263,7 +263,7 @@ def _tokens(x: Tensor, batch: Batch) -> Tensor:
 
 
 def _in_parts(
-    model: nn.Module, projections: Sequence[Projection], batch: Batch, chance: torch.Generator
+    model: nn.Module, projections: Sequence[Projection], batch: Batch, rng: torch.Generator
 ) -> list[dict[str, Tensor]]:
     """As _keys_and_gradients, on as many sequences at once as fit in memory."""
     n, tokens = batch.input_ids.shape
@@ -271,14 +271,14 @@ def _in_parts(
     parts = [
         part
         for _, part in halving(
-            n, size, lambda a, b: _keys_and_gradients(model, projections, batch.rows(torch.arange(a, b)), chance)
+            n, size, lambda a, b: _keys_and_gradients(model, projections, batch.rows(torch.arange(a, b)), rng)
         )
     ]
     return [{name: torch.cat([part[i][name] for part in parts]) for name in parts[0][i]} for i in (0, 1)]
 
 
 def _keys_and_gradients(
-    model: nn.Module, projections: Sequence[Projection], batch: Batch, chance: torch.Generator
+    model: nn.Module, projections: Sequence[Projection], batch: Batch, rng: torch.Generator
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """k (tokens, p) and g (tokens, d), float32, of every token of a batch by module path.
 
@@ -300,7 +300,7 @@ def _keys_and_gradients(
         logits = model(**batch.kwargs()).logits
         logits = finite(logits[batch.attention_mask.bool().to(logits.device)], model)
         logp = logits.float().log_softmax(-1)  # (tokens, V)
-        labels = torch.multinomial(logp.detach().exp().to(chance.device), 1, generator=chance)
+        labels = torch.multinomial(logp.detach().exp().to(rng.device), 1, generator=rng)
         loss = -logp.gather(1, labels.to(logp.device)).sum()
         found = torch.autograd.grad(loss, list(leaves.values()))
     return keys, {name: _tokens(g, batch) for name, g in zip(leaves, found, strict=True)}

@@ -134,16 +134,16 @@ def _parsed(file: BinaryIO) -> Editor:
         raise PatchError("modules and base do not match", where="record.base")
     p, d, rank, blocks = (options[k] for k in ("p", "d", "rank", "blocks"))
     with torch.device("meta"):  # nothing of a stranger's sizes is allocated before the file is seen to hold it
-        bones = Hypernet(len(modules), p, d, rank, blocks, spread=record["method"] == "horse")
+        meta_model = Hypernet(len(modules), p, d, rank, blocks, spread=record["method"] == "horse")
     spans = layout(entries, file.seek(0, os.SEEK_END) - start)
-    for name, bone in bones.state_dict().items():
+    for name, bone in meta_model.state_dict().items():
         if name not in spans or spans[name].shape != tuple(bone.shape):
             raise PatchError(f"must be an F32 tensor of shape {list(bone.shape)}", where=name)
-    if unknown := sorted(set(spans) - set(bones.state_dict())):
+    if unknown := sorted(set(spans) - set(meta_model.state_dict())):
         raise PatchError(f"unknown tensor '{unknown[0][:80]}'", where="header", fix="do not use this editor")
-    bones.load_state_dict(dict(read(file, start, spans)), assign=True)
+    meta_model.load_state_dict(dict(read(file, start, spans)), assign=True)
     content = {k: v for k, v in record.items() if k not in ("format", "id")}
-    editor = Editor(net=bones.requires_grad_(False), **{**content, "modules": tuple(modules)})
+    editor = Editor(net=meta_model.requires_grad_(False), **{**content, "modules": tuple(modules)})
     if editor.id != record["id"]:
         what = "the content is not what its id says: damaged or altered"
         raise PatchError(what, where="record.id", fix="fetch the editor again")

@@ -274,10 +274,10 @@ class _Training:
 
     def edited(self, facts: Sequence[Fact], learn: bool) -> Losses:
         """Edit ``facts`` together and see what that did; with ``learn`` the network's gradients are added to."""
-        chance = random.Random(f"{self.options.seed} {self.step if learn else ''} {facts[0].prompt}")
+        rng = random.Random(f"{self.options.seed} {self.step if learn else ''} {facts[0].prompt}")
         own = [paired(f, f.prompt, f.target_new) for f in facts]
         worded = [f for f in facts if f.rephrase_prompts]
-        others = [paired(f, chance.choice(f.rephrase_prompts), f.target_new) for f in worded] or own
+        others = [paired(f, rng.choice(f.rephrase_prompts), f.target_new) for f in worded] or own
         edits = self._rows(own)
         K, G = self._keys(edits)
         with torch.set_grad_enabled(learn):
@@ -305,7 +305,7 @@ class _Training:
             return weight * (before.exp() * (before - now)).sum() / tokens
 
         weight = self.options.locality
-        apart = self._rows(self._elsewhere(facts, chance))
+        apart = self._rows(self._elsewhere(facts, rng))
         tokens = int((apart.targets >= 0).sum())
         losses = [
             self._sum(rows, loss, learn)
@@ -342,12 +342,12 @@ class _Training:
         K, G = ([torch.cat(layer) for layer in zip(*(x[i] for x in parts), strict=True)] for i in (0, 1))
         return K, G
 
-    def _elsewhere(self, facts: Sequence[Fact], chance: random.Random) -> list[Pair]:
+    def _elsewhere(self, facts: Sequence[Fact], rng: random.Random) -> list[Pair]:
         """What shall stay: a locality prompt of each fact, and a place in ordinary text for every fourth."""
         known = [[paired(f, p.prompt, p.answer) for p in f.locality if p.answer] for f in facts]
-        pairs = [chance.choice(some) for some in known if some]
-        for words in chance.sample(self.texts, min(-(-len(facts) // 4), len(self.texts))):
-            at = chance.randint(WORDS, len(words) - WORDS)
+        pairs = [rng.choice(some) for some in known if some]
+        for words in rng.sample(self.texts, min(-(-len(facts) // 4), len(self.texts))):
+            at = rng.randint(WORDS, len(words) - WORDS)
             pairs.append((" ".join(words[at - WORDS : at]), " ".join(words[at : at + WORDS])))
         if (seen := window(self.model)).hard:
             pairs = [p for p in pairs if not seen.refuses(encode(self.loaded.tokenizer, p[0], None, p[1]).input_ids)]

@@ -71,10 +71,10 @@ def measure(
     if not asked:
         return None
     total, weight = np.array([(t.total, t.weight) for t in asked], dtype=np.float64).T
-    chance, n = np.random.default_rng(seed), len(asked)
+    rng, n = np.random.default_rng(seed), len(asked)
     drawn = np.empty(resamples)
     for i in range(resamples):  # one at a time: resamples × facts would not fit for large files
-        index = chance.integers(0, n, n)
+        index = rng.integers(0, n, n)
         drawn[i] = total[index].sum() / weight[index].sum()
     with np.errstate(over="ignore"):
         value = float(transform(np.array([total.sum() / weight.sum()]))[0])
@@ -103,8 +103,8 @@ def paired_lead(ours: Sequence[Tallies], theirs: Sequence[Tallies]) -> tuple[flo
             first, second = total.shape[1] / (1 / shares).sum(1)
         return float(first - second)
 
-    chance, n = np.random.default_rng(SEED), both.shape[2]
-    drawn = [lead(index) for index in chance.integers(0, n, (RESAMPLES, n))]
+    rng, n = np.random.default_rng(SEED), both.shape[2]
+    drawn = [lead(index) for index in rng.integers(0, n, (RESAMPLES, n))]
     low, high = np.percentile(drawn, [2.5, 97.5])
     return lead(np.arange(n)), float(low), float(high)
 

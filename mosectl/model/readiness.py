@@ -19,11 +19,10 @@ from mosectl.errors import ModelError
 from mosectl.model.architecture import skeleton
 from mosectl.model.files import check_model_files
 from mosectl.model.positions import window
-from mosectl.storage.checkpoint import Checkpoint, read_config
+from mosectl.storage.checkpoint import DTYPES, Checkpoint, read_config
 from mosectl.storage.inputs import read_json
 
 Shapes = Mapping[str, tuple[str, tuple[int, ...]]]  # tensor name → dtype and shape
-_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 # Parts that a wrapper puts before or into every tensor's name → who saved it, what to do.
 _WRAPPERS = {
     "_orig_mod.": (
@@ -51,8 +50,8 @@ class Problem:
 
 def check_weights(checkpoint: Checkpoint) -> None:
     """Raises ModelError: the weights are not those of a causal language model as its config.json has it."""
-    bones = skeleton(checkpoint.config)
-    _refuse(weight_problems(bones, checkpoint.folder, shapes_of(checkpoint)), checkpoint)
+    meta_model = skeleton(checkpoint.config)
+    _refuse(weight_problems(meta_model, checkpoint.folder, shapes_of(checkpoint)), checkpoint)
 
 
 def check_ready(checkpoint: Checkpoint) -> Any:
@@ -61,10 +60,10 @@ def check_ready(checkpoint: Checkpoint) -> Any:
     Raises:
         ModelError: the first thing that stands in the way.
     """
-    bones = skeleton(checkpoint.config)
-    _refuse(weight_problems(bones, checkpoint.folder, shapes_of(checkpoint)), checkpoint)
+    meta_model = skeleton(checkpoint.config)
+    _refuse(weight_problems(meta_model, checkpoint.folder, shapes_of(checkpoint)), checkpoint)
     tokenizer = load_tokenizer(checkpoint.folder)
-    _refuse(reading_problems(bones, checkpoint.folder, tokenizer), checkpoint)
+    _refuse(reading_problems(meta_model, checkpoint.folder, tokenizer), checkpoint)
     return tokenizer
 
 
@@ -80,7 +79,7 @@ def shapes_of(checkpoint: Checkpoint) -> Shapes:
 # Weights.
 
 
-def weight_problems(bones: nn.Module, folder: Path, tensors: Shapes) -> list[Problem]:
+def weight_problems(meta_model: nn.Module, folder: Path, tensors: Shapes) -> list[Problem]:
     """What is wrong with a checkpoint's tensors for a model of its config, by names and shapes."""
     if (folder / "adapter_config.json").exists():  # transformers would put it on without a word
         fix = "merge it into the model first, or remove adapter_config.json"
@@ -90,7 +89,7 @@ def weight_problems(bones: nn.Module, folder: Path, tensors: Shapes) -> list[Pro
     if named or (other := next((n for n in _HEADS if n in tensors), "")):
         what = f"it is no language model: it has another head ({named or other})"
         return [Problem(what, "give the causal language model it was made from")]
-    if problem := unmet(loading_report(bones, tensors)):
+    if problem := unmet(loading_report(meta_model, tensors)):
         for part, (who, fix) in _WRAPPERS.items():
             if sum(part in name for name in tensors) > len(tensors) / 2:
                 return [Problem(f"{who}: its tensors are named '{_first(tensors, part)}'", fix)]
@@ -102,24 +101,24 @@ def _first(tensors: Shapes, part: str) -> str:
     return min(name for name in tensors if part in name)
 
 
-def loading_report(bones: nn.Module, tensors: Shapes) -> Mapping[str, Any]:
+def loading_report(meta_model: nn.Module, tensors: Shapes) -> Mapping[str, Any]:
     """What transformers would say on loading such tensors: it matches names and shapes, with its own renamings and ties,
     and finds no weight to read.
     """
     # Each name costs transformers a search; experts lie one by one on disk, and other parts of a model may be there too.
-    known = [w.shape for w in bones.state_dict().values()]
+    known = [w.shape for w in meta_model.state_dict().values()]
     most = 1000 + 10 * sum(2 * shape[0] if len(shape) == 3 else 1 for shape in known)
     if len(tensors) > most:
         return {"error_msgs": [f"{len(tensors):,} tensors, of which such a model has no use"]}
     empty = {
-        name: torch.empty(tuple(shape), dtype=_DTYPES.get(dtype, torch.float32), device="meta")
+        name: torch.empty(tuple(shape), dtype=DTYPES.get(dtype, torch.float32), device="meta")
         for name, (dtype, shape) in tensors.items()
     }
-    load: Any = type(bones).from_pretrained  # type: ignore[attr-defined]
+    load: Any = type(meta_model).from_pretrained  # type: ignore[attr-defined]
     how = {"device_map": {"": "meta"}, "output_loading_info": True, "ignore_mismatched_sizes": True}
     with quiet():
         try:
-            _, report = load(None, config=bones.config, state_dict=empty, **how)
+            _, report = load(None, config=meta_model.config, state_dict=empty, **how)
         except (RuntimeError, ValueError, KeyError, TypeError, IndexError, AttributeError) as e:
             first = (str(e).strip() or type(e).__name__).splitlines()[0]
             return {"error_msgs": [first]}
@@ -184,14 +183,14 @@ def load_tokenizer(folder: Path) -> Any:
         raise ModelError(f"its tokenizer cannot be loaded: {first}", where=str(folder), fix=fix) from e
 
 
-def reading_problems(bones: nn.Module, folder: Path, tokenizer: Any) -> list[Problem]:
+def reading_problems(meta_model: nn.Module, folder: Path, tokenizer: Any) -> list[Problem]:
     """What is wrong with generation_config.json, or between tokenizer and model."""
     out = []
     try:
         _check_generation(folder / "generation_config.json")
     except ModelError as e:
         out.append(Problem(f"{Path(e.where).name}: {e.what}", e.fix))
-    rows = window(bones).rows
+    rows = window(meta_model).rows
     if len(tokenizer) > rows and (highest := _highest(tokenizer)) >= rows:
         what = f"its tokenizer has tokens up to {highest}, the model embeddings for {rows}"
         out.append(Problem(what, "give the tokenizer that belongs to these weights"))

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from mosectl.patch.record import BaseTensor
+from mosectl.storage.checkpoint import DTYPES
 
-DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SAMPLE = 64
 
 
@@ -23,7 +24,7 @@ def sha256(tensor: Tensor) -> str:
 def fingerprint(name: str, weight: Tensor) -> BaseTensor:
     """Fingerprint of the weight called ``name``, as it is stored (not re-oriented); of several experts', the first's."""
     weight = _first(weight)
-    return BaseTensor(name, tuple(weight.shape), DTYPES[weight.dtype], sha256(weight), _sample(weight))
+    return BaseTensor(name, tuple(weight.shape), NAMES[weight.dtype], sha256(weight), _sample(weight))
 
 
 def _first(weight: Tensor) -> Tensor:
@@ -57,13 +58,13 @@ def match(base: BaseTensor, weight: Tensor) -> Match:
     weight = _first(weight)
     if tuple(weight.shape) != base.shape:
         return Match(False, False, f"shape {list(weight.shape)}, the patch was made for {list(base.shape)}")
-    dtype = DTYPES.get(weight.dtype, str(weight.dtype))
+    dtype = NAMES.get(weight.dtype, str(weight.dtype))
     if dtype == base.dtype:
         same = sha256(weight) == base.sha256
         return Match(
             same, same, "sha256 matches" if same else f"sha256 differs from the patch's base {base.sha256[:12]}"
         )
-    eps = max(torch.finfo(d).eps for d, n in DTYPES.items() if n in (dtype, base.dtype))
+    eps = max(torch.finfo(d).eps for d, n in NAMES.items() if n in (dtype, base.dtype))
     ours, theirs = torch.tensor(_sample(weight)), torch.tensor(base.sample)
     # Half an eps of relative rounding, and fp16's subnormals below it.
     allowed = 0.51 * eps * torch.maximum(ours.abs(), theirs.abs()) + 2.0**-24

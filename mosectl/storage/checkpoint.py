@@ -32,7 +32,8 @@ _TWIN = re.compile(
     r"(?:(?:pytorch_|tf_|flax_|rust_|ggml-)?model|consolidated)[-._]"
     r"(?:.*\.)?(?:safetensors|bin|pt|pth|h5|msgpack|ot|onnx|gguf|index\.json)|.*\.gguf"
 )
-_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+# by safetensors' name; other types are not edited
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Checkpoint:
         if name not in self.tensors:
             raise ModelError(f"no tensor '{name}'", where=str(self.folder), fix="is this the model the patch is for?")
         entry = self.tensors[name]
-        if entry.dtype not in _DTYPES:
+        if entry.dtype not in DTYPES:
             raise ModelError(
                 f"stored as {entry.dtype}", where=f"{entry.file.name}: {name}", fix="use an unquantised checkpoint"
             )
@@ -264,6 +265,6 @@ def header(file: Path) -> dict[str, Entry]:
 
 def tensor_bytes(tensor: Tensor, entry: Entry) -> bytes:
     """The bytes of ``tensor`` as ``entry`` stores it."""
-    raw = tensor.to(_DTYPES[entry.dtype]).contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    raw = tensor.to(DTYPES[entry.dtype]).contiguous().view(-1).view(torch.uint8).numpy().tobytes()
     assert len(raw) == entry.stop - entry.start
     return raw
