@@ -17,7 +17,7 @@ from mosectl.errors import BaseMismatch, ModelError, MosectlError, Notice, Patch
 from mosectl.model.architecture import disk_names, resolve
 from mosectl.model.generation import answer, generate
 from mosectl.model.loading import load
-from mosectl.model.weights import as_live, weights_of
+from mosectl.model.weights import weights_of
 from mosectl.patch.change import changed
 from mosectl.patch.compose import Conflict, conflict_table, conflicts
 from mosectl.patch.file import Patch
@@ -259,7 +259,7 @@ def blame(
     loaded = load(folder, device=device, dtype=dtype)
     arch = resolve(loaded.model)
     names = disk_names(arch, source.checkpoint.tensors)
-    edited = [(p, as_live(p, [bases[n] for n in names[p.name]])) for p in arch.projections if names[p.name][0] in bases]
+    edited = [(p, p.as_live([bases[n] for n in names[p.name]])) for p in arch.projections if names[p.name][0] in bases]
     said: list[list[str]] = []
     for n in range(len(patches) + 1):
         for p, W0s in edited:

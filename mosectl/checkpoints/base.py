@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from mosectl.checkpoints.base_tensors import BaseTensors, out_of_reach, same_bytes
 from mosectl.checkpoints.journal import Applied, Journal, read_journal
 from mosectl.errors import BaseMismatch, ModelError, PatchError
-from mosectl.model.architecture import Architecture, Projection, disk_names, resolve, skeleton
+from mosectl.model.architecture import Architecture, disk_names, resolve, skeleton
+from mosectl.model.edit_site import Projection
 from mosectl.patch.file import Patch
 from mosectl.patch.fingerprint import match, sha256
 from mosectl.patch.record import BaseTensor
@@ -29,10 +30,9 @@ def layout(checkpoint: Checkpoint, bones: nn.Module | None = None) -> tuple[Arch
     arch = resolve(bones if bones is not None else skeleton(checkpoint.config, len(checkpoint.tensors)))
     names = disk_names(arch, checkpoint.tensors)
     for p in arch.projections:
-        entry, wanted = checkpoint.tensors[names[p.name][0]], (p.p, p.d) if p.transposed else (p.d, p.p)
-        fits = p.d in entry.shape and len(entry.shape) in (2, 3) if p.experts else entry.shape == wanted
-        if not fits:
-            what = f"has the shape {list(entry.shape)}, its config.json says {list(wanted)}"
+        entry = checkpoint.tensors[names[p.name][0]]
+        if not p.fits(entry.shape):
+            what = f"has the shape {list(entry.shape)}, its config.json says {list(p.stored_shape)}"
             where = f"{entry.file}: {names[p.name][0]}"
             raise ModelError(what, where=where, fix="fetch the model again")
     return arch, names

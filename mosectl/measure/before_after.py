@@ -20,7 +20,7 @@ from mosectl.errors import Notice, UsageError
 from mosectl.hub.place import SCHEME, local
 from mosectl.model.architecture import disk_names, resolve
 from mosectl.model.loading import Loaded, load
-from mosectl.model.weights import as_live, exchanged, weights_of
+from mosectl.model.weights import exchanged, weights_of
 from mosectl.patch.file import Patch
 from mosectl.patch.record import PatchFact
 from mosectl.storage.checkpoint import open_checkpoint
@@ -166,6 +166,6 @@ def _unedited(loaded: Loaded, originals: Mapping[str, Tensor]) -> Iterator[None]
     names = disk_names(arch, loaded.checkpoint.tensors)
     edited = [p for p in arch.projections if names[p.name][0] in originals]
     weights = [w for p in edited for w in weights_of(loaded.model, p)]
-    unedited = [w for p in edited for w in as_live(p, [originals[n] for n in names[p.name]])]
+    unedited = [w for p in edited for w in p.as_live([originals[n] for n in names[p.name]])]
     with exchanged(zip(weights, unedited, strict=True)):
         yield
