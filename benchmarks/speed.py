@@ -38,7 +38,8 @@ from mosectl.editing.targets import optimise_targets
 from mosectl.facts.corpus import read_corpus
 from mosectl.facts.records import Fact, as_facts
 from mosectl.linalg.rotation import nearest_rotation, orthogonality_error, polar
-from mosectl.model.architecture import Projection, parse_layers, resolve
+from mosectl.model.architecture import parse_layers, resolve
+from mosectl.model.edit_site import Projection
 from mosectl.model.forward import input_device
 from mosectl.model.loading import Loaded, load, pick_device
 from mosectl.model.partial_forward import Suffix

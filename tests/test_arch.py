@@ -18,7 +18,8 @@ from transformers import (
 
 from mosectl.errors import ModelError
 from mosectl.linalg.rotation import nearest_rotation
-from mosectl.model.architecture import MIXTURES, TABLE, Projection, disk_names, resolve, skeleton
+from mosectl.model.architecture import MIXTURES, TABLE, disk_names, resolve, skeleton
+from mosectl.model.edit_site import Projection
 from mosectl.model.forward import Batch, ffn_output, hooked, keys_at
 from mosectl.model.partial_forward import Past, Suffix
 from mosectl.storage.checkpoint import open_checkpoint

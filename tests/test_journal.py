@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from mosectl.checkpoints.apply import apply, revert
 from mosectl.checkpoints.audit import blame, history, verify
-from mosectl.checkpoints.base import find_base, out_of_reach
+from mosectl.checkpoints.base_tensors import BaseTensors, out_of_reach
 from mosectl.checkpoints.conflicts import before_applying
 from mosectl.checkpoints.journal import read_journal
 from mosectl.errors import BaseMismatch, ModelError, MosectlError, Notice
@@ -186,7 +186,8 @@ def test_a_given_base_is_never_passed_over(folder: Folder, tmp_path: Path) -> No
     assert wrong(folder.out, other)[0].startswith("2 edited tensors in") and folder.untouched()
     (folder.out / "mosectl" / "base.safetensors").write_bytes(b"damaged")
     folder.base.rename(tmp_path / "moved")
-    assert find_base(open_checkpoint(folder.out), read_journal(folder.out)) is None  # type: ignore[arg-type]
+    journal = read_journal(folder.out)
+    assert journal and not list(BaseTensors(open_checkpoint(folder.out), journal).models())
     assert revert(folder.patch, folder.out, base=tmp_path / "moved").restored
     assert hashes(folder.out) == hashes(tmp_path / "moved")
 
@@ -270,11 +271,83 @@ def test_a_base_in_the_local_cache_is_used(folder: Folder, monkeypatch: pytest.M
     assert cached_model("me/model", "d" * 40) is None and cached_model("../x/y", sha) is None
 
 
+class Moved:
+    """An edited folder that keeps no base tensors, its base folder, and the same model in the Hub's local cache."""
+
+    def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.tmp, self.base, self.out, sha = tmp_path, save(tmp_path / "base"), tmp_path / "out", "c" * 40
+        self.patch = patch_for(self.base)
+        apply([self.patch], self.base, self.out, keep_base=False)
+        self.cached = tmp_path / "cache" / "models--me--model" / "snapshots" / sha
+        shutil.copytree(self.base, self.cached)
+        self.true = shutil.copytree(self.base, tmp_path / "true")
+        self.original = hashes(self.true)
+        journal = json.loads((self.out / "mosectl.json").read_text())
+        (self.out / "mosectl.json").write_text(json.dumps({**journal, "model": "me/model", "revision": sha}))
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+        self.hub = Hub(monkeypatch, tmp_path)
+
+    def found(self, **given: Path) -> None:
+        """Every command finds the true base."""
+        _, (blamed,) = blame(["x"], self.out, **given)
+        assert len(blamed.answers) == 2
+        assert evaluate_edit(self.out, [FACT], **given).subject.base
+        other = patch_for(self.true, seed=7)
+        apply([other], self.out, self.tmp / "both", **given)
+        assert {c.kind for c in before_applying([other], self.out, ask=True)} == {"order"}
+        assert revert(self.patch, self.out, self.tmp / "back", **given).restored
+        assert hashes(self.tmp / "back") == self.original and not self.hub.asked
+
+
+def change(folder: Path, *names: str) -> None:
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    file.unlink()
+    save_file({n: t + 0.5 if n in names else t for n, t in tensors.items()}, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize("name", [NAME, "model.norm.weight"])
+def test_where_the_base_folder_has_changed_another_place_is_asked(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved = Moved(tmp_path, monkeypatch)
+    change(moved.base, name)
+    assert all(c.ok for c in verify(moved.out))
+    moved.found()
+
+
+def test_one_place_may_have_what_another_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved = Moved(tmp_path, monkeypatch)
+    change(moved.base, NAME)
+    change(moved.cached, NAME.replace("0", "1"))
+    checks = verify(moved.out)
+    assert [c.what for c in checks if not c.ok] == ["28 other tensors"] and not wrong(moved.out)
+    moved.found()
+
+
+def test_a_base_that_is_given_is_the_only_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved = Moved(tmp_path, monkeypatch)
+    change(moved.base, NAME)
+    refused: list[Callable[[], object]] = [
+        lambda: revert(moved.patch, moved.out, base=moved.base),
+        lambda: blame(["x"], moved.out, base=moved.base),
+        lambda: evaluate_edit(moved.out, [FACT], base=moved.base),
+        lambda: apply([patch_for(moved.true, seed=7)], moved.out, tmp_path / "both", base=moved.base),
+    ]
+    for act in refused:
+        with pytest.raises(BaseMismatch, match="is not the base this model was edited from") as e:
+            act()
+        assert NAME in e.value.where and "me/model" in e.value.fix
+    assert wrong(moved.out, moved.base) == [f"2 edited tensors in {moved.base}"]
+    assert not (tmp_path / "both").exists()
+    moved.found(base=moved.cached)
+
+
 def test_where_a_base_is_said_to_be(folder: Folder) -> None:
     for base_path in ("x" * 4096, "//nowhere/at all", "bad\ufeffname", "a b/c"):
         folder.write(base_path=base_path)
         journal = read_journal(folder.out)
-        assert journal and find_base(open_checkpoint(folder.out), journal) is None
+        assert journal and not list(BaseTensors(open_checkpoint(folder.out), journal).models())
         assert out_of_reach(journal) == "the base is out of reach"
 
 

@@ -25,8 +25,7 @@ from mosectl.linalg.rotation import nearest_rotation
 from mosectl.measure.evaluate import evaluate_edit
 from mosectl.model.architecture import MIXTURES, disk_names, resolve
 from mosectl.model.loading import load
-from mosectl.model.moe import turns
-from mosectl.model.weights import weights_of
+from mosectl.model.weights import turns, weights_of
 from mosectl.storage.checkpoint import open_checkpoint
 
 KINDS = [

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from mosectl.checkpoints.base import Source, out_of_reach
+from mosectl.checkpoints.base import Source
 from mosectl.checkpoints.writer import ApplyReport, Writing, plan_of, rebuild, weight_under
 from mosectl.errors import BaseMismatch, ModelError, Notice, OutputError, PatchError
 from mosectl.model.readiness import check_weights
@@ -141,8 +141,7 @@ def _reverted(
         some = ", ".join(strangers[:3])
         warnings.append(f"{len(strangers)} other tensors are not the base's, no patch made them so: {some}")
     if how.keep_base and not all(t.exact for t in done.tensors):
-        assert source.journal is not None
-        lost = f"the kept base tensors are damaged, {out_of_reach(source.journal)}"
+        lost = f"the kept base tensors are damaged, {source.out_of_reach}"
         warnings.append(f"{lost}; undone algebraically, exact up to rounding")
     return replace(done, warnings=tuple(warnings))
 
@@ -216,8 +215,7 @@ def _check_bases(source: Source, patches: Sequence[Patch]) -> dict[str, str]:
                 continue
             weight = source.base_tensor(name)
             if weight is None:
-                why = out_of_reach(source.journal) if source.journal else "the base is out of reach"
-                raise BaseMismatch(why, where=name, fix="give --base, or --force to skip")
+                raise BaseMismatch(source.out_of_reach, where=name, fix="give --base, or --force to skip")
             found = match(made_for, weight)
             if not found.same:
                 raise BaseMismatch(

@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from mosectl.checkpoints.apply import replayed
-from mosectl.checkpoints.base import (
-    KEPT_BASE,
-    Source,
-    find_base,
-    given_base,
-    kept_base,
-    originals,
-    out_of_reach,
-    same_bytes,
-    unlike,
-)
+from mosectl.checkpoints.base import Source
+from mosectl.checkpoints.base_tensors import KEPT_BASE, BaseTensors, out_of_reach, same_bytes
 from mosectl.checkpoints.journal import Journal, read_journal
 from mosectl.errors import BaseMismatch, ModelError, MosectlError, Notice, PatchError
 from mosectl.model.architecture import disk_names, resolve
 from mosectl.model.generation import answer, generate
 from mosectl.model.loading import load
-from mosectl.model.weights import as_live, weights_of
+from mosectl.model.weights import weights_of
 from mosectl.patch.change import changed
 from mosectl.patch.compose import Conflict, conflict_table, conflicts
 from mosectl.patch.file import Patch
@@ -153,14 +144,14 @@ def verify(folder: str | Path, *, base: str | Path | None = None, on_step: OnSte
         checks.append(_tensor_check(checkpoint, journal, name))
         if on_step:
             on_step(i + 1, len(known) + 1)
+    bases = BaseTensors(checkpoint, journal, base)
     if journal.kept_base:
-        checks += _kept_checks(checkpoint, journal)
-    given = given_base(journal, base) if base else None
-    if given:
-        checks.append(_given_check(given, checkpoint, journal))
+        checks.append(_kept_check(bases))
+    if bases.given:
+        checks.append(_given_check(bases.given, bases))
     if all(c.ok for c in checks[: len(journal.patches)]):
         checks += _source_checks(checkpoint, journal, base, replay=all(c.ok is not False for c in checks))
-    checks.append(_untouched_check(checkpoint, journal, given or find_base(checkpoint, journal)))
+    checks.append(_untouched_check(checkpoint, journal, [bases.given] if bases.given else bases.models()))
     if on_step:
         on_step(len(known) + 1, len(known) + 1)
     return tuple(checks)
@@ -185,20 +176,18 @@ def _tensor_check(checkpoint: Checkpoint, journal: Journal, name: str) -> Check:
     return Check(name, same, f"sha256 {found[:12]}, " + ("as the journal says" if same else "not the journal's"))
 
 
-def _kept_checks(checkpoint: Checkpoint, journal: Journal) -> Iterator[Check]:
-    kept = kept_base(checkpoint)
-    if kept is None:
-        yield Check(KEPT_BASE, False, "cannot be read")
-        return
-    wrong = sorted(unlike(kept, checkpoint, journal))
-    good = f"{len(journal.tensors)} base tensors as they were"
-    yield Check(KEPT_BASE, not wrong, f"wrong: {', '.join(wrong)}" if wrong else good)
+def _kept_check(bases: BaseTensors) -> Check:
+    if bases.kept is None:
+        return Check(KEPT_BASE, False, "cannot be read")
+    wrong = sorted(bases.unlike(bases.kept))
+    good = f"{len(bases.journal.tensors)} base tensors as they were"
+    return Check(KEPT_BASE, not wrong, f"wrong: {', '.join(wrong)}" if wrong else good)
 
 
-def _given_check(given: Checkpoint, checkpoint: Checkpoint, journal: Journal) -> Check:
-    wrong = unlike(given, checkpoint, journal)
+def _given_check(given: Checkpoint, bases: BaseTensors) -> Check:
+    wrong = bases.unlike(given)
     note = f"not what the journal says they were: {', '.join(wrong[:5])}" if wrong else "as the journal says they were"
-    return Check(f"{len(journal.tensors)} edited tensors in {given.folder}", not wrong, note)
+    return Check(f"{len(bases.journal.tensors)} edited tensors in {given.folder}", not wrong, note)
 
 
 def _source_checks(checkpoint: Checkpoint, journal: Journal, base: str | Path | None, replay: bool) -> Iterator[Check]:
@@ -214,22 +203,24 @@ def _source_checks(checkpoint: Checkpoint, journal: Journal, base: str | Path | 
     yield Check(JOURNAL, not wrong, note)
     for name, weight in replayed(source).items() if replay else ():
         if weight is None:
-            yield Check(f"{name} from the base", None, out_of_reach(journal))
+            yield Check(f"{name} from the base", None, source.out_of_reach)
             continue
         same = sha256(weight) == journal.tensors[name].sha256
         note = "the patches give just this" if same else "the patches give another"
         yield Check(f"{name} from the base", same, note)
 
 
-def _untouched_check(checkpoint: Checkpoint, journal: Journal, original: Checkpoint | None) -> Check:
+def _untouched_check(checkpoint: Checkpoint, journal: Journal, models: Iterable[Checkpoint]) -> Check:
+    """Are the other tensors those of one of the unedited ``models``? Where of none, how they differ from the first."""
     rest = [n for n in checkpoint.tensors if n not in journal.tensors]
-    what = f"{len(rest)} other tensors"
-    if original is None:
-        return Check(what, None, out_of_reach(journal))
-    wrong = [n for n in rest if not same_bytes(checkpoint, original, n)]
-    wrong += [n for n in original.tensors if n not in checkpoint.tensors]
-    note = f"differ from {original.folder}: {', '.join(wrong[:5])}" if wrong else f"as in {original.folder}"
-    return Check(what, not wrong, note)
+    what, found = f"{len(rest)} other tensors", None
+    for original in models:
+        wrong = [n for n in rest if not same_bytes(checkpoint, original, n)]
+        wrong += [n for n in original.tensors if n not in checkpoint.tensors]
+        if not wrong:
+            return Check(what, True, f"as in {original.folder}")
+        found = found or Check(what, False, f"differ from {original.folder}: {', '.join(wrong[:5])}")
+    return found or Check(what, None, out_of_reach(journal))
 
 
 # blame
@@ -260,15 +251,15 @@ def blame(
         ModelError: nothing was applied here, or its record is damaged. BaseMismatch: the base tensors are out of reach, or
         ``base`` is another model.
     """
-    source, journal = _source(folder, base)
+    source, _ = _source(folder, base)
     _told(source)
-    patches, bases = source.stack, originals(source)
+    patches, bases = source.stack, source.originals()
     if bases is None:
-        raise BaseMismatch(out_of_reach(journal), where=str(folder), fix="give --base, or apply with --keep-base")
+        raise BaseMismatch(source.out_of_reach, where=str(folder), fix="give --base, or apply with --keep-base")
     loaded = load(folder, device=device, dtype=dtype)
     arch = resolve(loaded.model)
     names = disk_names(arch, source.checkpoint.tensors)
-    edited = [(p, as_live(p, [bases[n] for n in names[p.name]])) for p in arch.projections if names[p.name][0] in bases]
+    edited = [(p, p.as_live([bases[n] for n in names[p.name]])) for p in arch.projections if names[p.name][0] in bases]
     said: list[list[str]] = []
     for n in range(len(patches) + 1):
         for p, W0s in edited:

@@ -144,7 +144,7 @@ def _adapter(
     """B (d, r) and A (r, p) of every changed module, float64, zero-padded to one rank; and the largest share left out."""
     projections = {p.name: p for p in arch.projections}
     modules = sorted({m for p in patches for m in p.changes}, key=lambda m: projections[m].layer)
-    if mixed := next((m for m in modules if projections[m].experts), ""):
+    if mixed := next((m for m in modules if not projections[m].single_matrix), ""):
         what = "adapters for a mixture of experts are served by few engines and not written"
         raise UsageError(what, where=mixed, fix="--to merged writes a checkpoint")
     found: dict[str, tuple[Tensor, Tensor, Tensor]] = {}

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from mosectl.checkpoints.apply import check_stack
 from mosectl.errors import BaseMismatch, Notice
 from mosectl.hub.place import local
-from mosectl.model.architecture import Projection, resolve
+from mosectl.model.architecture import resolve
+from mosectl.model.edit_site import Projection
 from mosectl.model.generation import generate
 from mosectl.model.loading import load
 from mosectl.model.positions import note_prompts

@@ -18,7 +18,8 @@ from typing import BinaryIO
 
 from torch import Tensor
 
-from mosectl.checkpoints.base import KEPT_BASE, Source, out_of_reach
+from mosectl.checkpoints.base import Source
+from mosectl.checkpoints.base_tensors import KEPT_BASE
 from mosectl.checkpoints.journal import Applied, EditedTensor, Journal
 from mosectl.errors import EditFailed, ModelError, PatchError
 from mosectl.linalg.spectrum import Stability, stability
@@ -165,8 +166,7 @@ def _one(
     file.write(raw)
     now = sha256(weight)
     if W0 is None:
-        why = out_of_reach(source.journal) if source.journal else "the base is out of reach"
-        note = note or f"{why}; undone algebraically, exact up to rounding"
+        note = note or f"{source.out_of_reach}; undone algebraically, exact up to rounding"
     elif not edits:
         note = f"restored bit for bit, sha256 {now[:12]}"
     drift = None

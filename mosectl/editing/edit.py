@@ -40,9 +40,9 @@ from mosectl.measure.answers import Interview, Scores, compare, interview
 from mosectl.model.architecture import Architecture, Projection, disk_names, parse_layers, resolve
 from mosectl.model.generation import answer, says
 from mosectl.model.loading import Loaded, load
-from mosectl.model.moe import block_name, turns
+from mosectl.model.moe import block_name
 from mosectl.model.positions import fitted, window
-from mosectl.model.weights import weight_of, weights_of
+from mosectl.model.weights import turns, weight_of, weights_of
 from mosectl.patch.change import Change, changed
 from mosectl.patch.file import Patch
 from mosectl.patch.fingerprint import fingerprint
@@ -235,7 +235,7 @@ def _choose(
     if trained:
         if options.layers != "auto":
             raise UsageError("--layers: an editor edits the layers it was trained for", fix="leave --layers out")
-        dense = [p for p in arch.projections if not p.experts]
+        dense = [p for p in arch.projections if p.single_matrix]
         trained.check({p.name: weight_of(loaded.model, p) for p in dense})
         return [p for p in dense if p.name in trained.modules], []
     chosen, scores = parse_layers(options.layers, len(arch.projections)), []
@@ -313,8 +313,8 @@ def _refuse_failure(results: Sequence[FactResult], remedy: str) -> None:
 def _stability(loaded: Loaded, edited: Sequence[Projection], changes: Mapping[str, Change]) -> Iterator[Stability]:
     """Norm, condition number and spectrum of each changed weight against the base (of experts the first), as float32."""
     for p in edited:
-        weight = weights_of(loaded.model, p)[0].detach()
-        W = p.oriented(weight[0] if p.experts else weight).float().cpu()
+        weight = p.representative(weights_of(loaded.model, p)[0].detach())
+        W = p.oriented(weight).float().cpu()
         yield stability(p.weight_name, W, changed([changes[p.name]], W))
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mosectl.model.architecture import Architecture, Projection
+from mosectl.model.architecture import Architecture
+from mosectl.model.edit_site import Projection
 from mosectl.model.forward import Batch, ffn_output, run_until_stopped
 
 

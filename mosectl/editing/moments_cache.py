@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mosectl.errors import Notice, OutputError
 from mosectl.model import distributed
-from mosectl.model.architecture import Projection
+from mosectl.model.edit_site import Projection
 from mosectl.storage import schema
 from mosectl.storage.atomic import ours, output_errors
 from mosectl.storage.state_file import damaged, read_state, write_state

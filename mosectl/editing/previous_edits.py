@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mosectl.editing.contexts import Contexts, rows_of
-from mosectl.model.architecture import Projection
+from mosectl.model.edit_site import Projection
 from mosectl.model.forward import keys_at, logits_at
 from mosectl.model.losses import leads
 

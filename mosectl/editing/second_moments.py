@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from mosectl.editing.moments_cache import cached, check_writable, keep
 from mosectl.facts.corpus import MAX_TOKENS, Corpus, read_corpus
 from mosectl.model import distributed as processes
-from mosectl.model.architecture import Projection, resolve
+from mosectl.model.architecture import resolve
+from mosectl.model.edit_site import Projection
 from mosectl.model.forward import (
     Batch,
     by_length,
@@ -121,7 +122,7 @@ def prepare(
     """
     from mosectl.model.architecture import parse_layers
     from mosectl.model.loading import load
-    from mosectl.model.moe import turns
+    from mosectl.model.weights import turns
 
     texts = read_corpus(corpus)
     loaded = load(model, revision=revision, device=processes.process_device(device), dtype=dtype)

@@ -15,7 +15,7 @@ from torch import Tensor
 from mosectl._version import __version__
 from mosectl.errors import BaseMismatch, Notice, PatchError
 from mosectl.hypernetwork.network import METHODS, Hypernet
-from mosectl.model.architecture import Projection
+from mosectl.model.edit_site import Projection
 from mosectl.patch.file import canonical, content_id
 from mosectl.patch.fingerprint import fingerprint, match
 from mosectl.patch.reader import BASES, SHA256, SIZE, record_of

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mosectl.model.architecture import Projection
+from mosectl.model.edit_site import Projection
 from mosectl.model.forward import Batch, by_row, finite, frozen, hooked, input_device, logits_at
 from mosectl.model.losses import token_nll
 from mosectl.model.scoring import Pair, encode_pair

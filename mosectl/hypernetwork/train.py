@@ -27,7 +27,8 @@ from mosectl.facts.records import Fact
 from mosectl.hypernetwork.file import Editor, base_of
 from mosectl.hypernetwork.network import METHODS, Hypernet, Rows, keys_and_gradients, log_probabilities, nll, shifted
 from mosectl.model import distributed
-from mosectl.model.architecture import Projection, parse_layers, resolve
+from mosectl.model.architecture import parse_layers, resolve
+from mosectl.model.edit_site import Projection
 from mosectl.model.forward import frozen
 from mosectl.model.loading import Loaded
 from mosectl.model.losses import leads, token_nll
@@ -172,7 +173,7 @@ def _chosen(loaded: Loaded, options: TrainOptions) -> list[Projection]:
     n = len(every)
     layers = parse_layers(options.layers, n) or range(n - max(1, min(6, n // 2)), n)
     projections = [p for p in every if p.layer in layers]
-    if mixed := next((p for p in projections if p.experts), None):
+    if mixed := next((p for p in projections if not p.single_matrix), None):
         fix = "use --method isospectral, which edits mixtures"
         raise ModelError("an editor is for layers with one FFN, not for mixtures", where=mixed.name, fix=fix)
     if len({(p.p, p.d) for p in projections}) > 1:

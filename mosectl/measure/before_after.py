@@ -12,14 +12,15 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from mosectl.checkpoints.apply import check_stack, check_stored
-from mosectl.checkpoints.base import Source, find_base, given_base, originals, out_of_reach, stored_patches
+from mosectl.checkpoints.base import Source, stored_patches
+from mosectl.checkpoints.base_tensors import BaseTensors
 from mosectl.checkpoints.journal import read_journal
 from mosectl.checkpoints.live import patched
 from mosectl.errors import Notice, UsageError
 from mosectl.hub.place import SCHEME, local
 from mosectl.model.architecture import disk_names, resolve
 from mosectl.model.loading import Loaded, load
-from mosectl.model.weights import as_live, exchanged, weights_of
+from mosectl.model.weights import exchanged, weights_of
 from mosectl.patch.file import Patch
 from mosectl.patch.record import PatchFact
 from mosectl.storage.checkpoint import open_checkpoint
@@ -125,17 +126,17 @@ def _of_model(what: Any, base: Any, how: How, ask: Ask[T]) -> tuple[Subject, T |
     if base is not None:
         revision = None
         if checkpoint and journal and not isinstance(base, Loaded):
-            revision = given_base(journal, base).revision
-            if not how.force:
-                find_base(checkpoint, journal, base)
+            bases = BaseTensors(checkpoint, journal, base)
+            opened = bases.given if how.force else bases.checked
+            revision = opened.revision if opened else None
         before = ask(how.load(base, revision), "before")  # one model in memory at a time
         after = ask(how.load(what, how.revision), "after")
         return _subject(kind, name, _name(base), patches), before, after
-    unedited = originals(source) if source else None
+    unedited = source.originals() if source else None
     loaded = how.load(what, how.revision)
     if unedited is None:
-        if journal:
-            warnings.warn(out_of_reach(journal), Notice, stacklevel=2)
+        if source:
+            warnings.warn(source.out_of_reach, Notice, stacklevel=2)
         return _subject(kind, name, None, patches), None, ask(loaded, "after")
     after = ask(loaded, "after")
     with _unedited(loaded, unedited):
@@ -165,6 +166,6 @@ def _unedited(loaded: Loaded, originals: Mapping[str, Tensor]) -> Iterator[None]
     names = disk_names(arch, loaded.checkpoint.tensors)
     edited = [p for p in arch.projections if names[p.name][0] in originals]
     weights = [w for p in edited for w in weights_of(loaded.model, p)]
-    unedited = [w for p in edited for w in as_live(p, [originals[n] for n in names[p.name]])]
+    unedited = [w for p in edited for w in p.as_live([originals[n] for n in names[p.name]])]
     with exchanged(zip(weights, unedited, strict=True)):
         yield

@@ -5,17 +5,18 @@ Orientation comes from the module's class, never from a shape: a square matrix l
 
 from __future__ import annotations
 
-import difflib
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mosectl.errors import ModelError, UsageError
 from mosectl.model.claims import at_most, check_counts
+from mosectl.model.edit_site import Dense, DiskNames
+from mosectl.model.edit_site import Projection as Projection  # part of an Architecture, and found here too
+from mosectl.model.moe import SHARED, Mixture
 
 # model_type -> (path of the projection inside a layer, path of a norm after the FFN)
 _DOWN = ("mlp.down_proj", None)
@@ -42,7 +43,6 @@ MIXTURES = {
     *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "phimoe", "flex_olmo", "minimax_m2", "ernie4_5_moe", "exaone_moe"),
     *("deepseek_v2", "deepseek_v3", "glm4_moe", "glm4_moe_lite", "dots1", "hunyuan_v1_moe", "solar_open"),
 }
-_SHARED = ("shared_expert", "shared_experts", "shared_mlp")
 _POST_NORMS = ("post_feedforward_layernorm", "post_mlp_layernorm")
 _TOWERS = {"vision_tower", "vision_model", "visual", "audio_tower", "encoder"}
 _NOT_FFN = ("attn", "attention", "mixer", "mamba", "temporal")  # in the path of a matrix that is no FFN's
@@ -54,36 +54,6 @@ _PLAIN = (
 _SUPPORTED = (
     "supported are models such as Llama, Mistral, Qwen, Gemma, Phi, GPT-2, GPT-NeoX, OPT, Falcon, BLOOM, Mixtral"
 )
-
-
-@dataclass(frozen=True)
-class Projection:
-    """One layer's FFN output projection, y = W k (+ b) with W (d, p).
-
-    Of a mixture of experts: the whole block, whose output y one rotation turns, as if by an identity W (d, d) behind it.
-    """
-
-    layer: int
-    name: str  # module path
-    d: int  # hidden size
-    p: int  # FFN width; of a mixture d
-    transposed: bool  # stored as (p, d), as GPT-2's Conv1D
-    bias: bool
-    experts: int = 0  # how many there are in a mixture
-    shared: str = ""  # path, inside the block, of the projection of experts that every token passes
-
-    @property
-    def weight_name(self) -> str:
-        """The weight that a patch knows its base by; of a mixture the first expert's."""
-        return f"{self.name}.experts.0.down_proj.weight" if self.experts else f"{self.name}.weight"
-
-    def oriented(self, W: Tensor) -> Tensor:
-        """The stored weight as (d, p); several experts' in one tensor are (experts, d, p) already."""
-        return W.T if self.transposed else W
-
-    def stored(self, W: Tensor) -> Tensor:
-        """A (d, p) weight as it is stored."""
-        return W.T.contiguous() if self.transposed else W
 
 
 @dataclass(frozen=True)
@@ -174,7 +144,7 @@ def _refuse_parts(layer: nn.Module, path: str, model_type: str) -> None:
     block = _block(layer, model_type)
     for name, module in layer.named_modules():
         last, kind = name.rsplit(".", 1)[-1], type(module).__name__
-        if (last in ("experts", "block_sparse_moe", *_SHARED) or "Experts" in kind) and not (
+        if (last in ("experts", "block_sparse_moe", *SHARED) or "Experts" in kind) and not (
             block and name.startswith(f"{block}.")
         ):
             raise ModelError(
@@ -211,10 +181,10 @@ def _block(layer: nn.Module, model_type: str) -> str:
 def _mixture(i: int, path: str, inside: str, layer: nn.Module, model_type: str) -> Projection:
     block = layer.get_submodule(inside)
     experts, d, _ = block.experts.down_proj.shape  # type: ignore[union-attr, misc]
-    shared = next((f"{name}.down_proj" for name in _SHARED if getattr(block, name, None) is not None), "")
+    shared = next((f"{name}.down_proj" for name in SHARED if getattr(block, name, None) is not None), "")
     if shared and not (_is_linear(own := block.get_submodule(shared)) and own.bias is None):
         raise ModelError(f"{path}.{inside}.{shared} is no plain matrix", where=model_type, fix=_SUPPORTED)
-    return Projection(i, f"{path}.{inside}", d, d, False, False, experts, shared)
+    return Mixture(i, f"{path}.{inside}", d, d, False, False, experts, shared)
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -266,7 +236,7 @@ def _projection(i: int, path: str, inside: str, layer: nn.Module, hidden: int, m
         raise ModelError(
             f"{path}.{inside} writes {d} numbers, the hidden size is {hidden}", where=model_type, fix=_SUPPORTED
         )
-    return Projection(i, f"{path}.{inside}", d, p, type(module).__name__ == "Conv1D", module.bias is not None)
+    return Dense(i, f"{path}.{inside}", d, p, type(module).__name__ == "Conv1D", module.bias is not None)
 
 
 def skeleton(config: Any, tensors: int | None = None) -> nn.Module:
@@ -316,74 +286,13 @@ def _first_line(e: Exception) -> str:
 
 
 def disk_names(arch: Architecture, names: Collection[str]) -> dict[str, tuple[str, ...]]:
-    """Module path → tensor names on disk, for every projection: one, or a mixture's experts in order and the shared one.
-
-    Checkpoints drop or add leading parts ("transformer.", "model.", "language_model."): what counts is one common end.
-    Experts are stored one by one (``experts.3.down_proj``, Mixtral's ``experts.3.w2``) or all in one tensor.
+    """Module path → tensor names on disk, for every edit site.
 
     Raises:
         ModelError: a tensor is missing, or several fit.
     """
-    by_tail: dict[str, list[str]] = {}
-    stem = arch.layers_path.rsplit(".", 1)[-1]
-    wanted = {p.name: p.weight_name.split(f"{arch.layers_path}.", 1)[-1] for p in arch.projections if not p.experts}
-    tails = {f"{stem}.{tail}" for tail in wanted.values()}
-    for name in names:
-        parts = name.split(".")
-        for start in range(len(parts)):
-            if (end := ".".join(parts[start:])) in tails:
-                by_tail.setdefault(end, []).append(name)
-    mixed = _expert_names(stem, names) if any(p.experts for p in arch.projections) else {}
-    return {
-        p.name: _experts_of(p, mixed.get(p.layer, {}))
-        if p.experts
-        else (_one_of(p, by_tail.get(f"{stem}.{wanted[p.name]}", []), names),)
-        for p in arch.projections
-    }
-
-
-def _expert_names(stem: str, names: Collection[str]) -> dict[int, dict[str, list[str]]]:
-    """Layer → the part an expert plays there ("0", "1", …, "all", "shared") → tensor names that claim it."""
-    expert = re.compile(
-        rf"(?:.*\.)?{stem}\.(\d+)\.\w+\."
-        rf"(?:experts\.(\d+)\.(?:down_proj|w2)\.weight|(experts)\.down_proj|(?:{'|'.join(_SHARED)})\.down_proj\.weight)"
-    )
-    found: dict[int, dict[str, list[str]]] = {}
-    for name in names:
-        if fits := expert.fullmatch(name):
-            part = fits[2] or ("all" if fits[3] else "shared")
-            found.setdefault(int(fits[1]), {}).setdefault(part, []).append(name)
-    return found
-
-
-def _experts_of(p: Projection, parts: Mapping[str, list[str]]) -> tuple[str, ...]:
-    each = ["all"] if "all" in parts else [str(i) for i in range(p.experts)]
-    needed = each + (["shared"] if p.shared else [])
-    wrong = [part for part in needed if len(parts.get(part, [])) != 1] + sorted(set(parts) - set(needed))
-    if wrong:
-        raise ModelError(
-            f"the experts of '{p.name}' are not {p.experts}{' and a shared one' * bool(p.shared)}: "
-            f"missing, twice or too many: {', '.join(wrong[:5])}",
-            where="checkpoint",
-            fix="is this checkpoint complete?",
-        )
-    return tuple(parts[part][0] for part in needed)
-
-
-def _one_of(p: Projection, found: list[str], names: Collection[str]) -> str:
-    if p.weight_name in found:
-        return p.weight_name
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise ModelError(
-            f"'{p.weight_name}' may be any of: {', '.join(sorted(found))}",
-            where="checkpoint",
-            fix="keep one set of layers in the folder",
-        )
-    near = difflib.get_close_matches(p.weight_name, list(names), n=1)
-    hint = f"the nearest name is '{near[0]}'" if near else "is this checkpoint complete?"
-    raise ModelError(f"no tensor '{p.weight_name}'", where="checkpoint", fix=hint)
+    disk = DiskNames.of(arch.layers_path, names)
+    return {p.name: p.tensor_names(disk) for p in arch.projections}
 
 
 def parse_layers(text: str, n: int, every: str = "auto") -> tuple[int, ...] | None:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from mosectl.errors import NotFinite
-from mosectl.model.architecture import Architecture, Projection
+from mosectl.model.architecture import Architecture
+from mosectl.model.edit_site import Projection
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from mosectl.errors import ModelError
-from mosectl.model.architecture import Projection
+from mosectl.model.architecture import Architecture
+from mosectl.model.edit_site import Projection
 
 
 def solve_device(device: torch.device) -> torch.device:
@@ -23,7 +25,8 @@ def weight_of(model: nn.Module, projection: Projection) -> Tensor:
     Raises:
         ModelError: it is offloaded, where a change in place would be lost.
     """
-    return _here(model.get_submodule(projection.name).weight, projection)  # type: ignore[arg-type]
+    (weight,) = weights_of(model, projection)
+    return weight
 
 
 def weights_of(model: nn.Module, projection: Projection) -> list[Tensor]:
@@ -32,26 +35,10 @@ def weights_of(model: nn.Module, projection: Projection) -> list[Tensor]:
     Raises:
         ModelError: they are offloaded.
     """
-    if not projection.experts:
-        return [weight_of(model, projection)]
-    block = model.get_submodule(projection.name)
-    found = [block.experts.down_proj]  # type: ignore[union-attr]
-    if projection.shared:
-        found.append(block.get_submodule(projection.shared).weight)
-    return [_here(w, projection) for w in found]  # type: ignore[arg-type]
-
-
-def _here(weight: Tensor, projection: Projection) -> Tensor:
-    if weight.is_meta:
+    found = projection.live_weights(model)
+    if any(weight.is_meta for weight in found):
         raise ModelError("the weight is offloaded", where=projection.name, fix="load the model without offloading")
-    return weight
-
-
-def as_live(projection: Projection, stored: Sequence[Tensor]) -> list[Tensor]:
-    """Tensors of a checkpoint, in the order of ``arch.disk_names``, as the live model holds them: experts in one tensor."""
-    if not projection.experts or stored[0].dim() == 3:
-        return list(stored)
-    return [torch.stack(list(stored[: projection.experts])), *stored[projection.experts :]]
+    return found
 
 
 def set_weight(model: nn.Module, projection: Projection, W: Tensor) -> None:
@@ -78,3 +65,11 @@ def exchanged(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[None]:
         with torch.no_grad():
             for weight, old in before:
                 weight.copy_(old)
+
+
+@contextmanager
+def turns(model: nn.Module, arch: Architecture) -> Iterator[Architecture]:
+    """Inside the block every projection is one matrix that can be set: a mixture of experts has a turn behind it."""
+    with ExitStack() as stack:
+        ones = tuple(stack.enter_context(p.as_one_matrix(model)) for p in arch.projections)
+        yield replace(arch, projections=ones)

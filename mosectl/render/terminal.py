@@ -146,8 +146,6 @@ def doctor(d: Diagnosis) -> None:
     """What would be edited in a model, and what stands in the way."""
     a = d.architecture
     first = a.projections[0]
-    shape = f"W ({first.d}, {first.p})" + (", stored transposed (Conv1D)" if first.transposed else "")
-    shape = f"{first.experts} experts, one rotation ({first.d}, {first.d})" if first.experts else shape
     rows = [
         ("model", d.model + (f" @ {d.revision}" if d.revision else "")),
         (
@@ -156,7 +154,7 @@ def doctor(d: Diagnosis) -> None:
         ),
         ("parameters", f"{d.parameters / 1e6:,.1f} M"),
         ("edited modules", f"{first.name} … {a.projections[-1].name}"),
-        ("shape", shape),
+        ("shape", first.described),
         ("bias", "yes (stays as it is)" if first.bias else "no"),
         *((f"memory, {kind}", size(n)) for kind, n in d.memory.items()),
         ("rotation", f"{size(4 * first.d**2)} a layer in a patch"),
