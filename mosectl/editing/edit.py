@@ -37,7 +37,8 @@ from mosectl.facts.records import Fact, as_facts
 from mosectl.hypernetwork.file import Editor
 from mosectl.linalg.spectrum import Stability, stability
 from mosectl.measure.answers import Interview, Scores, compare, interview
-from mosectl.model.architecture import Architecture, Projection, disk_names, parse_layers, resolve
+from mosectl.model.architecture import Architecture, disk_names, parse_layers, resolve
+from mosectl.model.edit_site import Projection
 from mosectl.model.generation import answer, says
 from mosectl.model.loading import Loaded, load
 from mosectl.model.moe import block_name

@@ -18,7 +18,8 @@ from mosectl.editing.second_moments import BATCH_TOKENS, BLOCK
 from mosectl.errors import ModelError, MosectlError
 from mosectl.facts.corpus import MAX_TOKENS, read_corpus
 from mosectl.facts.records import Fact
-from mosectl.model.architecture import Architecture, Projection, disk_names, parse_layers, resolve, skeleton
+from mosectl.model.architecture import Architecture, disk_names, parse_layers, resolve, skeleton
+from mosectl.model.edit_site import Projection
 from mosectl.model.loading import DTYPES, pick_device, pick_dtype
 from mosectl.model.memory import logit_bytes, token_bytes, work_bytes
 from mosectl.model.positions import Window, window
@@ -120,7 +121,7 @@ def _planned(
     solver, n = method(options.method), len(arch.projections)
     layers = tuple(parse_layers(options.layers, n) or range(max(0, n // 2 - 1), min(n, n // 2 + 2)))
     if editor := trained_editor(options):
-        editor.check({p.name: meta_model.get_parameter(p.weight_name) for p in arch.projections if not p.experts})
+        editor.check({p.name: meta_model.get_parameter(p.weight_name) for p in arch.projections if p.single_matrix})
         layers = tuple(p.layer for p in arch.projections if p.name in editor.modules)
     edited = [p for p in arch.projections if p.layer in layers]
     side, form, written = solver.side_on(edited), solver.form(options.form), solver.columns(facts)
@@ -314,7 +315,7 @@ def _notes(arch: Architecture, folder: Path, others: Sequence[str]) -> list[str]
         out.append(f"'{arch.model_type}' is not in mosectl's table; its layers were found by their structure")
     if arch.post_norm:
         out.append(f"a norm follows the FFN ({arch.post_norm}): it sees the turned output at its old length")
-    if mixed := [p for p in arch.projections if p.experts]:
+    if mixed := [p for p in arch.projections if not p.single_matrix]:
         out.append(
             f"{len(mixed)} layers are mixtures of {mixed[0].experts} experts: one rotation turns all of a layer's"
         )

@@ -24,7 +24,8 @@ from mosectl.editing.targets import Targets, optimise_targets
 from mosectl.errors import EditFailed
 from mosectl.facts.records import Fact
 from mosectl.hypernetwork.file import Editor
-from mosectl.model.architecture import Architecture, Projection
+from mosectl.model.architecture import Architecture
+from mosectl.model.edit_site import Projection
 from mosectl.model.forward import hidden_at, input_device, keys_at
 from mosectl.model.loading import Loaded
 from mosectl.model.weights import set_weight, solve_device, weight_of

@@ -23,7 +23,8 @@ from torch.nn import functional as F
 
 from mosectl.editing.contexts import Contexts, rows_of
 from mosectl.editing.settings import recorded, taking_old_names
-from mosectl.model.architecture import Architecture, Projection
+from mosectl.model.architecture import Architecture
+from mosectl.model.edit_site import Projection
 from mosectl.model.forward import ffn_output, frozen, hooked
 from mosectl.model.losses import NOTHING, leads, token_nll
 from mosectl.model.memory import fitting, halving

@@ -14,8 +14,7 @@ from torch import nn
 
 from mosectl.errors import ModelError, UsageError
 from mosectl.model.claims import at_most, check_counts
-from mosectl.model.edit_site import Dense, DiskNames
-from mosectl.model.edit_site import Projection as Projection  # part of an Architecture, and found here too
+from mosectl.model.edit_site import Dense, DiskNames, Projection
 from mosectl.model.moe import SHARED, Mixture
 
 # model_type -> (path of the projection inside a layer, path of a norm after the FFN)

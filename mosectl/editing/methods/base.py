@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from torch import Tensor
 
 from mosectl.errors import UsageError
-from mosectl.model.architecture import Projection
+from mosectl.model.edit_site import Projection
 from mosectl.model.moe import block_name
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ class Method(ABC):
         Raises:
             UsageError: the method, or these layers together, cannot do that.
         """
-        mixed = [p for p in projections if p.experts]
+        mixed = [p for p in projections if not p.single_matrix]
         if not mixed:
             return self.side
         where = block_name(mixed[0].name)

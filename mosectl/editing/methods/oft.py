@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from mosectl.editing.contexts import Contexts
 from mosectl.editing.methods.base import Option, Trainer
-from mosectl.model.architecture import Architecture, Projection
+from mosectl.model.architecture import Architecture
+from mosectl.model.edit_site import Projection
 from mosectl.model.forward import frozen, hooked
 from mosectl.model.losses import token_nll
 from mosectl.model.partial_forward import Suffix
