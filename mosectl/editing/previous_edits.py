@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from mosectl.editing.contexts import Contexts, rows_of
 from mosectl.model.edit_site import Projection
-from mosectl.model.forward import keys_at, logits_at
+from mosectl.model.forward import keys_at
 from mosectl.model.losses import leads
+from mosectl.model.scoring import Rows, log_probabilities
 
 REHEARSED = 20  # earlier facts edited again with one batch, at most
 GIVEN_UP = 2  # failures after which a fact is not tried again
@@ -78,10 +79,8 @@ class Earlier:
         assert self.contexts is not None
         c, found = self.contexts, []
         for part in rows.to(c.fact.device).split(ROWS):
-            targets = c.targets[part]
-            with logits_at(self.model, c.positions[part], targets >= 0):
-                logits = self.model(**c.batch.rows(part).kwargs()).logits[0].float()
-            found.append(leads(logits.log_softmax(-1).to(c.fact.device), targets, targets >= 0).cpu())
+            rows = Rows(c.batch.rows(part), c.positions[part], c.targets[part])
+            found.append(leads(log_probabilities(self.model, rows), rows.targets, rows.targets >= 0).cpu())
         return torch.cat(found)
 
     def moments(self, weight: float) -> dict[str, tuple[Tensor, Tensor]]:

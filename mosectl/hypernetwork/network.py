@@ -19,37 +19,10 @@ from torch import Tensor, nn
 from mosectl.model.edit_site import Projection
 from mosectl.model.forward import Batch, by_row, finite, frozen, hooked, input_device, logits_at
 from mosectl.model.losses import token_nll
-from mosectl.model.scoring import Pair, encode_pair
+from mosectl.model.scoring import Rows, log_probabilities
 
 METHODS = ("horse", "malmen")
 START = 4.0  # share of its own length by which an untrained editor moves an output
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Prompts with their answers, teacher-forced."""
-
-    batch: Batch
-    positions: Tensor  # (B, m) where the answers' tokens are predicted
-    targets: Tensor  # (B, m) the token expected there, −1 = nothing
-
-    @staticmethod
-    def of(model: nn.Module, tokenizer: Any, pairs: Sequence[Pair], chat: bool = False) -> Rows:
-        """Raises FactsError, ModelError, UsageError as :func:`mosectl.model.tokens.encode`."""
-        found = [encode_pair(tokenizer, pair, chat) for pair in pairs]
-        width = max(len(e.input_ids) - e.target_start for e in found)
-        positions = torch.zeros(len(found), width, dtype=torch.long)
-        targets = torch.full_like(positions, -1)
-        for r, e in enumerate(found):
-            m = len(e.input_ids) - e.target_start
-            positions[r, :m] = torch.arange(e.target_start - 1, e.target_start - 1 + m)
-            targets[r, :m] = torch.tensor(e.input_ids[e.target_start :])
-        device = input_device(model)
-        return Rows(Batch.of([e.input_ids for e in found], device), positions.to(device), targets.to(device))
-
-    def part(self, start: int, end: int) -> Rows:
-        rows = torch.arange(start, min(end, len(self.targets)), device=self.targets.device)
-        return Rows(self.batch.rows(rows), self.positions[rows], self.targets[rows])
 
 
 class Hypernet(nn.Module):
@@ -166,13 +139,6 @@ def keys_and_gradients(
 def nll(model: nn.Module, rows: Rows) -> Tensor:
     """Mean NLL a token of each row's answer, (B,) nats."""
     return token_nll(log_probabilities(model, rows), rows.targets, rows.targets >= 0)
-
-
-def log_probabilities(model: nn.Module, rows: Rows) -> Tensor:
-    """At every answer token, row by row, (n, vocabulary) float32."""
-    with logits_at(model, rows.positions, rows.targets >= 0):
-        logits = model(**rows.batch.kwargs()).logits[0]
-    return _exact(logits).log_softmax(-1).to(rows.targets.device)
 
 
 def _exact(x: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from mosectl.errors import EditFailed, FactsError, ModelError, OutputError, Usag
 from mosectl.facts.corpus import Corpus
 from mosectl.facts.records import Fact
 from mosectl.hypernetwork.file import Editor, base_of
-from mosectl.hypernetwork.network import METHODS, Hypernet, Rows, keys_and_gradients, log_probabilities, nll, shifted
+from mosectl.hypernetwork.network import METHODS, Hypernet, keys_and_gradients, nll, shifted
 from mosectl.model import distributed
 from mosectl.model.architecture import parse_layers, resolve
 from mosectl.model.edit_site import Projection
@@ -34,7 +34,7 @@ from mosectl.model.loading import Loaded
 from mosectl.model.losses import leads, token_nll
 from mosectl.model.memory import Part, fitting, halving
 from mosectl.model.positions import fitted, window
-from mosectl.model.scoring import Pair, paired
+from mosectl.model.scoring import Pair, Rows, encode_pair, log_probabilities, paired
 from mosectl.model.tokens import encode
 from mosectl.model.weights import weight_of
 from mosectl.storage import schema
@@ -357,7 +357,8 @@ class _Training:
         return pairs
 
     def _rows(self, pairs: Sequence[Pair]) -> Rows:
-        return Rows.of(self.model, self.loaded.tokenizer, pairs)
+        encoded = [encode_pair(self.loaded.tokenizer, pair) for pair in pairs]
+        return Rows.of(encoded, input_device(self.model))
 
     def _batch(self, number: int) -> list[Fact]:
         """Batch ``number`` of an endless shuffle of the facts, the same whenever it is asked for."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mosectl.facts.records import Fact
@@ -59,6 +59,44 @@ def encode_pairs(tokenizer: Any, pairs: Sequence[Pair], chat: bool = False) -> d
     return {pair: encode_pair(tokenizer, pair, chat) for pair in dict.fromkeys(pairs)}
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Prompts with their answers, teacher-forced."""
+
+    batch: Batch
+    positions: Tensor  # (B, m) where the answers' tokens are predicted
+    targets: Tensor  # (B, m) the token expected there, −1 = nothing
+
+    @staticmethod
+    def of(encoded: Sequence[Encoded], device: torch.device) -> Rows:
+        """Rows of prompts with answers, as :func:`mosectl.model.tokens.encode` gives them."""
+        width = max(len(e.input_ids) - e.target_start for e in encoded)
+        positions = torch.zeros(len(encoded), width, dtype=torch.long)
+        targets = torch.full_like(positions, -1)
+        for r, e in enumerate(encoded):
+            m = len(e.input_ids) - e.target_start
+            positions[r, :m] = torch.arange(e.target_start - 1, e.target_start - 1 + m)  # position i predicts token i + 1
+            targets[r, :m] = torch.tensor(e.input_ids[e.target_start :])
+        return Rows(Batch.of([e.input_ids for e in encoded], device), positions.to(device), targets.to(device))
+
+    def part(self, start: int, end: int) -> Rows:
+        """Some rows, by their numbers."""
+        rows = torch.arange(start, min(end, len(self.targets)), device=self.targets.device)
+        return Rows(self.batch.rows(rows), self.positions[rows], self.targets[rows])
+
+
+def log_probabilities(model: nn.Module, rows: Rows, *, check: bool = False) -> Tensor:
+    """At every answer token, row by row, (n, vocabulary), in float32 at least.
+
+    Raises:
+        NotFinite: with ``check``, the model's logits there are not.
+    """
+    with logits_at(model, rows.positions, rows.targets >= 0):  # all of them would be large
+        logits = model(**rows.batch.kwargs()).logits[0]
+    logits = finite(logits, model) if check else logits
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1).to(rows.targets.device)
+
+
 @torch.no_grad()
 def score(
     model: nn.Module,
@@ -76,22 +114,14 @@ def score(
     out: dict[Pair, Scored] = {}
     for start in range(0, len(order), batch_size):
         pairs = order[start : start + batch_size]
-        rows = [encoded[pair] for pair in pairs]
-        spans = [range(e.target_start - 1, len(e.input_ids) - 1) for e in rows]  # position i predicts token i + 1
-        widest = max(map(len, spans))
-        positions = torch.tensor([[*s, *[s[-1]] * (widest - len(s))] for s in spans])
-        batch = Batch.of([e.input_ids for e in rows], input_device(model))
-        with logits_at(model, positions):  # all of them would be large
-            logits = model(**batch.kwargs()).logits
-        logp = F.log_softmax(finite(logits, model).float(), dim=-1)  # (B, widest, V)
-        predicted = logp.argmax(dim=-1).tolist()
-        wanted = torch.zeros_like(positions)
-        for i, e in enumerate(rows):
-            wanted[i, : len(spans[i])] = torch.tensor(e.input_ids[e.target_start :])
-        reached = logp.gather(2, wanted.to(logp.device)[..., None])[..., 0].tolist()
-        for i, (pair, e) in enumerate(zip(pairs, rows, strict=True)):
-            n = len(spans[i])
-            out[pair] = Scored(e.input_ids[e.target_start :], tuple(predicted[i][:n]), tuple(reached[i][:n]))
+        rows = Rows.of([encoded[pair] for pair in pairs], input_device(model))
+        logp = log_probabilities(model, rows, check=True)  # (n, V)
+        asked = rows.targets >= 0
+        counts, wanted = asked.sum(1).tolist(), rows.targets[asked]
+        reached = logp.gather(1, wanted[:, None])[:, 0].split(counts)
+        predicted = logp.argmax(-1).split(counts)
+        for pair, target, said, likely in zip(pairs, wanted.split(counts), predicted, reached, strict=True):
+            out[pair] = Scored(tuple(target.tolist()), tuple(said.tolist()), tuple(likely.tolist()))
         if on_step:
             on_step(len(out), len(order))
     return out

@@ -11,7 +11,8 @@ from mosectl.editing.contexts import Contexts
 from mosectl.editing.methods.base import Option, Trainer, Work
 from mosectl.facts.records import Fact
 from mosectl.hypernetwork.file import Editor
-from mosectl.hypernetwork.network import Rows, keys_and_gradients
+from mosectl.hypernetwork.network import keys_and_gradients
+from mosectl.model.scoring import Rows
 from mosectl.model.architecture import Architecture
 from mosectl.model.edit_site import Projection
 from mosectl.model.memory import fitting, halving
