@@ -8,9 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_tokenizer, pico
-from small_editors import facts, rows
-from test_editor import FACTS
 from torch import Tensor
 
 import mosectl
@@ -22,6 +19,9 @@ from mosectl.hypernetwork.file import Editor
 from mosectl.hypernetwork.network import START, Hypernet, Rows, keys_and_gradients, nll, orthogonal, ridge, shifted
 from mosectl.model.architecture import resolve
 from mosectl.patch.file import Patch
+from support.editors import facts, rows
+from support.facts import FACTS
+from support.models import make_tokenizer, pico
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

@@ -8,10 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_tokenizer, pico, save
 from safetensors.torch import load_file, save_file
-from test_editor import CORPUS, FACTS, FEW
-from test_stack import hashes, patch_for
 from transformers import AutoModelForCausalLM
 
 import mosectl
@@ -28,6 +25,9 @@ from mosectl.model.loading import load
 from mosectl.model.moe import turns
 from mosectl.model.weights import weights_of
 from mosectl.storage.checkpoint import open_checkpoint
+from support.facts import CORPUS, FACTS, FEW
+from support.models import make_tokenizer, pico, save
+from support.patches import hashes, patch_for
 
 KINDS = [
     "mixtral",

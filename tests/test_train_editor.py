@@ -12,9 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DEMO, ROOT, make_tokenizer, pico, save
-from small_editors import FEW, TEXT, facts, loaded, rows
-from test_cli import TWO_PROCESSES, run
 
 from mosectl.errors import EditFailed, FactsError, ModelError, MosectlError, OutputError, UsageError
 from mosectl.facts.corpus import Corpus, read_corpus
@@ -25,6 +22,10 @@ from mosectl.hypernetwork.network import Rows, nll, shifted
 from mosectl.hypernetwork.train import MATRICES, SCALARS, TrainOptions, _Training, train
 from mosectl.model.architecture import resolve
 from mosectl.model.loading import Loaded, load
+from support.commands import TWO_PROCESSES, run
+from support.editors import FEW, TEXT, facts, loaded, rows
+from support.models import make_tokenizer, pico, save
+from support.paths import DEMO, ROOT
 
 
 def begun(**how: Any) -> _Training:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from conftest import make_tokenizer, pico
-from test_editor import CORPUS
-
 from mosectl.facts.corpus import Corpus
 from mosectl.facts.records import Fact, Probe
 from mosectl.hypernetwork.train import TrainOptions
 from mosectl.model.loading import Loaded
+from support.facts import CORPUS
+from support.models import make_tokenizer, pico
 
 TEXT = Corpus(
     "x", tuple(f"{CORPUS} number {i} of the towns lies near the sea and was born in the capital" for i in range(4))
