@@ -48,6 +48,7 @@ class Rows:
         return Rows(Batch.of([e.input_ids for e in found], device), positions.to(device), targets.to(device))
 
     def part(self, start: int, end: int) -> Rows:
+        """Rows ``start`` to ``end``, or as far as there are any."""
         rows = torch.arange(start, min(end, len(self.targets)), device=self.targets.device)
         return Rows(self.batch.rows(rows), self.positions[rows], self.targets[rows])
 

@@ -175,6 +175,7 @@ class Compact:
 
     @property
     def rank(self) -> int:
+        """How many directions it turns among themselves, r."""
         return len(self.Q)
 
     @property
@@ -184,6 +185,7 @@ class Compact:
 
     @property
     def inverse(self) -> Compact:
+        """Rᵀ, which is R⁻¹."""
         return Compact(self.U, self.Q.T)
 
     def left(self, W: Tensor) -> Tensor:

@@ -28,10 +28,12 @@ class Scored:
 
     @property
     def hits(self) -> int:
+        """How many tokens of the target were predicted."""
         return sum(a == b for a, b in zip(self.target, self.predicted, strict=True))
 
     @property
     def accuracy(self) -> float:
+        """The share of the target's tokens that were predicted."""
         return self.hits / len(self.target)
 
     @property
