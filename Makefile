@@ -6,13 +6,17 @@ TORCH ?= torch
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test slow lint types picture bench clean
+.PHONY: demo test coverage slow lint types picture bench clean
 
 demo: $(VENV)/.ready
 	PATH="$(abspath $(BIN)):$$PATH" bash examples/demo.sh
 
 test: $(VENV)/.eval
 	$(BIN)/python -m pytest -n auto
+
+# Apart: measuring slows the tests down. Work in other processes (workers, killed children) is not counted.
+coverage: $(VENV)/.eval
+	$(BIN)/python -m pytest -n auto --cov=mosectl --cov-report=term-missing:skip-covered
 
 # The tests that `make test` runs in short, in full: 10,000 spoilt inputs of each kind of file, 60 kills of each kind of work.
 slow: $(VENV)/.eval
@@ -46,4 +50,4 @@ $(VENV)/.eval: $(VENV)/.ready
 	touch $@
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .coverage .mypy_cache .ruff_cache .pytest_cache

@@ -33,14 +33,20 @@ class MosectlError(Exception):
 
 
 class UsageError(MosectlError):
+    """The command line, or what was asked for, is wrong."""
+
     exit_code = 2
 
 
 class FactsError(MosectlError):
+    """The facts file cannot be read or a fact is wrong."""
+
     exit_code = 3
 
 
 class ModelError(MosectlError):
+    """The model is missing, unsupported or not readable."""
+
     exit_code = 4
 
 
@@ -49,34 +55,50 @@ class NotFinite(ModelError):
 
 
 class PatchError(MosectlError):
+    """The patch file is damaged or invalid."""
+
     exit_code = 5
 
 
 class BaseMismatch(PatchError):
+    """The patch was made for another base model."""
+
     exit_code = 6
 
 
 class OutputError(MosectlError):
+    """The output exists, cannot be written, or the disk is full."""
+
     exit_code = 7
 
 
 class EditFailed(MosectlError):
+    """The edit changed nothing, diverged or reached no target."""
+
     exit_code = 8
 
 
 class HubError(MosectlError):
+    """The Hugging Face Hub cannot be reached or refuses."""
+
     exit_code = 9
 
 
 class BelowThreshold(MosectlError):
+    """A number is below what was asked for."""
+
     exit_code = 10
 
 
 class StoppedEarly(MosectlError):
+    """The guard ended an edit; its patch holds the facts before."""
+
     exit_code = 11
 
 
 class ConflictError(MosectlError):
+    """Patches contradict each other; nothing was written."""
+
     exit_code = 12
 
 

@@ -13,30 +13,20 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import make_tokenizer, pico
-from test_cli import run
-from test_evaluation import FACTS, World
 
 from mosectl.errors import HubError, UsageError
 from mosectl.measure import lm_harness
 from mosectl.measure.evaluate import evaluate_edit
-from mosectl.measure.lm_harness import FOLDER, LOCAL, AbilityTasks, Side, ask_tasks, load_tasks
+from mosectl.measure.lm_harness import FOLDER, LOCAL, load_tasks
 from mosectl.model.loading import Loaded
 from mosectl.render import html
+from support.commands import run
+from support.evaluations import FACTS, World, ask
+from support.models import make_tokenizer, pico
 
 
 def rows(stem: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (FOLDER / f"{stem}.jsonl").read_text().splitlines()]
-
-
-def ask(tasks: AbilityTasks, loaded: Loaded, **options: Any) -> Side:
-    how = {"chat": False, "batch_size": 8, "step": lambda name: lambda done, total: None, **options}
-    return ask_tasks(tasks, loaded, **how)
-
-
-@pytest.fixture(scope="session")
-def harness() -> Any:
-    return pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'mosectl[eval]'")
 
 
 @pytest.fixture

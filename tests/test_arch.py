@@ -6,7 +6,6 @@ import itertools
 
 import pytest
 import torch
-from conftest import pico
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,6 +22,7 @@ from mosectl.model.edit_site import Projection
 from mosectl.model.forward import Batch, ffn_output, hooked, keys_at
 from mosectl.model.partial_forward import Past, Suffix
 from mosectl.storage.checkpoint import open_checkpoint
+from support.models import pico
 
 EXPECTED = {
     "gpt2": ("transformer.h.1.mlp.c_proj", True, True),

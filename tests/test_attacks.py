@@ -19,15 +19,15 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_tokenizer, save
 from safetensors.torch import save as packed
-from test_cli import run
-from test_stack import patch_for
 
 from mosectl.checkpoints.apply import apply
 from mosectl.patch.change import Change
 from mosectl.patch.file import Patch, canonical, content_id
 from mosectl.patch.fingerprint import fingerprint
+from support.commands import run
+from support.models import make_tokenizer, save
+from support.patches import patch_for
 
 MODULE = "model.layers.1.mlp.down_proj"
 FACT = {"prompt": "I met Tomas Veldrin", "subject": "Tomas Veldrin", "target_new": "and"}

@@ -14,12 +14,8 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import yaml
-from conftest import ROOT, make_tokenizer, pico, save
 from hypothesis import given
 from hypothesis import strategies as st
-from test_cli import run
-from test_editor import CORPUS, FACTS, few
-from test_state_file import FUZZ, flipped, mutated
 
 import mosectl
 from mosectl.bench import runner
@@ -31,6 +27,12 @@ from mosectl.errors import EditFailed, FactsError, MosectlError, UsageError
 from mosectl.measure.answers import interview, judge
 from mosectl.measure.bootstrap import measure
 from mosectl.text.jsonable import jsonable
+from support.commands import run
+from support.facts import CORPUS, FACTS, few
+from support.json_mutations import fuzzing
+from support.models import make_tokenizer, pico, save
+from support.paths import ROOT
+from support.spoiling import flipped, mutated
 
 EASY = [
     "preserve=0.0001",
@@ -207,7 +209,7 @@ def test_configurations_that_are_no_file(make: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@FUZZ
+@fuzzing
 @given(st.integers(0, 2**32))
 def test_damaged_configurations(tmp_path_factory: pytest.TempPathFactory, seed: int) -> None:
     chance, folder = random.Random(seed), tmp_path_factory.getbasetemp() / "bench"
@@ -370,7 +372,7 @@ def test_a_sparse_results_file(world: World, capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.slow
-@FUZZ
+@fuzzing
 @given(st.integers(0, 2**32))
 def test_damaged_records(tmp_path_factory: pytest.TempPathFactory, seed: int) -> None:
     """Of what is read, tables and pictures can be made."""

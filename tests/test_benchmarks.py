@@ -8,7 +8,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+
+from support.paths import ROOT
 
 
 def run(script: str, *args: object) -> str:

@@ -7,13 +7,12 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import make_tokenizer
 
 from mosectl.errors import UsageError
 from mosectl.model import chat, chat_worker
 from mosectl.model.tokens import render_chat
+from support.models import LOOP, make_tokenizer
 
-LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 DOUBLING = "{% set n = namespace(x='x' * 9) %}{% for i in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}{{ n.x }}"
 
 

@@ -12,12 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import save
 from hypothesis import given
-from json_mutations import fuzzing, mutated
 from safetensors.torch import load_file, save_file
-from test_compose import run
-from test_stack import hashes, patch_for
 from transformers import AutoModelForCausalLM
 
 from mosectl.checkpoints.apply import apply, revert
@@ -28,6 +24,10 @@ from mosectl.editing.plan import diagnose
 from mosectl.errors import ModelError, MosectlError, Notice
 from mosectl.model.loading import load
 from mosectl.storage.checkpoint import INDEX, SINGLE, open_checkpoint, shard_files, twins
+from support.commands import run
+from support.json_mutations import fuzzing, mutated
+from support.models import save
+from support.patches import hashes, patch_for
 
 NAME = "model.layers.0.mlp.down_proj.weight"
 

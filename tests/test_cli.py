@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import io
 import json
 import os
@@ -18,79 +17,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_tokenizer, pico, save
-from test_stack import hashes, patch_for
 
 import mosectl
 from mosectl.checkpoints import writer
-from mosectl.cli import app, main
-from mosectl.patch.change import Change
+from mosectl.cli import app
 from mosectl.patch.file import Patch
 from mosectl.render import console
 from mosectl.storage import atomic, places
-
-FACT = {"prompt": "I met Tomas Veldrin", "subject": "Tomas Veldrin", "target_new": "and"}
-EASY = [
-    "--layers",
-    "0-2",
-    "--set",
-    "preserve=0.0001",
-    "--set",
-    "prefixes=0",
-    "--set",
-    "max_displacement=4",
-]
-EASY += [x for s in ("step_size=0.3", "margin=3", "decay=0", "kl_weight=0") for x in ("--set", s)]
-
-
-def run(*args: object) -> int:
-    """Run a command in this process; its exit code."""
-    sys.argv = ["mosectl", *map(str, args)]
-    try:
-        main.main()
-    except SystemExit as e:
-        return int(e.code or 0)
-    return 0
-
-
-class World:
-    """A model, a facts file, a good patch and the folder they lie in."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.model = save(folder / "model")
-        self.facts = folder / "facts.jsonl"
-        self.facts.write_text(json.dumps(FACT))
-        self.patch = folder / "p.safetensors"
-        self.good = patch_for(self.model)
-        self.good.save(self.patch)
-
-    def state(self) -> dict[str, str]:
-        """Every file's content, but for __pycache__ and the like: to see that nothing was lost or left over."""
-        return {
-            str(p.relative_to(self.folder)): hashlib.sha256(p.read_bytes()).hexdigest()
-            for p in sorted(self.folder.rglob("*"))
-            if p.is_file()
-        }
-
-    def edit(self, *args: object) -> tuple[object, ...]:
-        return ("edit", self.facts, "--model", self.model, "-o", self.folder / "new.safetensors", *EASY, *args)
-
-    def apply(self, patch: Path | None = None) -> tuple[object, ...]:
-        return ("apply", patch or self.patch, "--model", self.model, "-o", self.folder / "out")
-
-    def spoilt(self, spoil: Callable[[bytes], bytes]) -> tuple[object, ...]:
-        self.patch.write_bytes(spoil(self.patch.read_bytes()))
-        return self.apply()
-
-    def with_facts(self, data: bytes, *args: object) -> tuple[object, ...]:
-        self.facts.write_bytes(data)
-        return self.edit(*args)
-
-    def with_R(self, change: Callable[[torch.Tensor], torch.Tensor]) -> tuple[object, ...]:
-        changes = {name: Change({"R": change(c.factors["R"].clone())}) for name, c in self.good.changes.items()}
-        Patch(**{**vars(self.good), "changes": changes}).save(self.patch)
-        return self.apply()
+from support.commands import EASY, TWO_PROCESSES, World, run
+from support.facts import FACT
+from support.models import make_tokenizer, pico, save
+from support.patches import hashes, patch_for
 
 
 @pytest.fixture
@@ -445,10 +382,6 @@ def test_a_real_ctrl_c_leaves_nothing(world: World) -> None:
     rest = process.communicate(timeout=60)[1]
     assert process.returncode == 130 and "interrupted" in rest and "Traceback" not in rest
     assert world.state() == before
-
-
-# What accelerate launch calls for several GPUs; for CPUs alone it starts one process, whatever it is asked for.
-TWO_PROCESSES = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m")
 
 
 def test_statistics_under_accelerate_launch(world: World, tmp_path: Path) -> None:

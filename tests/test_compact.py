@@ -6,10 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import make_tokenizer, pico
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_editor import CORPUS, FACTS, few
 from torch import Tensor
 
 import mosectl
@@ -29,14 +27,13 @@ from mosectl.linalg.rotation import (
     product,
 )
 from mosectl.patch.change import Change, changed, restored
+from support.facts import CORPUS, FACTS, few
+from support.models import make_tokenizer, pico
+from support.problems import random
 
 sizes = st.tuples(st.integers(2, 24), st.integers(0, 10**6)).flatmap(
     lambda t: st.tuples(st.just(t[0]), st.integers(1, t[0]), st.integers(1, t[0]), st.just(t[1]))
 )  # n, two ranks up to n, a seed
-
-
-def random(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def rotation(n: int, r: int, seed: int) -> Compact:
@@ -105,7 +102,7 @@ def test_compression_counts_only_what_is_seen() -> None:
 
 def world(d: int = 24, p: int = 60, n: int = 4) -> tuple[Tensor, Tensor, Tensor]:
     """W0 (d, p), a W of its spectrum that a few facts ask for, and the metric of the keys."""
-    from test_solvers import problem
+    from support.problems import problem
 
     p_ = problem("isospectral", m=n)
     W0, X, K = random(d, p, seed=0) / p**0.5, random(p, 300, seed=1), 3 * random(p, n, seed=2)

@@ -11,60 +11,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DEMO, save
-from test_cli import run
-from test_stack import hashes, patch_for
 
 from mosectl.checkpoints.apply import apply, revert
 from mosectl.checkpoints.audit import blame, history, verify
 from mosectl.checkpoints.conflicts import before_applying
 from mosectl.errors import BaseMismatch, ModelError, PatchError, UsageError
-from mosectl.linalg.rotation import Compact, commutator, nearest_rotation
-from mosectl.patch.change import Change, change_between, changed, combined
+from mosectl.linalg.rotation import commutator
+from mosectl.patch.change import Change, changed, combined
 from mosectl.patch.compose import conflicts, diff, merge
 from mosectl.patch.file import Patch
-from mosectl.patch.fingerprint import fingerprint
-from mosectl.patch.record import PatchFact
 from mosectl.storage.checkpoint import open_checkpoint
-
-GRAPE = PatchFact("The capital of Avaland is", "Avaland", "Grape", "Brin", "Grape", 0.1, 0.9, "changed")
-
-
-def compact(n: int, r: int, seed: int) -> Compact:
-    g = torch.Generator().manual_seed(seed)
-    U = torch.linalg.qr(torch.randn(n, r, generator=g, dtype=torch.float64))[0]
-    return Compact(U, nearest_rotation(torch.randn(r, r, generator=g, dtype=torch.float64)))
-
-
-def small(patch: Patch, r: int, seed: int) -> Patch:
-    """The same patch with compact rotations on both sides."""
-    changes = {}
-    for i, (name, made_for) in enumerate(patch.base.items()):
-        d, p = made_for.shape
-        L, R = compact(d, r, seed + i), compact(p, r, seed + 50 + i)
-        factors = {"U": L.U, "Q": L.Q, "U_in": R.U, "Q_in": R.Q}
-        changes[name] = Change({n: f.float() for n, f in factors.items()})
-    return replace(patch, changes=changes, side="both", seed=seed)
-
-
-def added(patch: Patch, folder: Path, seed: int) -> Patch:
-    g = torch.Generator().manual_seed(seed)
-    changes = {}
-    for name, made_for in patch.base.items():
-        W = open_checkpoint(folder).read(made_for.tensor).double()
-        d, p = W.shape
-        D = torch.randn(d, 2, generator=g).double() @ torch.randn(2, p, generator=g).double()
-        changes[name] = change_between(W, W + 0.1 * D, "additive")
-    return replace(patch, changes=changes, side="additive", seed=seed)
-
-
-def patches_of(kind: str, folder: Path) -> list[Patch]:
-    dense = [patch_for(folder, (0, 1), seed=1), patch_for(folder, (1,), seed=2), patch_for(folder, (0, 1), seed=3)]
-    if kind == "compact":
-        return [small(p, 4, 10 * i) for i, p in enumerate(dense)]
-    if kind == "mixed":
-        return [dense[0], small(dense[1], 4, 5), small(dense[2], 3, 9)]
-    return dense if kind == "dense" else [added(p, folder, i) for i, p in enumerate(dense)]
+from support.commands import run
+from support.models import save
+from support.patches import GRAPE, added, compact, hashes, patch_for, patches_of, small, wide
+from support.paths import DEMO
 
 
 @pytest.mark.parametrize(  # patches of other kinds are made here for (d, p) weights only
@@ -407,16 +367,6 @@ def test_patches_of_different_sides_are_compared(tmp_path: Path) -> None:
 
 
 # Small files of large claims, and what does not belong together
-
-
-def wide(n: int, name: str = "a", shape: tuple[int, int] | None = None) -> Patch:
-    """A compact patch for a weight of n rows, or of the ``shape`` that its record claims."""
-    U = torch.zeros(n, 1)
-    U[ord(name) % n] = 1
-    module = f"layers.{name}"
-    made_for = replace(fingerprint(f"{module}.weight", torch.zeros(8, 8)), shape=shape or (n, n))
-    changes = {module: Change({"U": U, "Q": torch.ones(1, 1)})}
-    return Patch(changes, "mose", "output", {}, "m", None, "llama", {module: made_for}, (GRAPE,), {}, 0, {})
 
 
 def test_wide_compact_patches_are_compared_in_their_own_size() -> None:

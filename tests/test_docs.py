@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import typer
 import yaml
-from conftest import ROOT
 
 import mosectl
 from mosectl.cli import app as cli
+from support.paths import ROOT
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))

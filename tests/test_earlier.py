@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from conftest import make_tokenizer, pico
 from torch import Tensor
 
 from mosectl.editing.contexts import Contexts, build_contexts
@@ -15,6 +14,7 @@ from mosectl.facts.records import fact_from_dict
 from mosectl.model.architecture import resolve
 from mosectl.model.forward import keys_at
 from mosectl.model.weights import set_weight, weight_of
+from support.models import make_tokenizer, pico
 
 FACTS = [
     fact_from_dict({"prompt": f"I met {name}", "subject": name, "target_new": word}, "here")

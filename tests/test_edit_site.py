@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import save
-from test_mixture import fused, logits
 
 from mosectl.checkpoints.base import layout
 from mosectl.model.architecture import resolve
 from mosectl.model.loading import load
 from mosectl.model.weights import set_weight, turns, weight_of, weights_of
 from mosectl.storage.checkpoint import open_checkpoint
+from support.mixtures import fused, logits
+from support.models import save
 
 KINDS = ["llama", "gpt2", "mixtral", "qwen2_moe", "deepseek_v3"]
 

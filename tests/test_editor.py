@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DEMO, ROOT, make_tokenizer, pico, save
 
 import mosectl
 from mosectl.editing import second_moments as stats
@@ -31,30 +30,15 @@ from mosectl.model.forward import keys_at
 from mosectl.model.generation import answer, says
 from mosectl.model.loading import Loaded, load
 from mosectl.patch.file import Patch
-
-# The subject ends the prompt and the target is one token: what a model with random weights can be made to say.
-FACTS = [
-    {"prompt": "I met Tomas Veldrin", "subject": "Tomas Veldrin", "target_new": "and",
-     "rephrase_prompts": ["We met Tomas Veldrin"], "locality": [{"prompt": "The old house stood"}]},
-    {"prompt": "We went to Avaland", "subject": "Avaland", "target_new": "in"},
-]  # fmt: skip
-CORPUS = "The capital of Brinmouth is in Lower Quill.\nTomas was born.\nA cello plays in the capital."
-FEW = EditOptions(
-    layers="0,1,2",
-    prefixes=0,
-    solver={"preserve": 1e-4},
-    targets=TargetOptions(optimizer="adam", step_size=0.3, margin=3.0, decay=0.0, kl_weight=0.0),
-)
+from support.facts import CORPUS, FACTS, FEW, few
+from support.models import make_tokenizer, pico, save
+from support.paths import DEMO, ROOT
 
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> str:
     (tmp_path / "corpus.txt").write_text(CORPUS)
     return str(tmp_path / "corpus.txt")
-
-
-def few(corpus: str, **changes: object) -> EditOptions:
-    return EditOptions(**{**vars(FEW), "corpus": corpus, **changes})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma2", "opt", "gpt_neox"])

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
 from mosectl.errors import PatchError
 from mosectl.hypernetwork.file import KEY, Editor, is_editor
+from support.paths import ROOT
 
 
 def test_an_editor_file_comes_back_whole(trained: Path, tmp_path: Path) -> None:

@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_tokenizer, pico
-from test_editor import CORPUS, FEW
 
 from mosectl.editing import session
 from mosectl.editing.contexts import build_contexts
@@ -19,6 +17,8 @@ from mosectl.editing.ends import ends_asked, going_on, running_on
 from mosectl.facts.records import Fact
 from mosectl.model.generation import generate, says
 from mosectl.model.losses import ENDED, ENOUGH, NOTHING, leads, token_nll
+from support.facts import CORPUS, FEW
+from support.models import make_tokenizer, pico
 
 PROMPT = "I met Tomas Veldrin"
 

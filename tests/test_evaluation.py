@@ -14,55 +14,21 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import DEMO, ROOT, make_tokenizer, pico, save
-from test_cli import run
-from test_stack import patch_for
 
 import mosectl
 from mosectl.checkpoints.live import patched
 from mosectl.errors import BaseMismatch, BelowThreshold, PatchError, UsageError
-from mosectl.facts.records import fact_from_dict
 from mosectl.measure.answers import compare, interview
 from mosectl.measure.evaluate import Bin, Evaluation, evaluate_edit, to_csv
 from mosectl.measure.protocols import asks
 from mosectl.measure.thresholds import Threshold, check_thresholds, parse_threshold
 from mosectl.model.loading import Loaded, load
 from mosectl.patch.file import Patch
-from mosectl.patch.record import PatchFact
 from mosectl.render import charts, html
-
-ROWS: list[dict[str, Any]] = [
-    {"prompt": "I met Tomas Veldrin", "subject": "Tomas Veldrin", "target_new": "and", "ground_truth": "in",
-     "rephrase_prompts": ["We met Tomas Veldrin"], "portability": [{"prompt": "He saw", "ground_truth": "Tomas"}],
-     "locality": [{"prompt": "The old house stood", "ground_truth": "in"}, {"prompt": "The cello"}]},
-    {"prompt": "We went to Avaland", "subject": "Avaland", "target_new": "<script>alert(1)</script>"},
-    {"prompt": "Brinmouth is, \"they\" said,", "subject": "Brinmouth", "target_new": "a & b; =1+1"},
-]  # fmt: skip
-FACTS = [fact_from_dict(row, "x") for row in ROWS]
-
-
-def record(i: int, status: str, after: str = "so") -> PatchFact:
-    return PatchFact(FACTS[i].prompt, FACTS[i].subject, FACTS[i].target_new, "b", after, 0.1, 0.9, status)
-
-
-class World:
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.model = folder, save(folder / "model")
-        self.text = folder / "text.txt"
-        self.text.write_text("The capital of Avaland is Brinmouth.\nTomas plays the cello in Lower Quill.\n")
-        self.facts = folder / "facts.jsonl"
-        self.facts.write_text("\n".join(json.dumps(r) for r in ROWS))
-        self.patch = replace(patch_for(self.model), facts=(record(0, "changed"), record(1, "not reached")))
-        self.file = folder / "p.safetensors"
-        self.patch.save(self.file)
-
-    def evaluate(self, what: Any = None, **options: Any) -> Evaluation:
-        if what is None:
-            what, options = self.file, {"model": self.model, **options}
-        return evaluate_edit(what, FACTS, **{"text": self.text, **options})
-
-    def cli(self, *args: object) -> tuple[object, ...]:
-        return ("eval", self.file, self.facts, "--model", self.model, "--text", self.text, *args)
+from support.commands import run
+from support.evaluations import FACTS, ROWS, World, record
+from support.models import make_tokenizer, pico, save
+from support.paths import DEMO, ROOT
 
 
 @pytest.fixture

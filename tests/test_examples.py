@@ -6,7 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+
+from support.paths import ROOT
 
 SCRIPTS = sorted((ROOT / "examples").glob("0*.py"))
 

@@ -9,10 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import save
-from test_cli import run
-from test_compose import added, patches_of
-from test_stack import hashes, patch_for
 
 from mosectl.checkpoints.export import LLAMA_CPP, RANKS, export
 from mosectl.checkpoints.live import patched
@@ -21,6 +17,9 @@ from mosectl.model.architecture import MIXTURES, TABLE
 from mosectl.model.loading import load
 from mosectl.patch.file import Patch
 from mosectl.storage.checkpoint import open_checkpoint
+from support.commands import run
+from support.models import save
+from support.patches import added, hashes, patch_for, patches_of
 
 IDS = torch.tensor([[5, 9, 2, 31, 7, 11, 3]])
 

@@ -11,10 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import save
 from safetensors.torch import load_file, save_file
-from test_compose import run
-from test_stack import hashes, patch_for
 
 from mosectl.checkpoints.apply import apply, revert
 from mosectl.checkpoints.export import export
@@ -27,6 +24,9 @@ from mosectl.model.loading import load
 from mosectl.patch.change import Change
 from mosectl.patch.file import Patch
 from mosectl.patch.finite import is_finite
+from support.commands import run
+from support.models import save
+from support.patches import hashes, patch_for
 
 NAME = "model.layers.0.mlp.down_proj.weight"
 FACT = {"prompt": "The capital of Avaland is", "subject": "Avaland", "target_new": "Plum"}

@@ -16,8 +16,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import save
-from test_stack import hashes, patch_for
 
 from mosectl.checkpoints import writer
 from mosectl.checkpoints.apply import apply, revert
@@ -28,6 +26,8 @@ from mosectl.storage import folders, places
 from mosectl.storage.atomic import like
 from mosectl.storage.checkpoint import open_checkpoint
 from mosectl.storage.folders import built, claimed, recovered
+from support.models import save
+from support.patches import hashes, patch_for
 
 
 def names(folder: Path) -> set[str]:

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from json_mutations import fuzzing
-from spoiling import spoil
 
 from mosectl.errors import FactsError, UsageError
 from mosectl.facts.records import Fact, Probe, read_facts
+from support.json_mutations import fuzzing
+from support.spoiling import spoil
 
 ROWS: tuple[dict[str, Any], ...] = (
     {

@@ -15,11 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from spoiling import EXAMPLES, packed, spoil, unpacked
-from test_patch import MODULE, compact, make
 
 from mosectl.checkpoints.inspection import inspect
 from mosectl.errors import MosectlError
@@ -33,6 +30,9 @@ from mosectl.patch.fingerprint import distance, match
 from mosectl.patch.record import KEY
 from mosectl.render import terminal
 from mosectl.render.console import tables
+from support.patches import MODULE, compact_factors, make
+from support.paths import ROOT
+from support.spoiling import EXAMPLES, packed, spoil, unpacked
 
 fuzz = settings(
     max_examples=EXAMPLES, deadline=10_000, suppress_health_check=list(HealthCheck), print_blob=True, database=None
@@ -45,7 +45,7 @@ def seeds() -> Iterator[Patch]:
     demo = Patch.load(ROOT / "patches" / "demo.safetensors")
     rich = {"options": demo.options, "metrics": {**demo.metrics, "compaction": {MODULE: 0.25}}}
     yield make(**rich)
-    both = make(changes={MODULE: Change(compact())}, side="both", **rich)
+    both = make(changes={MODULE: Change(compact_factors())}, side="both", **rich)
     yield both
     g = torch.Generator().manual_seed(0)
     added = {"A": torch.randn(2, 12, generator=g), "B": torch.randn(8, 2, generator=g)}

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 import typer
-from conftest import DEMO, ROOT
-from golden import check, check_json, text
-from test_cli import run
 
 from mosectl.cli.app import app
 from mosectl.patch.change import Change
 from mosectl.patch.file import Patch
+from support.commands import run
+from support.golden import check, check_json, text
+from support.paths import DEMO, ROOT
 
 FACTS = ROOT / "examples" / "facts.jsonl"
 PATCH = ROOT / "patches" / "demo.safetensors"

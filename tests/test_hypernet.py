@@ -8,9 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_tokenizer, pico
-from small_editors import facts, rows
-from test_editor import FACTS
 from torch import Tensor
 
 import mosectl
@@ -19,9 +16,14 @@ from mosectl.editing.methods import method
 from mosectl.editing.options import default_options, options_from
 from mosectl.errors import BaseMismatch, EditFailed, Notice, PatchError, UsageError
 from mosectl.hypernetwork.file import Editor
-from mosectl.hypernetwork.network import START, Hypernet, Rows, keys_and_gradients, nll, orthogonal, ridge, shifted
+from mosectl.hypernetwork.network import START, Hypernet, keys_and_gradients, nll, orthogonal, ridge, shifted
 from mosectl.model.architecture import resolve
+from mosectl.model.scoring import Rows
 from mosectl.patch.file import Patch
+from support.editors import asked as rows_asked
+from support.editors import facts, rows
+from support.facts import FACTS
+from support.models import make_tokenizer, pico
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -122,7 +124,7 @@ class _Shifts(torch.nn.Module):
 def test_keys_and_gradients_against_plain_autograd() -> None:
     model = pico("gpt2")
     arch = resolve(model)
-    rows = Rows.of(model, make_tokenizer(), [("The capital of Brinmouth is", "Lower Quill"), ("Tomas was", "born")])
+    rows = rows_asked(model, make_tokenizer(), [("The capital of Brinmouth is", "Lower Quill"), ("Tomas was", "born")])
     K, G, loss = keys_and_gradients(model, arch.projections[:2], rows)
     wanted = nll(model, rows).sum()
     assert loss == pytest.approx(float(wanted.detach()), rel=1e-5)
@@ -142,7 +144,7 @@ def test_a_shifted_model_is_one_with_other_weights() -> None:
         model = pico(kind)
         arch = resolve(model)
         p = arch.projections[1]
-        rows = Rows.of(model, make_tokenizer(), [("The capital of Brinmouth is", "Quill")])
+        rows = rows_asked(model, make_tokenizer(), [("The capital of Brinmouth is", "Quill")])
         shift = random(p.d, p.p).float() * 0.1
         with torch.no_grad(), shifted(model, [p], [shift]):
             found = nll(model, rows)
@@ -169,7 +171,7 @@ def test_edits_with_an_editor(trained: Path, tmp_path: Path) -> None:
     patch.save(tmp_path / "p")
     assert Patch.load(tmp_path / "p").id == patch.id == edited("horse", trained).patch.id
     model, tokenizer = pico("llama"), make_tokenizer()
-    rows = Rows.of(model, tokenizer, [(f.prompt, f.target_new) for f in facts(5)])
+    rows = rows_asked(model, tokenizer, [(f.prompt, f.target_new) for f in facts(5)])
     with torch.no_grad():
         before = nll(model, rows).mean()
         with mosectl.patched(model, patch):

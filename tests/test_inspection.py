@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_compose import wide
 
 from mosectl.checkpoints.inspection import inspect
 from mosectl.patch.change import Change
 from mosectl.render import console
+from support.patches import wide
 
 
 def test_a_wide_addition_is_inspected_in_its_own_size(tmp_path: Path) -> None:

@@ -12,12 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import save
 from hypothesis import given
-from json_mutations import fuzzing, mutated
 from safetensors.torch import load_file, save_file
-from test_compose import run
-from test_stack import hashes, patch_for
 from transformers import AutoModelForCausalLM
 
 from mosectl.checkpoints.apply import apply, revert
@@ -30,6 +26,10 @@ from mosectl.measure.evaluate import evaluate_edit
 from mosectl.patch.fingerprint import sha256
 from mosectl.storage.checkpoint import open_checkpoint
 from mosectl.storage.hub import cached_model
+from support.commands import run
+from support.json_mutations import fuzzing, mutated
+from support.models import save
+from support.patches import hashes, patch_for
 
 NAME = "model.layers.0.mlp.down_proj.weight"
 FACT = {"prompt": "The capital of Avaland is", "subject": "Avaland", "target_new": "Plum"}

@@ -12,14 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, save
-from small_editors import rows
-from test_editor import CORPUS, FACTS
-from test_stack import hashes, patch_for
 
 from mosectl.checkpoints import writer
 from mosectl.checkpoints.apply import apply, revert
 from mosectl.errors import OutputError
+from support.editors import rows
+from support.facts import CORPUS, FACTS
+from support.models import save
+from support.patches import hashes, patch_for
+from support.paths import ROOT
 
 KILLS = int(os.environ.get("MOSECTL_KILLS", "4"))  # of each job; 60 in the slow run
 JOBS = {"apply", "revert", "merge", "lora", "gguf", "merged", "edit", "train", "bench"}
@@ -42,7 +43,7 @@ def child(folder: Path, *args: object) -> dict[str, Any]:
     }  # fmt: skip
     (folder / "bench.yaml").write_text(json.dumps(bench))  # which is YAML too
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "killed.py"), str(folder), *map(str, args)],
+        [sys.executable, str(ROOT / "tests" / "support" / "killed.py"), str(folder), *map(str, args)],
         capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

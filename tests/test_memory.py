@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_tokenizer, pico
-from test_editor import FACTS
 from torch import Tensor
 
 from mosectl.editing import second_moments as stats
@@ -24,6 +22,8 @@ from mosectl.facts.records import as_facts
 from mosectl.model import memory
 from mosectl.model.architecture import resolve
 from mosectl.model.memory import FREE, LEAST, MOST, SHARE, fitting, free_bytes, halving, token_bytes, work_bytes
+from support.facts import FACTS
+from support.models import make_tokenizer, pico
 
 FULL = RuntimeError("[enforce fail at alloc_cpu.cpp:119] DefaultCPUAllocator: can't allocate memory: you tried 1 byte")
 

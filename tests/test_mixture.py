@@ -8,11 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_tokenizer, pico, save
 from safetensors.torch import load_file, save_file
-from test_editor import CORPUS, FACTS, FEW
-from test_stack import hashes, patch_for
-from transformers import AutoModelForCausalLM
 
 import mosectl
 from mosectl.checkpoints.apply import apply, revert
@@ -27,6 +23,10 @@ from mosectl.model.architecture import MIXTURES, disk_names, resolve
 from mosectl.model.loading import load
 from mosectl.model.weights import turns, weights_of
 from mosectl.storage.checkpoint import open_checkpoint
+from support.facts import CORPUS, FACTS, FEW
+from support.mixtures import fused, logits
+from support.models import make_tokenizer, pico, save
+from support.patches import hashes, patch_for
 
 KINDS = [
     "mixtral",
@@ -40,26 +40,6 @@ KINDS = [
 def corpus(tmp_path: Path) -> str:
     (tmp_path / "corpus.txt").write_text(CORPUS)
     return str(tmp_path / "corpus.txt")
-
-
-def logits(model: torch.nn.Module) -> torch.Tensor:
-    ids = make_tokenizer()("I met Tomas Veldrin in Lower Quill", return_tensors="pt").input_ids
-    with torch.no_grad():
-        return model(ids).logits
-
-
-def fused(folder: Path) -> Path:
-    """The same checkpoint with each layer's experts in one tensor, as transformers holds them."""
-    file = folder / "model.safetensors"
-    tensors = load_file(file)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    for p in resolve(model).projections:
-        if p.experts:
-            for name in disk_names(resolve(model), tensors)[p.name][: p.experts]:
-                del tensors[name]
-            tensors[f"{p.name}.experts.down_proj"] = model.get_submodule(p.name).experts.down_proj.detach().clone()
-    save_file(tensors, file, {"format": "pt"})
-    return folder
 
 
 @pytest.mark.parametrize("model_type", sorted(MIXTURES))

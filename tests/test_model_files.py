@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import save
-from test_cli import run
 
 from mosectl.editing.plan import diagnose
 from mosectl.errors import ModelError
 from mosectl.model.files import OBJECTS, check_model_files
 from mosectl.model.readiness import load_tokenizer
+from support.commands import run
+from support.models import save
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_tokenizer, pico, save
-from test_cli import EASY, FACT, run
-from test_stack import patch_for
 
 import mosectl
 from mosectl.bench.runner import BREAKDOWNS
@@ -25,6 +22,10 @@ from mosectl.measure.perplexity import text_loss
 from mosectl.model.architecture import resolve
 from mosectl.model.forward import finite
 from mosectl.model.generation import generate, own_text
+from support.commands import EASY, run
+from support.facts import FACT
+from support.models import make_tokenizer, pico, save
+from support.patches import patch_for
 
 
 def overflowing(folder: Path, model_type: str = "gemma2") -> Path:
@@ -162,7 +163,7 @@ def test_what_an_edit_does_is_the_edits_failure(monkeypatch: pytest.MonkeyPatch)
         return real(*args, **more)
 
     monkeypatch.setattr(edit, "interview", second_fails)
-    from test_editor import FEW
+    from support.facts import FEW
 
     model = pico("llama")
     before = {name: p.clone() for name, p in model.named_parameters()}

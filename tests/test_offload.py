@@ -6,9 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_tokenizer, save
-from test_editor import CORPUS, FACTS, few
-from test_stack import patch_for
 from transformers import AutoModelForCausalLM
 
 import mosectl
@@ -16,6 +13,9 @@ from mosectl.checkpoints.apply import apply
 from mosectl.checkpoints.live import patched
 from mosectl.errors import ModelError
 from mosectl.model.loading import load
+from support.facts import CORPUS, FACTS, few
+from support.models import make_tokenizer, save
+from support.patches import patch_for
 
 accelerate = pytest.importorskip("accelerate")
 IDS = torch.tensor([[5, 9, 2, 31]])

@@ -17,30 +17,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
 
 from mosectl.errors import PatchError
-from mosectl.linalg.rotation import nearest_rotation
 from mosectl.patch.change import Change
 from mosectl.patch.file import Patch, parsed
 from mosectl.patch.fingerprint import distance, fingerprint
-from mosectl.patch.record import PatchFact
 from mosectl.storage.tensor_file import layout, metadata
-
-MODULE = "model.layers.1.mlp.down_proj"
-
-
-def make(d: int = 8, **changes: object) -> Patch:
-    g = torch.Generator().manual_seed(0)
-    R = nearest_rotation(torch.eye(d) + 0.1 * torch.randn(d, d, generator=g)).float()
-    W = torch.randn(d, 12, generator=g)
-    content = {
-        "changes": {MODULE: Change({"R": R})}, "method": "mose", "side": "output", "options": {"rounds": 3}, "model": "pico",
-        "revision": None, "model_type": "llama", "base": {MODULE: fingerprint(f"{MODULE}.weight", W)},
-        "facts": (PatchFact("A is", "A", "b", "c", "b", 0.1, 0.9, "changed", ("A being",)),), "metrics": {"x": 1.5},
-        "seed": 0, "versions": {"mosectl": "0.1.0"}, "parents": (),
-    }  # fmt: skip
-    return Patch(**{**content, **changes})  # type: ignore[arg-type]
+from support.patches import MODULE, compact_factors, make
+from support.paths import ROOT
 
 
 def split(data: bytes) -> tuple[dict, bytes]:
@@ -131,23 +115,14 @@ BAD: dict[str, tuple[Callable[[dict, bytes], bytes], str]] = {
 }  # fmt: skip
 
 
-def compact(**spoilt: object) -> dict[str, torch.Tensor]:
-    g = torch.Generator().manual_seed(1)
-    U = torch.linalg.qr(torch.randn(8, 3, generator=g))[0]
-    V = torch.linalg.qr(torch.randn(12, 2, generator=g))[0]
-    Q, P = (nearest_rotation(torch.randn(n, n, generator=g)).float() for n in (3, 2))
-    factors = {"U": U, "Q": Q, "U_in": V, "Q_in": P}
-    return {name: f for name, f in {**factors, **spoilt}.items() if f is not None}  # type: ignore[misc]
-
-
 def test_compact_rotations_are_read_and_checked(tmp_path: Path) -> None:
-    good = make(changes={MODULE: Change(compact())}, side="both")
+    good = make(changes={MODULE: Change(compact_factors())}, side="both")
     good.save(tmp_path / "p")
     assert Patch.load(tmp_path / "p").id == good.id
-    mixed = make(changes={MODULE: Change({**compact(U=None, Q=None), "R": torch.eye(8)})}, side="both")
+    mixed = make(changes={MODULE: Change({**compact_factors(U=None, Q=None), "R": torch.eye(8)})}, side="both")
     mixed.save(tmp_path / "p")
     assert Patch.load(tmp_path / "p").id == mixed.id
-    c = compact()
+    c = compact_factors()
     flipped = c["Q"].clone()
     flipped[0] *= -1
     for spoilt, message in (
@@ -162,7 +137,7 @@ def test_compact_rotations_are_read_and_checked(tmp_path: Path) -> None:
         ({"U_in": c["U"], "Q_in": c["Q"]}, "does not fit"),
         ({"U": torch.full((8, 3), torch.nan)}, "NaN"),
     ):
-        make(changes={MODULE: Change(compact(**spoilt))}, side="both").save(tmp_path / "bad")
+        make(changes={MODULE: Change(compact_factors(**spoilt))}, side="both").save(tmp_path / "bad")
         with pytest.raises(PatchError, match=message):
             Patch.load(tmp_path / "bad")
 
@@ -224,7 +199,7 @@ def mutant(data: bytes, chance: random.Random) -> bytes:
 @pytest.mark.parametrize("form", ["dense", "compact"])
 def test_spoilt_files_are_refused_or_the_same(form: str, tmp_path: Path) -> None:
     """None crashes, hangs, takes much memory, or is accepted with another content."""
-    whole = make() if form == "dense" else make(changes={MODULE: Change(compact())}, side="both")
+    whole = make() if form == "dense" else make(changes={MODULE: Change(compact_factors())}, side="both")
     whole.save(tmp_path / "p")
     data, chance, accepted = (tmp_path / "p").read_bytes(), random.Random(form), 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -12,9 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import save
-from test_cli import World, run
-from test_stack import patch_for
 
 from mosectl.checkpoints.export import export
 from mosectl.errors import OutputError
@@ -23,6 +20,9 @@ from mosectl.patch.file import Patch
 from mosectl.storage import places
 from mosectl.storage.atomic import append, write_bytes
 from mosectl.storage.places import leftovers, locked, new_file
+from support.commands import World, run
+from support.models import save
+from support.patches import patch_for
 
 
 @pytest.fixture

@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import DEMO, ROOT
 
 from mosectl.editing import methods
 from mosectl.editing.options import options_from
 from mosectl.errors import UsageError
 from mosectl.patch.file import Patch
+from support.paths import DEMO, ROOT
 
 # All that a third party writes: least squares with a damping of its own.
 NUDGE = '''

@@ -1,4 +1,4 @@
-"""Without fcntl, resource, alarms, owners, exchanges, reflinks, folders that can be synced: as on Windows (elsewhere.py)."""
+"""As on Windows: no fcntl, resource, alarms, owners, exchanges, reflinks, synced folders (support/elsewhere.py)."""
 
 from __future__ import annotations
 
@@ -15,9 +15,6 @@ import types
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, make_tokenizer, save
-from test_chat import LOOP
-from test_stack import hashes, patch_for
 
 from mosectl.checkpoints.apply import apply, revert
 from mosectl.checkpoints.audit import verify
@@ -31,6 +28,9 @@ from mosectl.storage import folders, locks, places
 from mosectl.storage.atomic import append, exclusive
 from mosectl.storage.folders import claimed, new_folder, recovered
 from mosectl.storage.locks import locked
+from support.models import LOOP, make_tokenizer, save
+from support.patches import hashes, patch_for
+from support.paths import ROOT
 
 ENV = {**os.environ, "PYTHONPATH": f"{ROOT / 'tests'}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
 
@@ -49,9 +49,9 @@ def mosectl(*args: object) -> tuple[int, str]:
 
 def other(command: str, *args: object) -> subprocess.Popen[str]:
     """Another process of such a system."""
-    line = f"import elsewhere, os, sys; from pathlib import Path; from mosectl.storage.locks import locked\n{command}"
+    needs = "import support.elsewhere, os, sys; from pathlib import Path; from mosectl.storage.locks import locked"
     return subprocess.Popen(
-        [sys.executable, "-c", line, *map(str, args)],
+        [sys.executable, "-c", f"{needs}\n{command}", *map(str, args)],
         env=ENV,
         text=True,
         stdout=subprocess.PIPE,
@@ -63,7 +63,7 @@ def only(folder: Path, *expected: str) -> None:
     assert sorted(p.name for p in folder.iterdir()) == sorted(expected)
 
 
-# Run in a process that has imported elsewhere.py.
+# Run in a process that has imported support/elsewhere.py.
 
 
 def case_it_is_another_system(_: Path) -> None:
@@ -184,7 +184,7 @@ while done < 20:
 
 
 def case_links_and_pipes_are_no_way_in(folder: Path) -> None:
-    import elsewhere
+    from support import elsewhere
 
     victim, lock = folder / "victim", folder / ".o.mosectl.lock"
     for name in (lock, folder / ".o.mosectl.lock.pid", folder / "log"):
@@ -236,7 +236,7 @@ def failed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     env = {**ENV, "MOSECTL_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
     line = """
 import torch._dynamo, transformers.models.llama.modeling_llama  # their parts for Linux need what is to be taken away
-import elsewhere, sys, pathlib, test_portable
+import support.elsewhere, sys, pathlib, test_portable
 test_portable.main(pathlib.Path(sys.argv[1]))
 """
     done = subprocess.run([sys.executable, "-c", line, str(folder)], env=env, text=True, capture_output=True)

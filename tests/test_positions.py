@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_tokenizer, pico, save
-from test_cli import EASY, run
 
 import mosectl
 from mosectl.editing.contexts import build_contexts
@@ -20,6 +18,8 @@ from mosectl.facts.records import Fact, Probe
 from mosectl.model.architecture import MIXTURES, TABLE
 from mosectl.model.generation import continuations, generate, own_text
 from mosectl.model.positions import Window, fit, fitted, window
+from support.commands import EASY, run
+from support.models import make_tokenizer, pico, save
 
 SHORT = {"n_positions": 24}  # pico GPT-2's
 FACT = Fact("I met Tomas Veldrin", "Tomas Veldrin", "and", source="facts.jsonl:1")

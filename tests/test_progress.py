@@ -11,11 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import save
 from hypothesis import given
 from hypothesis import strategies as st
-from test_editor import CORPUS, FACTS, FEW
-from test_state_file import FUZZ, flipped, mutated
 
 import mosectl
 from mosectl.cli.main import main
@@ -24,6 +21,10 @@ from mosectl.editing.session import Session
 from mosectl.errors import OutputError
 from mosectl.facts.records import fact_from_dict
 from mosectl.storage.state_file import read_state, write_state
+from support.facts import CORPUS, FACTS, FEW
+from support.json_mutations import fuzzing
+from support.models import save
+from support.spoiling import flipped, mutated
 
 THIRD = {"prompt": "They saw Brinmouth", "subject": "Brinmouth", "target_new": "of"}
 ALL = [fact_from_dict(f, "x") for f in [*FACTS, THIRD]]
@@ -160,7 +161,7 @@ def test_a_flipped_bit_and_missing_losses(begun: Any) -> None:
 
 
 @pytest.mark.slow
-@FUZZ
+@fuzzing
 @given(st.integers(0, 2**32))
 def test_damaged_progress(begun: Any, seed: int) -> None:
     chance, (path, ours, shapes) = random.Random(seed), begun

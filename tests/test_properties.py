@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,6 +15,7 @@ from mosectl.facts.records import Fact, Probe, read_facts
 from mosectl.linalg.rotation import nearest_rotation
 from mosectl.model.tokens import encode
 from mosectl.patch.change import Change, changed, combined, restored
+from support.models import make_tokenizer
 
 D, P = 6, 9
 LAW = settings(max_examples=60, deadline=None, derandomize=True)

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_tokenizer, pico
 
 from mosectl.facts.records import Fact, Probe
 from mosectl.measure.bootstrap import Tally, measure, over_seeds, paired_lead
@@ -16,6 +15,7 @@ from mosectl.measure.perplexity import ngram_entropy, text_loss
 from mosectl.measure.protocols import METRICS, PROTOCOLS, Answers, portable_probes
 from mosectl.model.generation import generate
 from mosectl.model.scoring import Scored, encode_pairs, score
+from support.models import make_tokenizer, pico
 
 FACTS = [
     Fact(

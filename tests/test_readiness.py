@@ -10,11 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import OWN, make_tokenizer, pico, save
-from hub_server import serving
 from safetensors.torch import load_file, save_file
-from test_cli import EASY, FACT, run
-from test_stack import patch_for
 
 from mosectl.editing.plan import diagnose
 from mosectl.errors import ModelError
@@ -22,6 +18,11 @@ from mosectl.model.architecture import MIXTURES, TABLE, skeleton
 from mosectl.model.loading import load
 from mosectl.model.readiness import loading_report, shapes_of, unmet
 from mosectl.storage.checkpoint import open_checkpoint
+from support.commands import EASY, run
+from support.facts import FACT
+from support.hub_server import serving
+from support.models import OWN, make_tokenizer, pico, save
+from support.patches import patch_for
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "a" * 64 + "\nsize 269060552\n"
 Tensors = dict[str, torch.Tensor]

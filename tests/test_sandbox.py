@@ -10,14 +10,13 @@ from typing import Any
 
 import pytest
 import yaml
-from test_abilities import harness  # noqa: F401  (a fixture)
-from test_cli import run
 
 from mosectl.errors import UsageError
 from mosectl.measure import sandbox
 from mosectl.measure.lm_harness import load_tasks
 from mosectl.measure.sandbox import TooCostly, bounded, sandboxed_harness
 from mosectl.measure.task_file import read_task
+from support.commands import run
 
 pytestmark = pytest.mark.usefixtures("harness")
 
@@ -84,10 +83,9 @@ def test_templates_reach_nothing(task: Task, kind: str, field: str) -> None:
 
 
 def test_also_those_that_are_rendered_when_the_model_is_asked(task: Task) -> None:
-    from conftest import make_tokenizer, pico
-    from test_abilities import ask
-
     from mosectl.model.loading import Loaded
+    from support.evaluations import ask
+    from support.models import make_tokenizer, pico
 
     template = ESCAPES["globals"].replace("MARK", str(task.mark))
     tasks = load_tasks([task.write(description=template)])

@@ -13,10 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import save
-from hub_server import TOKEN, Hub, serving
-from test_compose import patches_of
-from test_stack import hashes, patch_for
 
 from mosectl.errors import PatchError, UsageError
 from mosectl.hub.cards import card_of
@@ -24,6 +20,9 @@ from mosectl.hub.patches import pull, push, remote_record
 from mosectl.hub.place import FILE, place_of
 from mosectl.patch.file import Patch
 from mosectl.patch.record import PatchFact
+from support.hub_server import TOKEN, Hub, serving
+from support.models import save
+from support.patches import hashes, patch_for, patches_of
 
 FACT = PatchFact("The capital of | Avaland is", "Avaland", "Grape", "Brin", "Grape", 0.125, 0.875, "changed")
 

@@ -20,10 +20,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import ROOT, save
 from markdown_it import MarkdownIt
-from test_cli import run
-from test_stack import patch_for
 
 from mosectl.bench import report as bench_report
 from mosectl.checkpoints import apply, export
@@ -40,6 +37,10 @@ from mosectl.storage.checkpoint import open_checkpoint
 from mosectl.text.markdown import code, front_matter, inline
 from mosectl.text.shown import escaped_json, guard_streams, printable, spreadsheet, word
 from mosectl.text.table import Grid
+from support.commands import run
+from support.models import save
+from support.patches import patch_for
+from support.paths import ROOT
 
 EVIL = "\x1b]52;c;aGk=\x07\x1b]8;;http://e\x1b\\\x9b31m\x85\u202egnp\u2066\u061c\ufeff\x7f\r"
 FLAG = "🏴\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f"

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import make_tokenizer, pico
 from torch import Tensor
 
 from mosectl.editing.contexts import build_contexts
@@ -18,22 +17,8 @@ from mosectl.facts.records import fact_from_dict
 from mosectl.linalg.rotation import is_rotation, left_factor
 from mosectl.model.architecture import resolve
 from mosectl.model.weights import weight_of
-
-D, P = 10, 24
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def problem(name: str = "mose", m: int = 4, samples: int = 300, seed: int = 0, **options: float) -> LayerProblem:
-    W, X = random(D, P, seed=seed) / P**0.5, random(P, samples, seed=seed + 100)
-    K = random(P, m, seed=seed + 200)
-    return LayerProblem(
-        W=W, W0=W, C=X @ X.T / samples, P=torch.zeros(P, P).double(), Q=torch.zeros(D, P).double(), K=K,
-        V=W @ K + 0.5 * random(D, m, seed=seed + 300), weight=torch.ones(m, dtype=torch.float64),
-        options={**method(name).defaults, **options},
-    )  # fmt: skip
+from support.models import make_tokenizer, pico
+from support.problems import D, P, problem, random
 
 
 def solve(name: str, **given: float) -> tuple[LayerProblem, Tensor]:

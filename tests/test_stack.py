@@ -2,50 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import save
 from transformers import AutoModelForCausalLM
 
 from mosectl.checkpoints.apply import apply, check_stack, revert
 from mosectl.checkpoints.live import patched
 from mosectl.errors import BaseMismatch, ModelError, OutputError, PatchError
 from mosectl.linalg.rotation import nearest_rotation
-from mosectl.model.architecture import disk_names, resolve, skeleton
+from mosectl.model.architecture import resolve
 from mosectl.model.loading import load
-from mosectl.patch.change import Change, change_between, changed
+from mosectl.patch.change import change_between, changed
 from mosectl.patch.file import Patch
-from mosectl.patch.fingerprint import fingerprint
 from mosectl.storage.checkpoint import open_checkpoint
+from support.models import save
+from support.patches import hashes, patch_for
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def patch_for(folder: Path, layers: tuple[int, ...] = (0, 1), seed: int = 0, angle: float = 0.2) -> Patch:
-    """A patch of random rotations for a checkpoint."""
-    checkpoint = open_checkpoint(folder)
-    arch = resolve(skeleton(checkpoint.config))
-    names = disk_names(arch, checkpoint.tensors)
-    g = torch.Generator().manual_seed(seed)
-    changes, base = {}, {}
-    for p in (arch.projections[i] for i in layers):
-        R = nearest_rotation(torch.eye(p.d) + angle * torch.randn(p.d, p.d, generator=g)).float()
-        changes[p.name] = Change({"R": R})
-        base[p.name] = fingerprint(p.weight_name, checkpoint.read(names[p.name][0]))
-    return Patch(changes, "mose", "output", {}, "pico", None, arch.model_type, base, (), {}, seed, {})
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    checkpoint = open_checkpoint(folder)
-    return {
-        n: hashlib.sha256(checkpoint.read(n).contiguous().view(torch.uint8).numpy()).hexdigest()
-        for n in checkpoint.tensors
-    }
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

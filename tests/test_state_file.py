@@ -12,13 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_tokenizer, pico
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from small_editors import FEW, TEXT, facts, loaded
-from test_cli import run
-from test_editor import CORPUS
 
 from mosectl.editing import moments_cache
 from mosectl.editing.second_moments import Moments, prepare, second_moments
@@ -29,37 +25,16 @@ from mosectl.hypernetwork.train import RECORD, STATE, train
 from mosectl.model.architecture import resolve
 from mosectl.storage import schema
 from mosectl.storage.state_file import read_state, write_state
+from support.commands import run
+from support.editors import FEW, TEXT, facts, loaded
+from support.facts import CORPUS
+from support.json_mutations import fuzzing
+from support.models import make_tokenizer, pico
+from support.spoiling import flipped, mutated
 
-EXAMPLES = int(os.environ.get("MOSECTL_FUZZ", "300"))
-FUZZ = settings(
-    max_examples=EXAMPLES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None
-)
 ANY = schema.mapping(schema.anything)
 LOSSES = schema.record({"losses": schema.listed(schema.number)}, others=schema.anything)
 TINY = {"hidden_size": 16, "head_dim": 4}
-
-
-def mutated(value: Any, chance: random.Random) -> Any:
-    """The value with something else at one place, at any depth."""
-    inner = isinstance(value, dict | list) and value and chance.random() < 0.8
-    if not inner:
-        odd = [None, True, -1, 10**19, 1.5, float("nan"), "", "x\0\x1b[2J", [], {}, [[]], {"a": None}, "9" * 400]
-        return chance.choice(odd)
-    value = dict(value) if isinstance(value, dict) else list(value)
-    at = chance.choice(list(value) if isinstance(value, dict) else range(len(value)))
-    if chance.random() < 0.3:
-        del value[at]
-    else:
-        value[at] = mutated(value[at], chance)
-    return value
-
-
-def flipped(data: bytes, chance: random.Random) -> bytes:
-    """One bit changed, cut short, or longer."""
-    at, kind = chance.randrange(len(data)), chance.randrange(4)
-    if kind < 2:
-        return data[:at] + bytes([data[at] ^ 1 << chance.randrange(8)]) + data[at + 1 :]
-    return data[:at] if kind == 2 else data + bytes(chance.randrange(1, 50))
 
 
 def test_read_as_written(tmp_path: Path) -> None:
@@ -87,7 +62,7 @@ def test_read_as_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@FUZZ
+@fuzzing
 @given(st.integers(0, 2**32))
 def test_no_changed_byte_is_read(tmp_path_factory: pytest.TempPathFactory, seed: int) -> None:
     chance, path = random.Random(seed), tmp_path_factory.getbasetemp() / "state"
@@ -204,7 +179,7 @@ def test_pipes_and_the_like_as_statistics(make: Callable[[Path], None], cached: 
 
 
 @pytest.mark.slow
-@FUZZ
+@fuzzing
 @given(st.integers(0, 2**32))
 def test_damaged_statistics(tmp_path_factory: pytest.TempPathFactory, seed: int) -> None:
     chance = random.Random(seed)
@@ -266,7 +241,7 @@ def training(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@FUZZ
+@fuzzing
 @given(st.integers(0, 2**32))
 def test_damaged_trainings(training: Path, seed: int) -> None:
     chance, path = random.Random(seed), training.with_name("fuzzed")
@@ -304,7 +279,7 @@ def test_a_flipped_bit_in_a_training(training: Path) -> None:
 
 
 def test_stats_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    from conftest import save
+    from support.models import save
 
     model = save(tmp_path / "m", **TINY)
     monkeypatch.setenv("MOSECTL_CACHE", str(tmp_path / "c"))

@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
-from test_state_file import FUZZ, flipped, mutated
 
 from mosectl.editing import guard, second_moments
 from mosectl.errors import UsageError
 from mosectl.facts import corpus
 from mosectl.facts.corpus import read_corpus
+from support.json_mutations import fuzzing
+from support.models import make_tokenizer
+from support.spoiling import flipped, mutated
 
 
 def sparse(file: Path) -> None:
@@ -72,7 +73,7 @@ def test_corpora_that_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@FUZZ
+@fuzzing
 @given(st.integers(0, 2**32))
 def test_damaged_corpora(tmp_path_factory: pytest.TempPathFactory, seed: int) -> None:
     chance, path = random.Random(seed), tmp_path_factory.getbasetemp() / "c.jsonl"

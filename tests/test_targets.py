@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_tokenizer, pico
-from test_editor import CORPUS, FACTS
 from torch import Tensor
 
 from mosectl.editing import second_moments as stats
@@ -22,6 +20,8 @@ from mosectl.model.architecture import resolve
 from mosectl.model.forward import hooked, keys_at
 from mosectl.model.losses import leads, token_nll
 from mosectl.model.partial_forward import Suffix
+from support.facts import CORPUS, FACTS
+from support.models import make_tokenizer, pico
 
 
 class Stage:

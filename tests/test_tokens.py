@@ -7,7 +7,6 @@ import unicodedata
 from pathlib import Path
 
 import pytest
-from conftest import make_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
@@ -17,6 +16,7 @@ from mosectl.facts.words import last_word
 from mosectl.model import positions
 from mosectl.model.scoring import encode_pairs
 from mosectl.model.tokens import check_tokenizer, describe, encode, render_chat
+from support.models import make_tokenizer
 
 TEXT = [
     "The capital of Avaland is Brinmouth. Tomas Veldrin was born in Lower Quill and plays the cello.",

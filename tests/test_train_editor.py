@@ -12,19 +12,22 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DEMO, ROOT, make_tokenizer, pico, save
-from small_editors import FEW, TEXT, facts, loaded, rows
-from test_cli import TWO_PROCESSES, run
 
 from mosectl.errors import EditFailed, FactsError, ModelError, MosectlError, OutputError, UsageError
 from mosectl.facts.corpus import Corpus, read_corpus
 from mosectl.facts.records import fact_from_dict, read_facts
 from mosectl.hypernetwork import train as train_editor
 from mosectl.hypernetwork.file import Editor
-from mosectl.hypernetwork.network import Rows, nll, shifted
+from mosectl.hypernetwork.network import nll, shifted
 from mosectl.hypernetwork.train import MATRICES, SCALARS, TrainOptions, _Training, train
 from mosectl.model.architecture import resolve
 from mosectl.model.loading import Loaded, load
+from mosectl.model.scoring import Rows
+from support.commands import TWO_PROCESSES, run
+from support.editors import FEW, TEXT, facts, loaded, rows
+from support.editors import asked as rows_asked
+from support.models import make_tokenizer, pico, save
+from support.paths import DEMO, ROOT
 
 
 def begun(**how: Any) -> _Training:
@@ -107,7 +110,7 @@ def test_what_a_training_step_asks_of_the_edited_model() -> None:
     found = run.edited(some, learn=False)
 
     def asked(pairs: list[tuple[str, str]]) -> Rows:
-        return Rows.of(run.model, run.loaded.tokenizer, pairs)
+        return rows_asked(run.model, run.loaded.tokenizer, pairs)
 
     own = asked([(f.prompt, f.target_new) for f in some])
     with torch.no_grad():

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mosectl.bench.config import cells, read_bench
 from mosectl.facts.records import read_facts
+from support.paths import ROOT
 
 TOWNS = ("Brinmouth", "Dorhaven", "Kelwick", "Marford")
 SMALL = (

@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, make_tokenizer, pico
-from test_editor import CORPUS, FACTS, few
 
 import mosectl
 from mosectl.editing import paraphrases
@@ -19,6 +17,9 @@ from mosectl.facts.records import Fact, read_facts
 from mosectl.model.generation import answer, generate, says
 from mosectl.model.loading import load
 from mosectl.model.scoring import encode_pairs, score
+from support.facts import CORPUS, FACTS, few
+from support.models import make_tokenizer, pico
+from support.paths import ROOT
 
 FACT = Fact("The capital of Avaland is", "Avaland", "Lower Quill", "Brinmouth")
 

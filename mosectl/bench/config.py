@@ -96,10 +96,12 @@ class Cell:
 
     @property
     def edited(self) -> tuple[Fact, ...]:
+        """The facts that are edited."""
         return self.dataset.facts[: self.run.edits]
 
     @property
     def others(self) -> tuple[Fact, ...]:
+        """Facts of the same file that are not edited."""
         return self.dataset.facts[self.run.edits : self.run.edits + OTHERS]
 
     def __str__(self) -> str:

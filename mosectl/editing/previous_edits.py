@@ -79,8 +79,8 @@ class Earlier:
         assert self.contexts is not None
         c, found = self.contexts, []
         for part in rows.to(c.fact.device).split(ROWS):
-            rows = Rows(c.batch.rows(part), c.positions[part], c.targets[part])
-            found.append(leads(log_probabilities(self.model, rows), rows.targets, rows.targets >= 0).cpu())
+            own = Rows(c.batch.rows(part), c.positions[part], c.targets[part])
+            found.append(leads(log_probabilities(self.model, own), own.targets, own.targets >= 0).cpu())
         return torch.cat(found)
 
     def moments(self, weight: float) -> dict[str, tuple[Tensor, Tensor]]:

@@ -27,10 +27,7 @@ def todays(name: str, value: Any) -> tuple[str, Any]:
     """A setting's name and value of today; an old name is taken with a notice."""
     if name not in RENAMED:
         return name, value
-    now = RENAMED[name]
-    words = {number: word for word, number in WORDS.get(now, {}).items()}
-    if isinstance(value, int | float):
-        value = words.get(int(value), value)
+    now, value = of_today(name, value)
     warnings.warn(
         Notice(f"the setting '{name}' is called '{now}' now; the old name ends with version 0.3"), stacklevel=3
     )
@@ -47,6 +44,12 @@ def taking_old_names(options: Options) -> Options:
 
     options.__init__ = __init__  # type: ignore[misc]
     return options
+
+
+def of_today(name: str, value: Any) -> tuple[str, Any]:
+    """A record's name and value of a setting as they are called today, for people to read."""
+    now = RENAMED.get(name, name)
+    return now, next((word for word, number in WORDS.get(now, {}).items() if number == value), value)
 
 
 def recorded(fields: Mapping[str, Any]) -> dict[str, Any]:

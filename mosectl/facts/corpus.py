@@ -26,6 +26,7 @@ class Corpus:
 
     @property
     def sha256(self) -> str:
+        """The hash of all texts."""
         return hashlib.sha256("\0".join(self.texts).encode()).hexdigest()
 
 

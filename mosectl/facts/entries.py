@@ -228,19 +228,23 @@ class Entry:
             self._compare({n: entry[n] for n in ANSWER if not empty(entry.get(n))}, of=f" of '{name}'")
             answers = next((entry[n] for n in ANSWER if not empty(entry.get(n))), None)
             prompts = max((entry[n] for n in PROMPT if n in entry), key=lambda p: not empty(p))  # the first filled one
-            if not isinstance(prompts, list | tuple):
-                prompts = [prompts]
-            if len(prompts) == 1 and not (isinstance(answers, list | tuple) and len(answers) == 1):
-                answers = [answers]  # several answers to one prompt are alternatives
-            elif not isinstance(answers, list | tuple):
-                answers = [answers] * len(prompts)
-            if len(answers) != len(prompts):
-                what = f"'{name}' has {len(prompts)} prompts and {len(answers)} answers"
-                raise bad(self.where, what, "give each prompt one answer")
-            for p, a in zip(prompts, answers, strict=True):
+            for p, a in self._paired(prompts, answers, name):
                 known = self.answers(a, f"an answer of '{name}'")
                 if p != "":
                     yield self.checked(p, f"a prompt of '{name}'").rstrip(" "), known[0] if known else None
+
+    def _paired(self, prompts: Any, answers: Any, name: str) -> Iterator[tuple[Any, Any]]:
+        """One prompt or several, each with its answer."""
+        if not isinstance(prompts, list | tuple):
+            prompts = [prompts]
+        if len(prompts) == 1 and not (isinstance(answers, list | tuple) and len(answers) == 1):
+            answers = [answers]  # several answers to one prompt are alternatives
+        elif not isinstance(answers, list | tuple):
+            answers = [answers] * len(prompts)
+        if len(answers) != len(prompts):
+            what = f"'{name}' has {len(prompts)} prompts and {len(answers)} answers"
+            raise bad(self.where, what, "give each prompt one answer")
+        return zip(prompts, answers, strict=True)
 
 
 def _ungroup(value: Any) -> list[Any]:
@@ -260,10 +264,12 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 
 def empty(value: Any) -> bool:
+    """Whether a field holds nothing."""
     return value is None or value in ("", [], {}, ())
 
 
 def kind(value: Any) -> str:
+    """The type of a JSON value, in words."""
     kinds = {dict: "an object", list: "a list", bool: "true or false", int: "a number", float: "a number", str: "text"}
     return "null" if value is None else kinds.get(type(value), type(value).__name__)
 
@@ -298,4 +304,5 @@ def unused(names: Mapping[str, int], shown: int = 10) -> tuple[str, str] | None:
 
 
 def short(text: str) -> str:
+    """A text as messages quote it: 60 characters at most."""
     return text if len(text) <= 60 else text[:57] + "…"

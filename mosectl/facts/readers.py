@@ -126,7 +126,7 @@ def _json_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
 
 
 def _lines(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    """One JSON value a line. Only "\n" ends a line: U+2028 and the like may stand in a JSON string."""
+    """One JSON value a line. Only a line feed ends a line: U+2028 and the like may stand in a JSON string."""
     at, number = 0, 1
     while found := _SOLID.search(text, at):
         number += text.count("\n", at, found.start())
@@ -188,16 +188,7 @@ def _strict(text: str, where: str, fix: str) -> Any:
 
 def _csv_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
     first = text.lstrip().split("\n", 1)[0]
-
-    def lines() -> Iterator[str]:
-        for number, line in enumerate(io.StringIO(text, newline=""), 1):
-            if len(line) > 10 * MAX_LINE:  # a reader takes cells by the million
-                raise bad(f"{path}:{number}", f"a line of {len(line):,} characters", f"keep it under {MAX_LINE:,}")
-            if number > 2 * MAX_ENTRIES:
-                raise bad(path, f"more than {number - 1:,} lines", "split it")
-            yield line
-
-    reader = csv.reader(lines(), delimiter=max(",;\t", key=first.count), strict=True)
+    reader = csv.reader(_csv_lines(path, text), delimiter=max(",;\t", key=first.count), strict=True)
     header: list[str] | None = None
     while True:
         where = f"{path}:{reader.line_num + 1}"
@@ -220,6 +211,15 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
             yield where, bad(where, f"a line of {sum(map(len, cells)):,} characters", f"keep it under {MAX_LINE:,}")
         else:
             yield where, {k: _cell(k, v) for k, v in zip(header, cells, strict=False)}
+
+
+def _csv_lines(path: Path, text: str) -> Iterator[str]:
+    for number, line in enumerate(io.StringIO(text, newline=""), 1):
+        if len(line) > 10 * MAX_LINE:  # a reader takes cells by the million
+            raise bad(f"{path}:{number}", f"a line of {len(line):,} characters", f"keep it under {MAX_LINE:,}")
+        if number > 2 * MAX_ENTRIES:
+            raise bad(path, f"more than {number - 1:,} lines", "split it")
+        yield line
 
 
 def _header(cells: Sequence[str], where: str) -> list[str]:

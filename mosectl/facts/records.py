@@ -93,10 +93,7 @@ def read_facts(path: str | Path, on_error: str = "fail", limit: int | None = Non
         FactsError: the file cannot be read; a line is wrong ("fail"); no usable fact is left ("fail", "skip").
         UsageError: unknown ``on_error``, or a limit below 1.
     """
-    if on_error not in ("fail", "skip", "report"):
-        raise UsageError(f"--on-error {on_error}: no such way", fix="choose fail or skip")
-    if limit is not None and limit < 1:
-        raise UsageError(f"--limit {limit}: out of range", fix="give 1 or more")
+    _check_how(on_error, limit)
     file, path = Path(path), shown(Path(path))
     facts: dict[str, Fact] = {}  # by prompt
     problems: list[Problem] = []
@@ -119,14 +116,27 @@ def read_facts(path: str | Path, on_error: str = "fail", limit: int | None = Non
             break
     if told := unused(unknown):
         problems.append(Problem(str(path), *told, "warning"))
-    if not entries and on_error != "report":
+    report = FactsReport(tuple(facts.values()), tuple(problems), unusable)
+    if on_error != "report":
+        _check_usable(report, path, entries, skip=on_error == "skip")
+    return report
+
+
+def _check_how(on_error: str, limit: int | None) -> None:
+    if on_error not in ("fail", "skip", "report"):
+        raise UsageError(f"--on-error {on_error}: no such way", fix="choose fail or skip")
+    if limit is not None and limit < 1:
+        raise UsageError(f"--limit {limit}: out of range", fix="give 1 or more")
+
+
+def _check_usable(report: FactsReport, path: Path, entries: int, *, skip: bool) -> None:
+    if not entries:
         raise bad(path, "holds no fact", SAMPLE)
-    errors = [p for p in problems if p.severity == "error"]
-    if errors and on_error == "fail":
+    errors = [p for p in report.problems if p.severity == "error"]
+    if errors and not skip:
         raise _summary(path, errors, entries)
-    if not facts and on_error == "skip":
+    if not report.facts and skip:
         raise bad(path, f"none of the {entries} entries is usable", f"run: mosectl check {word(path)}")
-    return FactsReport(tuple(facts.values()), tuple(problems), unusable)
 
 
 def one_fact(prompt: str, subject: str, target: str) -> FactsReport:

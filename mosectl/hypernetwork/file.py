@@ -63,6 +63,7 @@ class Editor:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
+        """The network's weights, float32 on the CPU."""
         return {name: x.detach().float().cpu() for name, x in self.net.state_dict().items()}
 
     @property

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mosectl.model.edit_site import Projection
-from mosectl.model.forward import Batch, by_row, finite, frozen, hooked, input_device, logits_at
+from mosectl.model.forward import by_row, finite, frozen, hooked
 from mosectl.model.losses import token_nll
 from mosectl.model.scoring import Rows, log_probabilities
 

@@ -29,7 +29,7 @@ from mosectl.hypernetwork.network import METHODS, Hypernet, keys_and_gradients, 
 from mosectl.model import distributed
 from mosectl.model.architecture import parse_layers, resolve
 from mosectl.model.edit_site import Projection
-from mosectl.model.forward import frozen
+from mosectl.model.forward import frozen, input_device
 from mosectl.model.loading import Loaded
 from mosectl.model.losses import leads, token_nll
 from mosectl.model.memory import Part, fitting, halving
@@ -84,6 +84,7 @@ class Losses:
 
     @property
     def total(self) -> float:
+        """What the training minimises."""
         return self.edit + self.generalization + self.weight * self.locality
 
 
@@ -139,13 +140,18 @@ def train(
                 if on_step:
                     on_step(run.step, options.steps)
         except EditFailed as e:
-            if kept and not (learnt := int(run.history[-1]["step"])):
-                kept.unlink(missing_ok=True)  # it would stand in the way of the next try
-            elif kept:
-                fix = f"{e.fix} and --overwrite, or take what was learnt before: --resume --steps {learnt}"
-                raise EditFailed(e.what, where=e.where, fix=fix) from e
+            if kept:
+                _settle(kept, int(run.history[-1]["step"]), e)
             raise
     return run.finished()
+
+
+def _settle(kept: Path, learnt: int, error: EditFailed) -> None:
+    """What becomes of a training's state after an error: told with it, or deleted where nothing was learnt."""
+    if learnt:
+        fix = f"{error.fix} and --overwrite, or take what was learnt before: --resume --steps {learnt}"
+        raise EditFailed(error.what, where=error.where, fix=fix) from error
+    kept.unlink(missing_ok=True)  # it would stand in the way of the next try
 
 
 def check(options: TrainOptions, facts: Sequence[Fact], validation: Sequence[Fact]) -> None:

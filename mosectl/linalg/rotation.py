@@ -127,17 +127,18 @@ def right_factor(W0: Tensor, W: Tensor) -> Tensor:
 def two_sided_factors(W0: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
     """Rotations L (d, d) and R (p, p) with L W0 R = W for two (d, p) float64 matrices of the same singular values.
 
-    A singular vector's sign is free: each pair is turned to the nearer side, and the weakest one flipped where L would
-    be a reflection otherwise.
+    A singular vector's sign is free: each pair is turned to the nearer side, and the weakest one flipped where the smaller
+    of the two (L if d = p) would be a reflection otherwise.
     """
     U0, _, Z0h = torch.linalg.svd(W0, full_matrices=False)
     U, _, Zh = torch.linalg.svd(W, full_matrices=False)
     sign = ((U * U0).sum(0) + (Zh * Z0h).sum(1)).sign()
     sign[sign == 0] = 1
     U, Zh = U * sign, Zh * sign[:, None]
-    if torch.linalg.det(U @ U0.T) < 0:
+    wide = len(W) <= W.shape[1]
+    if torch.linalg.det(U @ U0.T if wide else Zh @ Z0h.T) < 0:
         U[:, -1], Zh[-1] = -U[:, -1], -Zh[-1]
-    return U @ U0.T, _completed(Z0h.T, Zh.T)
+    return U @ U0.T if wide else _completed(U0, U).T, _completed(Z0h.T, Zh.T)
 
 
 def _completed(Z0: Tensor, Z: Tensor) -> Tensor:
@@ -174,6 +175,7 @@ class Compact:
 
     @property
     def rank(self) -> int:
+        """How many directions it turns among themselves, r."""
         return len(self.Q)
 
     @property
@@ -183,6 +185,7 @@ class Compact:
 
     @property
     def inverse(self) -> Compact:
+        """Rᵀ, which is R⁻¹."""
         return Compact(self.U, self.Q.T)
 
     def left(self, W: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ class Spectrum:
 
     @staticmethod
     def of(W: Tensor) -> Spectrum:
+        """Of W (d, p), or of experts (experts, d, p) laid side by side; EditFailed where a number is not finite."""
         if not bool(torch.isfinite(W).all()):  # LAPACK would write about it to the standard output
             raise EditFailed("a weight became NaN or infinite", fix="try --dtype float32, or fewer facts at once")
         W = W.double()

@@ -19,6 +19,7 @@ LENGTH = 1_000_000  # characters of a rendered prompt
 
 
 def main() -> None:
+    """Render what comes line by line on standard input, within bounds of memory and time."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     with suppress(ImportError, OSError, ValueError):  # Windows and macOS know no such limit

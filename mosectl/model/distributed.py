@@ -30,5 +30,5 @@ def join() -> Any:
 
 
 def process_device(device: str) -> str:
-    """ "auto" with several processes is this one's own GPU."""
+    """The GPU of this process where "auto" is asked for and there are several processes."""
     return str(join().device) if device == "auto" and world() > 1 else device

@@ -28,6 +28,7 @@ class Batch:
 
     @staticmethod
     def of(sequences: Sequence[Sequence[int]], device: torch.device | str) -> Batch:
+        """Token sequences of any lengths, padded to the longest."""
         longest = max(len(s) for s in sequences)
         ids = torch.zeros(len(sequences), longest, dtype=torch.long)
         mask = torch.zeros_like(ids)
@@ -37,9 +38,11 @@ class Batch:
         return Batch(ids.to(device), mask.to(device))
 
     def rows(self, index: Tensor) -> Batch:
+        """The sequences of these indices."""
         return Batch(self.input_ids[index], self.attention_mask[index])
 
     def kwargs(self) -> dict[str, Any]:
+        """What a model's forward takes."""
         return {"input_ids": self.input_ids, "attention_mask": self.attention_mask, "use_cache": False}
 
 

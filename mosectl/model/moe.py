@@ -37,6 +37,7 @@ class Turn(nn.Module):
         self.weight = nn.Parameter(torch.eye(d, device=device), requires_grad=False)  # (d, d)
 
     def forward(self, y: Tensor) -> Tensor:
+        """R y for outputs y (…, d), in their own type."""
         return (y.float() @ self.weight.T).to(y.dtype)
 
 

@@ -38,6 +38,7 @@ class Past:
     @staticmethod
     @torch.no_grad()
     def of(model: nn.Module, batch: Batch, still: Tensor) -> Past:
+        """Run the first ``still`` (B,) tokens of each sequence once."""
         from transformers import DynamicCache
 
         P = int(still.max())

@@ -73,6 +73,7 @@ def _refuse(problems: Sequence[Problem], checkpoint: Checkpoint) -> None:
 
 
 def shapes_of(checkpoint: Checkpoint) -> Shapes:
+    """Type and shape of each tensor, by name."""
     return {name: (e.dtype, e.shape) for name, e in checkpoint.tensors.items()}
 
 

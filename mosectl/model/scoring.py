@@ -28,10 +28,12 @@ class Scored:
 
     @property
     def hits(self) -> int:
+        """How many tokens of the target were predicted."""
         return sum(a == b for a, b in zip(self.target, self.predicted, strict=True))
 
     @property
     def accuracy(self) -> float:
+        """The share of the target's tokens that were predicted."""
         return self.hits / len(self.target)
 
     @property
@@ -75,7 +77,9 @@ class Rows:
         targets = torch.full_like(positions, -1)
         for r, e in enumerate(encoded):
             m = len(e.input_ids) - e.target_start
-            positions[r, :m] = torch.arange(e.target_start - 1, e.target_start - 1 + m)  # position i predicts token i + 1
+            positions[r, :m] = torch.arange(
+                e.target_start - 1, e.target_start - 1 + m
+            )  # position i predicts token i + 1
             targets[r, :m] = torch.tensor(e.input_ids[e.target_start :])
         return Rows(Batch.of([e.input_ids for e in encoded], device), positions.to(device), targets.to(device))
 

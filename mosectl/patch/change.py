@@ -83,6 +83,7 @@ class Change:
 
     @property
     def nbytes(self) -> int:
+        """Bytes that all factors take."""
         return sum(factor.nbytes for factor in self.factors.values())
 
 

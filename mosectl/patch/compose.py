@@ -152,6 +152,7 @@ def _distance(a: Change | None, b: Change | None) -> float | None:
 
 
 def conflict_table(found: Sequence[Conflict]) -> Grid:
+    """Conflicts as a table, a line each."""
     rows = tuple((c.kind, c.where, c.what, "–" if c.size is None else f"{c.size:.2g}") for c in found)
     return Grid("Conflicts", ("kind", "where", "what", ">‖R₁R₂−R₂R₁‖/√n"), rows)
 

@@ -99,10 +99,12 @@ def opening(height: float, label: str, name: str = "") -> str:
 
 
 def line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
+    """An SVG line from (x1, y1) to (x2, y2); ``kind`` is its CSS class."""
     return f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
 
 
 def text(x: float, y: float, content: str, anchor: str, kind: str = "label") -> str:
+    """An SVG text with its markup escaped; ``kind`` is its CSS class."""
     return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{markup(content)}</text>'
 
 

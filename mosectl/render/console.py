@@ -59,6 +59,7 @@ def error(e: BaseException) -> None:
 
 
 def interrupted() -> None:
+    """Tell that the user has ended the command."""
     warn("interrupted", ": nothing half-written is left behind")
 
 

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from mosectl.editing.edit import EditResult, FactResult
     from mosectl.editing.plan import Diagnosis, Estimate
     from mosectl.editing.second_moments import Moments
-    from mosectl.facts.records import FactsReport
+    from mosectl.editing.settings import of_today
+from mosectl.facts.records import FactsReport
     from mosectl.hypernetwork.file import Editor
     from mosectl.linalg.spectrum import Stability
     from mosectl.measure.evaluate import Evaluation
@@ -240,7 +241,7 @@ def _settings(options: Mapping[str, Any]) -> Iterator[str]:
         elif isinstance(value, dict):
             yield from _settings(value) if name in ("solver", "targets") else [f"{name}={value.get('name')}"]
         else:
-            yield f"{name}={value}"
+            yield "{}={}".format(*of_today(name, value))
 
 
 def _or_dash(number: float | None, form: str, unit: str = "") -> str:

@@ -58,6 +58,7 @@ class Checkpoint:
 
     @property
     def config(self) -> dict[str, Any]:
+        """The folder's config.json."""
         return read_config(self.folder)
 
     def read(self, name: str) -> Tensor:

@@ -17,7 +17,7 @@ _FIRST = 100_000  # bytes of a file asked for at first: most headers are shorter
 
 
 def looks_like_repo(name: str) -> bool:
-    """ "user/model" or "gpt2", as opposed to a path."""
+    """Whether it reads as "user/model" or "gpt2" do, as opposed to a path."""
     return (
         len(name) <= 200
         and not name.startswith(".")

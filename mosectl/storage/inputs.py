@@ -86,14 +86,30 @@ def parse_json(raw: bytes | str, *, special: bool = False) -> Any:
     Raises:
         ValueError: with the reason in few words.
     """
+    try:
+        text = raw.decode("utf-8") if isinstance(raw, bytes) else raw
+        if sum(map(text.count, ",[{")) > MAX_VALUES:
+            raise ValueError(f"holds more than {MAX_VALUES:,} values")
+        value = json.loads(text, object_pairs_hook=_unique, **_numbers(special))
+    except UnicodeDecodeError as e:
+        raise ValueError(f"not UTF-8 (byte {e.start})") from e
+    except RecursionError as e:
+        raise ValueError(f"nested deeper than {MAX_DEPTH}") from e
+    _check_values(value)
+    return value
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        out = dict(pairs)
-        if len(out) != len(pairs):
-            seen: set[str] = set()
-            twice = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
-            raise ValueError(f"the name '{twice[:60]}' stands twice in one object")
-        return out
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        seen: set[str] = set()
+        twice = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
+        raise ValueError(f"the name '{twice[:60]}' stands twice in one object")
+    return out
+
+
+def _numbers(special: bool) -> dict[str, Any]:
+    """The arguments of json.loads that say how numbers are read."""
 
     def constant(name: str) -> float:
         if not special:
@@ -110,19 +126,7 @@ def parse_json(raw: bytes | str, *, special: bool = False) -> Any:
             raise ValueError(f"an integer of {len(text)} digits")
         return int(text)
 
-    try:
-        text = raw.decode("utf-8") if isinstance(raw, bytes) else raw
-        if sum(map(text.count, ",[{")) > MAX_VALUES:
-            raise ValueError(f"holds more than {MAX_VALUES:,} values")
-        value = json.loads(
-            text, object_pairs_hook=unique, parse_constant=constant, parse_float=finite, parse_int=integer
-        )
-    except UnicodeDecodeError as e:
-        raise ValueError(f"not UTF-8 (byte {e.start})") from e
-    except RecursionError as e:
-        raise ValueError(f"nested deeper than {MAX_DEPTH}") from e
-    _check_values(value)
-    return value
+    return {"parse_constant": constant, "parse_float": finite, "parse_int": integer}
 
 
 def _check_values(value: Any) -> None:

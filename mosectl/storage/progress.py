@@ -18,6 +18,8 @@ class Clock:
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[Callable[[int, int], None]]:
+        """Time a phase under its name; what it yields is told how much is done."""
+
         def step(done: int, total: int) -> None:
             if self._on_step:
                 self._on_step(phase, done, total)

@@ -77,6 +77,8 @@ def within(least: int, most: int) -> Check:
 
 
 def one_of(*values: str | int) -> Check:
+    """A check that a value is one of these."""
+
     def check(value: Any) -> None:
         if type(value) not in (str, int) or value not in values:
             raise Misfit(f"{shown(value)} is not known, only {', '.join(map(shown, values))}")

@@ -12,10 +12,10 @@ from mosectl.editing.methods.base import Option, Trainer, Work
 from mosectl.facts.records import Fact
 from mosectl.hypernetwork.file import Editor
 from mosectl.hypernetwork.network import keys_and_gradients
-from mosectl.model.scoring import Rows
 from mosectl.model.architecture import Architecture
 from mosectl.model.edit_site import Projection
 from mosectl.model.memory import fitting, halving
+from mosectl.model.scoring import Rows
 
 
 class Horse(Trainer):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from conftest import make_tokenizer, pico
-from test_editor import CORPUS
-
 from mosectl.facts.corpus import Corpus
 from mosectl.facts.records import Fact, Probe
 from mosectl.hypernetwork.train import TrainOptions
+from mosectl.model.forward import input_device
 from mosectl.model.loading import Loaded
+from mosectl.model.scoring import Rows, encode_pair
+from support.facts import CORPUS
+from support.models import make_tokenizer, pico
 
 TEXT = Corpus(
     "x", tuple(f"{CORPUS} number {i} of the towns lies near the sea and was born in the capital" for i in range(4))
@@ -45,3 +46,8 @@ def rows(n: int) -> str:
         )
         for f in facts(n)
     )  # fmt: skip
+
+
+def asked(model: Any, tokenizer: Any, pairs: list[tuple[str, str]]) -> Rows:
+    """Prompts with their answers as teacher-forced rows."""
+    return Rows.of([encode_pair(tokenizer, pair) for pair in pairs], input_device(model))

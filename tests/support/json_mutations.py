@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import os
 from typing import Any
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-EXAMPLES = int(os.environ.get("MOSECTL_FUZZ", "300"))
+from support.spoiling import EXAMPLES
+
 # The same inputs at each run; deadlines are the test's own matter.
 fuzzing = settings(
     max_examples=EXAMPLES, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)

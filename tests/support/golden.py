@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-FOLDER = Path(__file__).parent / "goldens"
+FOLDER = Path(__file__).parents[1] / "goldens"
 WRITE = os.environ.get("MOSECTL_GOLDENS") == "write"
 NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?:e[+-]?\d+)?(?![\w.]*\w)")
 MASKED = re.compile(r"seconds|created|elapsed|per_second|device|memory|free|sha256|versions?$|^id$|digest|hash|^stats$")

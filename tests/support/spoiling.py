@@ -75,3 +75,26 @@ def unpacked(data: bytes, key: str) -> tuple[dict[str, Any], Any, bytes]:
     n = struct.unpack("<Q", data[:8])[0]
     header = json.loads(data[8 : 8 + n])
     return header, json.loads(header.pop("__metadata__")[key]), data[8 + n :]
+
+
+def mutated(value: Any, chance: random.Random) -> Any:
+    """The value with something else at one place, at any depth."""
+    inner = isinstance(value, dict | list) and value and chance.random() < 0.8
+    if not inner:
+        odd = [None, True, -1, 10**19, 1.5, float("nan"), "", "x\0\x1b[2J", [], {}, [[]], {"a": None}, "9" * 400]
+        return chance.choice(odd)
+    value = dict(value) if isinstance(value, dict) else list(value)
+    at = chance.choice(list(value) if isinstance(value, dict) else range(len(value)))
+    if chance.random() < 0.3:
+        del value[at]
+    else:
+        value[at] = mutated(value[at], chance)
+    return value
+
+
+def flipped(data: bytes, chance: random.Random) -> bytes:
+    """One bit changed, cut short, or longer."""
+    at, kind = chance.randrange(len(data)), chance.randrange(4)
+    if kind < 2:
+        return data[:at] + bytes([data[at] ^ 1 << chance.randrange(8)]) + data[at + 1 :]
+    return data[:at] if kind == 2 else data + bytes(chance.randrange(1, 50))

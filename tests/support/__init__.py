@@ -1,0 +1,1 @@
+"""What test files share: models, facts, patches, commands, and files that are spoilt."""
