@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mosectl.editing.settings import of_today
 from mosectl.render.console import hint, line, size, table, warn
 from mosectl.text.shown import word
 
@@ -19,8 +20,7 @@ if TYPE_CHECKING:
     from mosectl.editing.edit import EditResult, FactResult
     from mosectl.editing.plan import Diagnosis, Estimate
     from mosectl.editing.second_moments import Moments
-    from mosectl.editing.settings import of_today
-from mosectl.facts.records import FactsReport
+    from mosectl.facts.records import FactsReport
     from mosectl.hypernetwork.file import Editor
     from mosectl.linalg.spectrum import Stability
     from mosectl.measure.evaluate import Evaluation
