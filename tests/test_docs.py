@@ -22,7 +22,7 @@ from support.paths import ROOT
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
-CHECKED = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES]
+CHECKED = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "ARCHITECTURE.md", *PAGES]
 YAML = sorted([*(ROOT / ".github").rglob("*.yml"), ROOT / "mkdocs.yml", ROOT / "CITATION.cff"])
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
@@ -137,6 +137,13 @@ def test_commands_and_their_options_exist(page: Path) -> None:
 def test_the_public_names_are_documented() -> None:
     text = (DOCS / "reference" / "python.md").read_text(encoding="utf-8")
     assert [n for n in mosectl.__all__ if f"mosectl.{n}" not in text] == []
+
+
+def test_every_place_that_the_architecture_page_names_exists() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    places = [p.rstrip("/") for p in re.findall(r"`([a-z_]+(?:/[\w.*]+)*(?:\.py|\.md|/))`", text)]
+    lost = [p for p in places if not [*ROOT.glob(p), *(ROOT / "mosectl").glob(p)]]
+    assert len(places) > 30 and lost == []
 
 
 def test_readme_is_short() -> None:
