@@ -67,6 +67,7 @@ class Source:
 
     @property
     def ids(self) -> list[str]:
+        """Of the patches applied, in their order."""
         return [p.id for p in self.stack]
 
     def _stored_patch(self, applied: Applied) -> Patch:
@@ -112,6 +113,7 @@ class Source:
         return W0 is None or match(made_for, W0).same
 
     def projection(self, module: str) -> Projection:
+        """The edit site that a patch names; raises BaseMismatch where there is none."""
         if module not in self.projections:
             raise BaseMismatch(
                 f"no module '{module}' in this {self.arch.model_type} model ({len(self.projections)} layers)",

@@ -48,6 +48,7 @@ class Journal:
     tensors: dict[str, EditedTensor] = field(default_factory=dict)  # by tensor name on disk
 
     def write(self, folder: Path) -> None:
+        """Write it into a folder; the same journal gives the same bytes."""
         text = json.dumps({"format": 1, **asdict(self)}, indent=2, sort_keys=True, ensure_ascii=False)
         write_bytes(folder / JOURNAL, text.encode() + b"\n")
 

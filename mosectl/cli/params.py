@@ -51,4 +51,5 @@ FACTS = "Facts file: .jsonl, .json or .csv; - for standard input."
 
 
 def named(phase: str, on_step: Any) -> Any:
+    """A progress callback (done, total) that names its phase."""
     return lambda done, total: on_step(phase, done, total)

@@ -20,7 +20,7 @@ def stats(
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
-    """Compute a model's statistics ahead of edits. On several GPUs: accelerate launch -m mosectl stats …"""
+    """Compute a model's statistics ahead of edits. Several GPUs: `accelerate launch -m mosectl stats …`."""
     from mosectl.editing.second_moments import prepare
     from mosectl.model import distributed
     from mosectl.render import console, terminal

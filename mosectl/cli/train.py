@@ -93,7 +93,7 @@ def train_editor(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Train HORSE's or MALMEN's network on a model, for edit --method horse. Many GPUs: accelerate launch -m mosectl …"""
+    """Train HORSE's or MALMEN's network on a model, for edit --method horse. Many GPUs: `accelerate launch -m mosectl …`."""
     from mosectl.facts.records import read_facts
     from mosectl.model import distributed
     from mosectl.render import terminal

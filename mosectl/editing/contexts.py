@@ -30,6 +30,7 @@ class Contexts:
 
     @property
     def edit_rows(self) -> Tensor:
+        """Numbers of the rows that ask for a new object."""
         return self.is_edit.nonzero().flatten()
 
     def to(self, device: torch.device) -> Contexts:

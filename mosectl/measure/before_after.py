@@ -54,6 +54,7 @@ class How:
     force: bool = False
 
     def load(self, model: Any, revision: str | None) -> Loaded:
+        """A model where and as it is asked for; one in memory as it is."""
         if isinstance(model, Loaded):
             return model
         return load(model, revision=revision, device=self.device, dtype=self.dtype)

@@ -45,6 +45,7 @@ class Measure:
 
 
 def value_text(m: Measure | None, form: str) -> str:
+    """The value as text, a dash where there is none."""
     return "–" if m is None else f"{m.value:{form}}"
 
 

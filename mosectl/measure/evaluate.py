@@ -102,6 +102,7 @@ class Evaluation:
     seconds: float
 
     def metric(self, protocol: str, name: str) -> Metric | None:
+        """One of the metrics, None where it was not asked for."""
         return next((m for m in self.metrics if (m.protocol, m.name) == (protocol, name)), None)
 
 
