@@ -35,6 +35,7 @@ from mosectl.model.forward import (
     frozen,
     hooked,
     input_device,
+    logits_at,
     run_until_stopped,
     stop,
 )
@@ -44,10 +45,11 @@ from mosectl.model.positions import window
 MAX_LENGTH = 512  # tokens a text: statistics do not need long contexts, and memory grows with them
 BEGINNING = 100_000  # characters of a text that may hold the few tokens that are read of it
 BATCH_TOKENS = 4096  # run at once; fewer where gradients would not fit in memory
-# Tokens of texts taken at random, in which those of like length then go together. G is taken over the first block: it has
-# fewer rows than C, and a gradient costs three forwards.
-BLOCK = 32_768
-GRADIENT = 4  # what a batch of the first block takes, a batch of the others being 1
+BLOCK = 32_768  # tokens of texts taken at random, in which those of like length then go together
+# G is taken over a part of the first block: it is damped anyway, a gradient costs three forwards, and the logits of
+# a large vocabulary cost more than all layers (docs/LOG.md).
+PER_DIRECTION = 16  # tokens for each of G's d directions
+ASKED = 8  # one in so many of these tokens has its logits asked; which ones is drawn anew in each text
 ENOUGH = 0.1  # relative error of C at which no more text is read
 SKETCH = 64  # directions in which that error is judged
 
@@ -140,69 +142,103 @@ def _accumulate(
     on_step: Callable[[int, int], None] | None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], int, float]:
     """C and G by module path, the number of tokens of C, and C's error, over all processes."""
-    from mosectl.model.weights import solve_device, weight_of
-
     distributed = processes.world() > 1
-    share = 1
     mine = [(n, block, batch) for block, batches in enumerate(blocks) for n, batch in enumerate(batches)]
     if distributed:
         state = processes.join()
-        mine, share = mine[state.process_index :: state.num_processes], state.num_processes
-    device = input_device(model)
-    sums: dict[tuple[str, str], Tensor] = {}  # float32: a batch is a block of thousands of tokens, so few are added up
-    for p in projections:
-        place = torch.empty(0, device=solve_device(weight_of(model, p).device))
-        sums |= {(p.name, "C"): place.new_zeros(p.p, p.p), (p.name, "G"): place.new_zeros(p.d, p.d)}
-    halves = {p.name: _Halves(sums[p.name, "C"]) for p in projections}
-    tokens = torch.zeros(2, dtype=torch.long, device=device)  # of C, of G
+        mine = mine[state.process_index :: state.num_processes]
+    sums, share = _Sums(model, projections), _gradient_share(projections, blocks[0])
     stops = 0.0 if distributed else enough
-    work = _Work(mine, stops)
+    work = _Work(mine, stops, share)
     with frozen(model):
         for done, (number, block, sequences) in enumerate(mine, 1):
-            batch = Batch.of(sequences, device)
-            if block == 0:
-                rng = torch.Generator(device).manual_seed(number)
-                found = dict(zip("CG", _in_parts(model, projections, batch, rng), strict=True))
-            else:
-                found = {"C": _keys(model, projections, batch)}
-            for i, (key, of_layers) in enumerate(found.items()):
-                for name, x in of_layers.items():
-                    sums[name, key].addmm_(x.T.to(sums[name, key]), x.to(sums[name, key]))
-                tokens[i] += batch.attention_mask.sum()
-            text = torch.arange(len(sequences), device=device)[:, None].expand_as(batch.input_ids)
-            second = (text[batch.attention_mask.bool()] + done) % 2 == 1
-            for name, k in found["C"].items():
-                halves[name].add(k, second)
+            batch = Batch.of(sequences, input_device(model))
+            rng = random.Random(number)
+            taken = torch.tensor([block == 0 and rng.random() < share for _ in sequences])
+            sums.add(batch, taken, torch.Generator(batch.input_ids.device).manual_seed(number), done)
             full = done == len(mine) or mine[done][1] > block
             if stops and (full or done & (done - 1) == 0):  # now and then in the first block: it is not free
-                work.foresee(done, max(h.error() for h in halves.values()))
+                work.foresee(done, sums.error())
             if on_step:
                 on_step(*work.so_far(done))
             if work.end == done:
                 break
-    error = max(h.error() for h in halves.values())
-    if distributed:
-        from accelerate.utils import reduce
+    error = sums.error() / math.sqrt(processes.world())  # each process knows of its own texts only
+    return (*sums.moments(), int(sums.tokens[0]), error)
 
-        sums = {name: reduce(total, "sum") for name, total in sums.items()}
-        tokens = reduce(tokens, "sum")
-        error /= share**0.5  # each process knows of its own texts only
-    C, G = (
-        {p.name: (sums[p.name, key] / n).cpu() for p in projections}
-        for key, n in zip("CG", tokens.clamp_min(1).tolist(), strict=True)
-    )
-    return C, G, int(tokens[0]), error
+
+def _gradient_share(projections: Sequence[Projection], first: list[list[list[int]]]) -> float:
+    """The share of the first block's texts that G is taken over."""
+    tokens = sum(len(ids) for batch in first for ids in batch)
+    return min(1.0, PER_DIRECTION * max(p.d for p in projections) / max(1, tokens))
+
+
+class _Sums:
+    """Sums of k kᵀ and g gᵀ by module path, float32: a batch is a block of thousands of tokens, so few are added up."""
+
+    def __init__(self, model: nn.Module, projections: Sequence[Projection]) -> None:
+        from mosectl.model.weights import solve_device, weight_of
+
+        self.model, self.projections = model, projections
+        self.sums: dict[tuple[str, str], Tensor] = {}
+        for p in projections:
+            place = torch.empty(0, device=solve_device(weight_of(model, p).device))
+            self.sums |= {(p.name, "C"): place.new_zeros(p.p, p.p), (p.name, "G"): place.new_zeros(p.d, p.d)}
+        self.halves = {p.name: _Halves(self.sums[p.name, "C"]) for p in projections}
+        # Of C those that were read, of G those whose logits were asked.
+        self.tokens = torch.zeros(2, dtype=torch.long, device=input_device(model))
+
+    def add(self, batch: Batch, taken: Tensor, rng: torch.Generator, number: int) -> None:
+        """A batch's texts, with gradients of those that are ``taken`` (B,) bool."""
+        for rows in (taken.nonzero().flatten(), (~taken).nonzero().flatten()):
+            if not len(rows):
+                continue
+            part = batch.rows(rows.to(batch.input_ids.device))
+            if taken[rows[0]]:
+                keys, gradients, asked = _in_parts(self.model, self.projections, part, rng)
+                self._square(gradients, "G")
+                self.tokens[1] += asked
+            else:
+                keys = _keys(self.model, self.projections, part)
+            self._square(keys, "C")
+            mask = part.attention_mask.bool()
+            self.tokens[0] += mask.sum()
+            text = rows.to(mask.device)[:, None].expand_as(mask)[mask]
+            for name, k in keys.items():
+                self.halves[name].add(k, (text + number) % 2 == 1)
+
+    def _square(self, found: dict[str, Tensor], kind: str) -> None:
+        for name, x in found.items():
+            total = self.sums[name, kind]
+            total.addmm_(x.T.to(total), x.to(total))
+
+    def error(self) -> float:
+        return max(h.error() for h in self.halves.values())
+
+    def moments(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """C and G over all processes: means over tokens; a token's g is that of all asked positions behind it."""
+        if processes.world() > 1:
+            from accelerate.utils import reduce
+
+            self.sums = {name: reduce(total, "sum") for name, total in self.sums.items()}
+            self.tokens = reduce(self.tokens, "sum")
+        n = dict(zip("CG", self.tokens.clamp_min(1).tolist(), strict=True))
+        C, G = ({p.name: (self.sums[p.name, key] / n[key]).cpu() for p in self.projections} for key in "CG")
+        return C, G
 
 
 class _Work:
     """How many of the batches will be run, as far as one can tell, for a bar whose end and pace can be believed."""
 
-    def __init__(self, batches: Sequence[tuple[int, int, list[list[int]]]], enough: float) -> None:
+    def __init__(self, batches: Sequence[tuple[int, int, list[list[int]]]], enough: float, share: float) -> None:
         self.enough, self.end = enough, len(batches)
         blocks = [block for _, block, _ in batches]
         self.ends = [i for i in range(1, len(blocks) + 1) if i == len(blocks) or blocks[i] > blocks[i - 1]]
         self.tokens = [0, *accumulate(sum(map(len, sequences)) for _, _, sequences in batches)]
-        self.costs = [0, *accumulate(GRADIENT if block == 0 else 1 for block in blocks)]  # in forward passes
+        each = (
+            100 + (block == 0) * round(300 * share) for block in blocks
+        )  # of a forward pass; a gradient takes three
+        self.costs = [0, *accumulate(each)]
 
     def foresee(self, done: int, error: float) -> None:
         """The error of C falls with the root of the tokens read; whole blocks are read."""
@@ -265,25 +301,27 @@ def _tokens(x: Tensor, batch: Batch) -> Tensor:
 
 def _in_parts(
     model: nn.Module, projections: Sequence[Projection], batch: Batch, rng: torch.Generator
-) -> list[dict[str, Tensor]]:
+) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
     """As _keys_and_gradients, on as many sequences at once as fit in memory."""
     n, tokens = batch.input_ids.shape
-    size = fitting(model, resolve(model), min(p.layer for p in projections), tokens, tokens)
-    parts = [
-        part
-        for _, part in halving(
-            n, size, lambda a, b: _keys_and_gradients(model, projections, batch.rows(torch.arange(a, b)), rng)
-        )
-    ]
-    return [{name: torch.cat([part[i][name] for part in parts]) for name in parts[0][i]} for i in (0, 1)]
+    size = fitting(model, resolve(model), min(p.layer for p in projections), tokens, max(1, tokens / ASKED))
+
+    def work(start: int, end: int) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
+        return _keys_and_gradients(model, projections, batch.rows(torch.arange(start, end)), rng)
+
+    parts = [part for _, part in halving(n, size, work)]
+    keys = {p.name: torch.cat([part[0][p.name] for part in parts]) for p in projections}
+    gradients = {p.name: torch.cat([part[1][p.name] for part in parts]) for p in projections}
+    return keys, gradients, sum(part[2] for part in parts)
 
 
 def _keys_and_gradients(
     model: nn.Module, projections: Sequence[Projection], batch: Batch, rng: torch.Generator
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """k (tokens, p) and g (tokens, d), float32, of every token of a batch by module path.
+) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
+    """k (tokens, p) and g (tokens, d), float32, of every token of a batch by module path, and how many positions are asked.
 
-    g is the gradient, by the token's output, of the summed loss of a label drawn at each position.
+    g is the gradient, by the token's output, of the summed loss of a label drawn at each asked position. The labels of two
+    positions are independent, so that E[g gᵀ] is a sum over positions, and asking one in ASKED gives that part of it.
     """
     keys: dict[str, Tensor] = {}
     leaves: dict[str, Tensor] = {}
@@ -296,15 +334,20 @@ def _keys_and_gradients(
 
         return hook
 
+    mask = batch.attention_mask.bool()
+    asked = mask & (torch.rand(mask.shape, device=mask.device, generator=rng) < 1 / ASKED)
+    if not bool(asked.any()):
+        asked[0, int(mask[0].sum()) - 1] = True
+    every = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
     hooks = [model.get_submodule(p.name).register_forward_hook(record(p)) for p in projections]
-    with hooked(hooks), torch.enable_grad():
-        logits = model(**batch.kwargs()).logits
-        logits = finite(logits[batch.attention_mask.bool().to(logits.device)], model)
-        logp = logits.float().log_softmax(-1)  # (tokens, V)
+    with hooked(hooks), logits_at(model, every, asked), torch.enable_grad():
+        logits = finite(model(**batch.kwargs()).logits[0], model)
+        logp = logits.float().log_softmax(-1)  # (asked, V)
         labels = torch.multinomial(logp.detach().exp().to(rng.device), 1, generator=rng)
         loss = -logp.gather(1, labels.to(logp.device)).sum()
         found = torch.autograd.grad(loss, list(leaves.values()))
-    return keys, {name: _tokens(g, batch) for name, g in zip(leaves, found, strict=True)}
+    gradients = {name: _tokens(g, batch) for name, g in zip(leaves, found, strict=True)}
+    return keys, gradients, int(asked.sum())
 
 
 def _blocks(
