@@ -7,7 +7,12 @@ work="$(mktemp -d)"
 trap 'rm -rf "$work"' EXIT
 bold="" plain=""
 if [ -t 1 ]; then bold=$'\033[1m' plain=$'\033[0m'; fi
-say() { printf '\n%s$' "$bold"; printf ' %q' "$@" | sed 's/\\ / /g'; printf '%s\n' "$plain"; "$@"; }
+say() {
+  printf '\n%s$' "$bold"
+  for word in "$@"; do case "$word" in *" "*) printf ' "%s"' "$word" ;; *) printf ' %s' "$word" ;; esac; done
+  printf '%s\n' "$plain"
+  "$@"
+}
 
 say mosectl check facts.jsonl
 say mosectl edit facts.jsonl --model demo-model --corpus corpus.txt -o "$work/patch.safetensors"

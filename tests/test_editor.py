@@ -287,6 +287,14 @@ def test_targets_can_be_spread_or_one_a_layer(corpus: str, monkeypatch: pytest.M
         asked.clear()
 
 
+def test_what_the_model_says_already_is_told_before_the_work(corpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = pico("llama"), make_tokenizer()
+    result = mosectl.edit(FACTS[:1], model, tokenizer, options=few(corpus))
+    monkeypatch.setattr("mosectl.editing.edit.second_moments", lambda *_, **__: pytest.fail("the work began"))
+    with mosectl.patched(model, result.patch), pytest.raises(EditFailed, match="already says every new target"):
+        mosectl.edit(FACTS[:1], model, tokenizer, options=few(corpus))
+
+
 def test_a_harmful_batch_is_taken_back(corpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = pico("llama"), make_tokenizer()
     alone = mosectl.edit(FACTS[:1], model, tokenizer, options=few(corpus, batch_size=1)).patch

@@ -218,10 +218,11 @@ def _check_bases(source: Source, patches: Sequence[Patch]) -> dict[str, str]:
                 raise BaseMismatch(source.out_of_reach, where=name, fix="give --base, or --force to skip")
             found = match(made_for, weight)
             if not found.same:
+                force = ", or --force to skip this check" if found.fits else ""
                 raise BaseMismatch(
                     f"patch {patch.id[:12]} is for {patch.model}: {found.note}",
                     where=f"{source.checkpoint.model}: {name}",
-                    fix=f"give the model it was made for ({patch.model}), or --force to skip this check",
+                    fix=f"give the model it was made for ({patch.model}){force}",
                 )
             notes |= {name: found.note, **dict.fromkeys(others, "known by the first expert")}
         before.append(patch.id)

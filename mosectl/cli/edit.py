@@ -102,7 +102,7 @@ def edit(
     as_json: Json = False,
 ) -> None:
     """Compute an edit and write it as a patch; the model itself is not changed."""
-    from mosectl.render import terminal
+    from mosectl.render import console, terminal
     from mosectl.storage.places import new_file
 
     checked = _facts(facts, {"prompt": prompt, "subject": subject, "target": target}, on_error, limit)
@@ -113,6 +113,8 @@ def edit(
     }  # fmt: skip
     where = {"revision": revision, "device": device, "dtype": dtype}
     if dry_run:
+        if out.exists() and not overwrite:
+            console.hint(f"{out} exists: without --dry-run, give --overwrite or another name")
         return _estimate(checked, model, _options(settings, given), where, on_error, as_json)
     # Ours from here on: a second start is refused now, and not after its work.
     with new_file(out, overwrite=overwrite, reads=(facts, model, corpus, editor)) as place:

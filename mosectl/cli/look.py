@@ -26,6 +26,7 @@ def check(
     from mosectl.facts.readers import shown
     from mosectl.facts.records import read_facts
     from mosectl.render import console, terminal
+    from mosectl.text.shown import counted
 
     found = read_facts(facts, "report", limit)
     tokens, unreadable = None, 0
@@ -45,7 +46,7 @@ def check(
         terminal.check(found, tokens)
     if found.skipped or not found.facts:
         raise FactsError(
-            f"{found.skipped} entries cannot be used" if found.skipped else "holds no usable fact",
+            f"{counted(found.skipped, 'entry', 'entries')} cannot be used" if found.skipped else "holds no usable fact",
             where=str(shown(Path(facts))), fix="mend them, or edit with --on-error skip",
         )  # fmt: skip
     if unreadable:

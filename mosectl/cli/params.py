@@ -35,6 +35,10 @@ def output_file(text: str, option: str = "-o") -> Path:
         folder = str(text).endswith(("/", os.sep)) or Path(text).is_dir()
     except OSError as e:  # a name too long
         raise OutputError(f"cannot write: {e.strerror}", where=str(text), fix="choose a shorter name") from e
+    if text == "-":
+        raise OutputError(
+            "a patch is not written to standard output", where="-", fix=f"give a file name after {option}"
+        )
     if folder:
         fix = f"give a file name after {option}, such as {Path(text) / 'name'}"
         raise OutputError("is a folder, not a file", where=str(text), fix=fix)

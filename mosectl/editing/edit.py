@@ -51,6 +51,8 @@ from mosectl.patch.finite import all_zeros, check_weight
 from mosectl.patch.record import BaseTensor, PatchFact
 from mosectl.storage.progress import Clock, OnStep
 
+ALREADY = "nothing changed: the model already says every new target"
+
 
 @dataclass(frozen=True)
 class FactResult:
@@ -124,7 +126,7 @@ def edit(
         if isinstance(model, str | Path):
             note_chat(ready.loaded.tokenizer, options.chat)
     loaded, checked = ready.loaded, ready.facts
-    done = _computed(ready, options, trained, clock, progress)
+    done = _computed(ready, options, trained, clock, progress, refuse)
     edited = [p for p in ready.arch.projections if p.name in done.changes]
     on = changes_on(loaded.model, [(p, [done.changes[p.name]]) for p in edited])
     with made_by_the_edit(), on, clock("ask after") as step:
@@ -182,10 +184,19 @@ class _Done:
 
 
 def _computed(
-    ready: _Ready, options: EditOptions, trained: Editor | None, clock: Clock, progress: Progress | None
+    ready: _Ready,
+    options: EditOptions,
+    trained: Editor | None,
+    clock: Clock,
+    progress: Progress | None,
+    refuse: bool,
 ) -> _Done:
-    """Choose layers, take statistics, ask before, edit."""
+    """Ask before, choose layers, take statistics, edit."""
     loaded, facts, model = ready.loaded, ready.facts, ready.loaded.model
+    with clock("ask before") as step:
+        before = interview(model, loaded.tokenizer, facts, chat=options.chat, on_step=step)
+    if refuse and all(says(a.text, f.target_new) for a, f in zip(before.answers, facts, strict=True)):
+        raise EditFailed(ALREADY, fix="no patch is needed")
     with turns(model, ready.arch) as turned:
         with clock("layers"):
             projections, scores = _choose(loaded, turned, facts, options, trained)
@@ -195,8 +206,6 @@ def _computed(
             moments = Moments({}, {}, 0, False, math.inf)
             if method(options.method).needs_moments(options.form):
                 moments = second_moments(model, loaded.tokenizer, projections, ready.corpus, on_step=step)
-        with clock("ask before") as step:
-            before = interview(model, loaded.tokenizer, facts, chat=options.chat, on_step=step)
         with clock("wordings") as step:
             wordings = _wordings(loaded, facts, before, options, step)
         session = Session(loaded, turned, projections, moments, options, trained)
@@ -299,7 +308,7 @@ def _refuse_failure(results: Sequence[FactResult], remedy: str) -> None:
     if any(r.status == "changed" for r in results):
         return
     if all(r.status == "already known" for r in results):
-        raise EditFailed("nothing changed: the model already says every new target", fix="no patch is needed")
+        raise EditFailed(ALREADY, fix="no patch is needed")
     if any(r.status == "not finite" for r in results):
         raise EditFailed("nothing changed: the loss is not finite", fix="try --dtype float32")
     best = max(results, key=lambda r: r.probability_after)

@@ -109,7 +109,9 @@ def _setting(setting: str, types: Mapping[str, Any]) -> tuple[str, Any]:
                 f"--set {setting}: no such choice", fix=f"choose one of: {', '.join(WORDS[now])}"
             ) from None
         what = "not a whole number" if whole else "not a number"
-        raise UsageError(f"--set {setting}: {what}", fix=f"write --set name={'3' if whole else '0.5'}") from None
+        raise UsageError(
+            f"--set {setting}: {what}", fix=f"write --set {name or 'name'}={'3' if whole else '0.5'}"
+        ) from None
     if now in WORDS and (name == now or number not in WORDS[now].values()):
         raise UsageError(f"--set {setting}: no such choice", fix=f"choose one of: {', '.join(WORDS[now])}")
     if now not in WORDS and not 0 <= number < float("inf"):  # NaN too

@@ -28,9 +28,8 @@ def todays(name: str, value: Any) -> tuple[str, Any]:
     if name not in RENAMED:
         return name, value
     now, value = of_today(name, value)
-    warnings.warn(
-        Notice(f"the setting '{name}' is called '{now}' now; the old name ends with version 0.3"), stacklevel=3
-    )
+    told = f"the setting '{name}' is called '{now}' now: write {now}={value}; the old name ends with version 0.3"
+    warnings.warn(Notice(told), stacklevel=3)
     return now, value
 
 

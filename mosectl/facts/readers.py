@@ -90,6 +90,8 @@ def _stdin() -> bytes:
 
 
 def _refuse_binary(path: Path, data: bytes) -> None:
+    if data[8:10] == b'{"' and data[5:8] == b"\0\0\0":  # the length of a safetensors header
+        raise bad(path, "is a safetensors file, such as a patch, not facts", "give .jsonl, .json or .csv")
     # JSON and CSV begin with an ASCII character: every other byte is then 0 in UTF-16, with or without a mark.
     if data[:2] in (b"\xff\xfe", b"\xfe\xff") or (len(data) > 3 and b"\0\0" in (data[0:4:2], data[1:4:2])):
         raise bad(path, "is UTF-16, not UTF-8", "save it as UTF-8")

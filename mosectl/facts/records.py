@@ -175,7 +175,7 @@ def as_facts(facts: str | Path | Sequence[Fact | Mapping[str, Any]], purpose: st
 
 def _summary(path: Path, errors: Sequence[Problem], entries: int) -> FactsError:
     if len(errors) == 1:
-        return bad(errors[0].where, errors[0].what, f"{errors[0].fix}, or leave it out: --on-error skip")
+        return bad(errors[0].where, errors[0].what, f"{errors[0].fix} (--on-error skip leaves the line out)")
     shown = "".join(f"\n  {p.where}: {p.what} → {p.fix}" for p in errors[:5])
     more = f"\n  … and {len(errors) - 5} more" if len(errors) > 5 else ""
     fix = f"run: mosectl check {word(path)}   (--on-error skip leaves bad entries out)"

@@ -51,13 +51,14 @@ class Match:
     same: bool
     exact: bool  # same bytes
     note: str  # what was compared, with numbers; the reason when not the same
+    fits: bool = True  # it has the base's shape
 
 
 def match(base: BaseTensor, weight: Tensor) -> Match:
     """Compare: same bytes, or the same weights rounded to another dtype, or another base."""
     weight = _first(weight)
     if tuple(weight.shape) != base.shape:
-        return Match(False, False, f"shape {list(weight.shape)}, the patch was made for {list(base.shape)}")
+        return Match(False, False, f"shape {list(weight.shape)}, the patch was made for {list(base.shape)}", False)
     dtype = NAMES.get(weight.dtype, str(weight.dtype))
     if dtype == base.dtype:
         same = sha256(weight) == base.sha256

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mosectl.editing.settings import of_today
 from mosectl.render.console import hint, line, size, table, warn
-from mosectl.text.shown import word
+from mosectl.text.shown import counted, word
 
 if TYPE_CHECKING:
     from mosectl.checkpoints.export import Exported
@@ -73,6 +73,8 @@ def edit(result: EditResult, path: Path | None, model: str) -> None:
     if missed:
         edited = sum(r.status != "not edited" for r in result.facts)
         warn(f"{missed} of {edited} edited facts were not reached", f": {result.remedy} may help")
+    if not s.rephrasings and not s.locality_prompts:
+        hint("no rephrasings and no locality prompts were given: nothing says what else changed (mosectl eval)")
     if path:
         line(f"patch {result.patch.id[:12]} → {path} ({size(path.stat().st_size)})")
         hint(f"next: mosectl inspect {word(path)}   |   mosectl apply {word(path)} --model {word(model)} -o edited/")
@@ -138,9 +140,8 @@ def check(report: FactsReport, views: Sequence[TokenView] | None) -> None:
         )
     rephrasings = sum(len(f.rephrase_prompts) for f in report.facts)
     locality = sum(len(f.locality) for f in report.facts)
-    line(
-        f"{len(report.facts)} facts usable, {report.skipped} not; {rephrasings} rephrasings, {locality} locality prompts"
-    )
+    usable = f"{counted(len(report.facts), 'fact')} usable, {report.skipped} not"
+    line(f"{usable}; {counted(rephrasings, 'rephrasing')}, {counted(locality, 'locality prompt')}")
 
 
 def doctor(d: Diagnosis) -> None:
@@ -179,7 +180,7 @@ def inspection(i: Inspection) -> None:
     p = i.patch
     rows = [
         ("id", p.id),
-        ("method", f"{p.method} ({p.side} side), seed {p.seed}"),
+        ("method", f"{p.method} ({p.side} side{'s' * (p.side == 'both')}), seed {p.seed}"),
         ("base model", f"{p.model} ({p.model_type})" + (f" @ {p.revision}" if p.revision else "")),
         ("made with", ", ".join(f"{k} {v}" for k, v in p.versions.items())),
         ("file", size(i.file_bytes)),

@@ -56,6 +56,10 @@ def header_of(file: BinaryIO) -> tuple[dict[str, Any], dict[str, str], int]:
     except schema.Misfit as e:
         raise PatchError(f"malformed: {e}", where="__metadata__", fix=_AGAIN) from e
     except ValueError as e:
+        file.seek(0)
+        if file.read(1) in (b"{", b"[", b"p"):  # JSON, or a CSV's "prompt"
+            fix = "give a .safetensors file made by mosectl; facts go to mosectl edit"
+            raise PatchError("a text file, such as facts, not a patch", fix=fix) from e
         fix = "give a file made by mosectl; fetch it again if it is one"
         raise PatchError(f"damaged: {e}", where="header", fix=fix) from e
     return header, metadata, start

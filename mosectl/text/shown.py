@@ -93,3 +93,8 @@ def _record(*args: Any, **more: Any) -> logging.LogRecord:
     with suppress(TypeError, ValueError):  # a message that does not fit its arguments: logging tells of it
         made.msg, made.args = printable(made.getMessage(), breaks=CONTINUED), None
     return made
+
+
+def counted(n: int, one: str, several: str = "") -> str:
+    """A number with its noun: "1 fact", "2 facts"."""
+    return f"{n:,} {one if n == 1 else several or one + 's'}"
