@@ -49,7 +49,7 @@ BLOCK = 32_768  # tokens of texts taken at random, in which those of like length
 # G is taken over a part of the first block: it is damped anyway, a gradient costs three forwards, and the logits of
 # a large vocabulary cost more than all layers (docs/LOG.md).
 PER_DIRECTION = 16  # tokens for each of G's d directions
-ASKED = 8  # one in so many of these tokens has its logits asked; which ones is drawn anew in each text
+ASKED = 4  # one in so many of these tokens has its logits asked; which ones is drawn anew in each text
 ENOUGH = 0.1  # relative error of C at which no more text is read
 SKETCH = 64  # directions in which that error is judged
 
