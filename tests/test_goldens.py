@@ -22,6 +22,7 @@ from support.paths import DEMO, ROOT
 
 FACTS = ROOT / "examples" / "facts.jsonl"
 PATCH = ROOT / "patches" / "demo.safetensors"
+SEARCHED = 0.5  # an optimiser on another machine ends a little elsewhere
 
 
 class Desk:
@@ -36,8 +37,8 @@ class Desk:
         assert run(*args) == code, self.capsys.readouterr().err
         return self.capsys.readouterr().out
 
-    def json(self, name: str, *args: object, code: int = 0) -> None:
-        check_json(f"{name}.json", self.run(*args, "--json", code=code), self.places)
+    def json(self, name: str, *args: object, code: int = 0, within: float = 0.05) -> None:
+        check_json(f"{name}.json", self.run(*args, "--json", code=code), self.places, within)
 
     def text(self, name: str, *args: object, code: int = 0) -> None:
         check(name, text(self.run(*args, code=code), self.places))
@@ -122,8 +123,8 @@ def test_patches_on_a_model(desk: Desk) -> None:
 def test_edit(desk: Desk) -> None:
     out = desk.folder / "p.safetensors"
     how = ["--layers", "2-4", "--limit", 2, "--set", "wordings=0"]
-    desk.json("edit", "edit", FACTS, "--model", DEMO, "-o", out, *how)
-    desk.json("edit-record", "inspect", out)
+    desk.json("edit", "edit", FACTS, "--model", DEMO, "-o", out, *how, within=SEARCHED)
+    desk.json("edit-record", "inspect", out, within=SEARCHED)
 
 
 def test_measurements(desk: Desk) -> None:
@@ -146,13 +147,13 @@ layers: 2-4
 methods: [{{name: mose, set: [wordings=0]}}, {{name: memit}}]
 """)
     results = desk.folder / "results"
-    desk.json("bench", "bench", config, "-o", results)
+    desk.json("bench", "bench", config, "-o", results, within=SEARCHED)
     tables = re.sub(
         r"\| [\d.]+ \| [\d.]+ \|  \|$", "| <seconds> | <edits/s> |  |", (results / "tables.md").read_text(), flags=re.M
     )
-    check("bench-tables.md", text(tables, desk.places))
+    check("bench-tables.md", text(tables, desk.places), SEARCHED)
     first = (results / "results.jsonl").read_text().splitlines()[0]
-    check_json("bench-result.json", first, desk.places)
+    check_json("bench-result.json", first, desk.places, SEARCHED)
 
 
 def test_preparation(desk: Desk) -> None:

@@ -12,15 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mosectl.editing import guard, second_moments
 from mosectl.errors import UsageError
 from mosectl.facts import corpus
-from mosectl.facts.corpus import read_corpus
+from mosectl.facts.corpus import Corpus, read_corpus
+from mosectl.model.architecture import resolve
 from support.json_mutations import fuzzing
-from support.models import make_tokenizer
+from support.models import make_tokenizer, pico
 from support.spoiling import flipped, mutated
 
 
@@ -103,11 +105,31 @@ def test_a_long_text_is_not_tokenised_whole() -> None:
     assert max(asked) <= second_moments.BEGINNING
 
 
+def test_a_sample_of_the_positions_gives_the_same_G(monkeypatch: pytest.MonkeyPatch) -> None:
+    """E[g gᵀ] is a sum over positions whose labels are independent: a part of them gives that part of it."""
+    model, tokenizer = pico("llama"), make_tokenizer()
+    projections = list(resolve(model).projections)
+    texts = tuple(
+        f"The capital of Brinmouth is Lower Quill {i} and Tomas Veldrin plays the cello {i}." for i in range(300)
+    )
+    text = Corpus("x", texts)
+
+    def found(asked: int, tokens: int) -> dict[str, torch.Tensor]:
+        monkeypatch.setattr(second_moments, "ASKED", asked)
+        monkeypatch.setattr(second_moments, "PER_DIRECTION", tokens)
+        return second_moments.second_moments(model, tokenizer, projections, text, cache=False).G
+
+    whole, part = found(1, 10**9), found(4, 100)
+    for name, G in whole.items():
+        assert float((part[name] - G).norm() / G.norm()) < 0.25
+        assert abs(float(part[name].trace() / G.trace()) - 1) < 0.1
+
+
 def test_where_the_work_ends() -> None:
     """Blocks of two, three and two batches of ten tokens: whole ones are read, the first takes longer."""
     batches = [(i, block, [[0] * 5, [0] * 5]) for i, block in enumerate([0, 0, 1, 1, 1, 2, 2])]
-    work = second_moments._Work(batches, 0.1)
-    assert work.so_far(1) == (4, 13), "as if all were read"
+    work = second_moments._Work(batches, 0.1, 1.0)
+    assert work.so_far(1) == (400, 1300), "as if all were read"
     for done, error, end in (
         (1, 0.1, 2),
         (2, 0.1, 2),
@@ -120,4 +142,4 @@ def test_where_the_work_ends() -> None:
         work.foresee(done, error)
         assert work.end == end, (done, error)
     work.foresee(5, 0.1)
-    assert work.so_far(5) == (11, 11)
+    assert work.so_far(5) == (1100, 1100)

@@ -159,6 +159,8 @@ def test_reach_bounds_the_steps() -> None:
 def test_gradient_moments_against_a_plain_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Text by text, with the likeliest token for a label instead of a drawn one."""
     (tmp_path / "corpus.txt").write_text(CORPUS)
+    monkeypatch.setattr("mosectl.editing.second_moments.ASKED", 1)
+    monkeypatch.setattr("mosectl.editing.second_moments.PER_DIRECTION", 10**9)
     monkeypatch.setattr(
         "mosectl.editing.second_moments.torch.multinomial", lambda p, *_, **__: p.argmax(-1, keepdim=True)
     )
