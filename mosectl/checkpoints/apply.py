@@ -131,15 +131,15 @@ def _reverted(
     if not force:
         _check_intact(source)
     stack = [p for p in source.stack if p.id != wanted]
-    strangers = source.strangers() if source.journal else []
+    changed = source.unedited_but_changed() if source.journal else []
     how = Writing(keep_base=source.journal is not None and source.journal.kept_base, in_place=in_place)
     done = _written(source, stack, target, how, notes, on_step)
     warnings = [
         f"patch {p.id[:12]} was computed on top of it and may act differently now" for p in stack if wanted in p.parents
     ]
-    if strangers:
-        some = ", ".join(strangers[:3])
-        warnings.append(f"{len(strangers)} other tensors are not the base's, no patch made them so: {some}")
+    if changed:
+        some = ", ".join(changed[:3])
+        warnings.append(f"{len(changed)} other tensors are not the base's, no patch made them so: {some}")
     if how.keep_base and not all(t.exact for t in done.tensors):
         lost = f"the kept base tensors are damaged, {source.out_of_reach}"
         warnings.append(f"{lost}; undone algebraically, exact up to rounding")
@@ -180,8 +180,8 @@ def check_stored(source: Source) -> None:
 
 def _check_intact(source: Source) -> None:
     """Refuse to overwrite what something else has changed since."""
-    if foreign := source.foreign():
-        what = f"'{foreign[0]}' was changed after mosectl wrote it, and would be overwritten"
+    if changed := source.edited_and_changed():
+        what = f"'{changed[0]}' was changed after mosectl wrote it, and would be overwritten"
         raise ModelError(what, where=source.checkpoint.model, fix="see mosectl verify; --force overwrites it")
 
 

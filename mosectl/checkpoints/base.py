@@ -122,12 +122,12 @@ class Source:
             )
         return self.projections[module]
 
-    def foreign(self) -> list[str]:
+    def edited_and_changed(self) -> list[str]:
         """Edited tensors that are not as the journal has them: something else has changed them since."""
         edited = self.journal.tensors.items() if self.journal else ()
         return [name for name, t in edited if sha256(self.checkpoint.read(name)) != t.sha256]
 
-    def strangers(self) -> list[str]:
+    def unedited_but_changed(self) -> list[str]:
         """Tensors that no patch has touched and that are not the base's; none where the base is out of reach.
 
         Only in files written later than the journal, which mosectl writes last: hashing a shard takes as long as copying it.
