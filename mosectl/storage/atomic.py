@@ -118,6 +118,9 @@ def exclusive(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
         yield file
 
 
+TRIES = 100  # to open a file that others delete and make again
+
+
 def open_no_link(path: Path, flags: int, mode: int) -> int:
     """os.open that follows no link at ``path``; where the system cannot be asked for that (Windows), by looking at it.
 
@@ -126,15 +129,18 @@ def open_no_link(path: Path, flags: int, mode: int) -> int:
     """
     if hasattr(os, "O_NOFOLLOW"):
         return os.open(path, flags | os.O_NOFOLLOW, mode)
-    if not path.is_symlink():
+    for _ in range(TRIES):
+        if path.is_symlink():
+            break
         descriptor = os.open(path, flags, mode)
         try:
-            if os.path.samestat(os.fstat(descriptor), path.lstat()):  # no link came in between
-                return descriptor
+            same = os.path.samestat(os.fstat(descriptor), path.lstat())
         except OSError:
             os.close(descriptor)
             raise
-        os.close(descriptor)
+        if same:
+            return descriptor
+        os.close(descriptor)  # replaced in between: by a link, or by another process's file
     raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
 
 
