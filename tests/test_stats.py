@@ -125,6 +125,13 @@ def test_a_sample_of_the_positions_gives_the_same_G(monkeypatch: pytest.MonkeyPa
         assert abs(float(part[name].trace() / G.trace()) - 1) < 0.1
 
 
+def test_gradients_are_taken_of_one_text_at_least() -> None:
+    first = [[[0] * 5] * 3, [[0] * 9] * 2]
+    assert second_moments._with_gradients(first, 1e-9) == [[False] * 3, [False, True]]
+    assert second_moments._with_gradients(first, 1.0) == [[True] * 3, [True] * 2]
+    assert second_moments._with_gradients([], 1.0) == []
+
+
 def test_where_the_work_ends() -> None:
     """Blocks of two, three and two batches of ten tokens: whole ones are read, the first takes longer."""
     batches = [(i, block, [[0] * 5, [0] * 5]) for i, block in enumerate([0, 0, 1, 1, 1, 2, 2])]

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from mosectl.editing.moments_cache import cached, check_writable, keep
 from mosectl.facts.corpus import MAX_TOKENS, Corpus, read_corpus
 from mosectl.model import distributed as processes
-from mosectl.model.architecture import resolve
+from mosectl.model.architecture import parse_layers, resolve
 from mosectl.model.edit_site import Projection
 from mosectl.model.forward import (
     Batch,
@@ -41,6 +41,7 @@ from mosectl.model.forward import (
 )
 from mosectl.model.memory import fitting, halving
 from mosectl.model.positions import window
+from mosectl.model.weights import solve_device, turns, weight_of
 
 MAX_LENGTH = 512  # tokens a text: statistics do not need long contexts, and memory grows with them
 BEGINNING = 100_000  # characters of a text that may hold the few tokens that are read of it
@@ -122,9 +123,7 @@ def prepare(
     Raises:
         ModelError, HubError, UsageError.
     """
-    from mosectl.model.architecture import parse_layers
     from mosectl.model.loading import load
-    from mosectl.model.weights import turns
 
     texts = read_corpus(corpus)
     loaded = load(model, revision=revision, device=processes.process_device(device), dtype=dtype)
@@ -148,13 +147,12 @@ def _accumulate(
         state = processes.join()
         mine = mine[state.process_index :: state.num_processes]
     sums, share = _Sums(model, projections), _gradient_share(projections, blocks[0])
-    stops = 0.0 if distributed else enough
+    chosen, stops = _with_gradients(blocks[0], share), 0.0 if distributed else enough
     work = _Work(mine, stops, share)
     with frozen(model):
         for done, (number, block, sequences) in enumerate(mine, 1):
             batch = Batch.of(sequences, input_device(model))
-            rng = random.Random(number)
-            taken = torch.tensor([block == 0 and rng.random() < share for _ in sequences])
+            taken = torch.tensor(chosen[number] if block == 0 else [False] * len(sequences))
             sums.add(batch, taken, torch.Generator(batch.input_ids.device).manual_seed(number), done)
             full = done == len(mine) or mine[done][1] > block
             if stops and (full or done & (done - 1) == 0):  # now and then in the first block: it is not free
@@ -173,12 +171,21 @@ def _gradient_share(projections: Sequence[Projection], first: list[list[list[int
     return min(1.0, PER_DIRECTION * max(p.d for p in projections) / max(1, tokens))
 
 
+def _with_gradients(first: list[list[list[int]]], share: float) -> list[list[bool]]:
+    """Which texts of each batch of the first block G is taken over: that share of them at random, one at least."""
+    chosen = []
+    for number, sequences in enumerate(first):
+        rng = random.Random(number)
+        chosen.append([rng.random() < share for _ in sequences])
+    if chosen and not any(map(any, chosen)):
+        chosen[-1][-1] = True  # the longest
+    return chosen
+
+
 class _Sums:
     """Sums of k kᵀ and g gᵀ by module path, float32: a batch is a block of thousands of tokens, so few are added up."""
 
     def __init__(self, model: nn.Module, projections: Sequence[Projection]) -> None:
-        from mosectl.model.weights import solve_device, weight_of
-
         self.model, self.projections = model, projections
         self.sums: dict[tuple[str, str], Tensor] = {}
         for p in projections:
