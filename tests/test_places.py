@@ -13,6 +13,11 @@ from pathlib import Path
 
 import pytest
 
+# A module that is first imported while a test has patched what it imports by name would keep the patch.
+import mosectl.bench.runner
+import mosectl.checkpoints.audit
+import mosectl.checkpoints.conflicts
+import mosectl.measure.evaluate  # noqa: F401
 from mosectl.checkpoints.export import export
 from mosectl.errors import OutputError
 from mosectl.model import generation
