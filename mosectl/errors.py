@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 # By code: in a word or two for the help page, and in full.
 EXIT_CODES = {
     0: ("done", "done"),
@@ -100,6 +102,11 @@ class ConflictError(MosectlError):
     """Patches contradict each other; nothing was written."""
 
     exit_code = 12
+
+
+def debugging() -> bool:
+    """Did the user ask for tracebacks, and for what libraries tell their developers?"""
+    return os.environ.get("MOSECTL_DEBUG", "") not in ("", "0")
 
 
 class Notice(UserWarning):

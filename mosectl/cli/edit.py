@@ -9,9 +9,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mosectl.cli.params import FACTS, FILE, Chat, Corpus, Device, Dtype, Json, Limit, Model, OnError, Revision
+from mosectl.cli.params import (
+    FACTS,
+    FILE,
+    Chat,
+    Corpus,
+    Device,
+    Dtype,
+    Json,
+    Limit,
+    Model,
+    OnError,
+    Revision,
+    not_thrown_away,
+)
 from mosectl.editing.methods import DEFAULT, built_in
-from mosectl.errors import OutputError, StoppedEarly, UsageError
+from mosectl.errors import StoppedEarly, UsageError
 
 if TYPE_CHECKING:
     from mosectl.editing.edit import EditResult
@@ -118,8 +131,11 @@ def edit(
         return _estimate(checked, model, _options(settings, given), where, on_error, as_json)
     # Ours from here on: a second start is refused now, and not after its work.
     with new_file(out, overwrite=overwrite, reads=(facts, model, corpus, editor)) as place:
+        from mosectl.editing.resume import Progress, beside
+
         options = _options(settings, given)
-        kept = _progress(out, resume, overwrite)
+        kept = Progress(beside(out), resume)
+        not_thrown_away(kept.path, resume, overwrite, "holds what an interrupted run has reached")
         result = _computed(checked, model, options, where, on_error, place, kept)
         result.patch.save(place.ready())
     kept.done()
@@ -158,19 +174,6 @@ def _estimate(
     fitted(checked.facts, *reader(model, where["revision"]), chat=options.chat, on_error=on_error)
     plan = estimate(model, checked.facts, options, **where)
     console.data(plan) if as_json else terminal.estimate(plan, len(checked.facts))
-
-
-def _progress(out: Path, resume: bool, overwrite: bool) -> Progress:
-    """Where the run's state is kept; what another run has left there is not thrown away unasked."""
-    from mosectl.editing.resume import Progress, beside
-    from mosectl.storage.atomic import output_errors
-
-    kept = Progress(beside(out), resume)
-    with output_errors(kept.path):
-        if kept.path.exists() and not resume and not overwrite:
-            fix = "give --resume to go on with it, or --overwrite to start again"
-            raise OutputError("holds what an interrupted run has reached", where=str(kept.path), fix=fix)
-    return kept
 
 
 def _computed(

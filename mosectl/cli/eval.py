@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mosectl.cli.params import FACTS, Chat, Device, Dtype, Force, Json, Limit, OnError, Revision, file_option
+from mosectl.cli.params import FACTS, Chat, Device, Dtype, Force, Json, Limit, OnError, Revision, claimed, file_option
 from mosectl.errors import UsageError
 
 if TYPE_CHECKING:
@@ -101,8 +101,10 @@ def evaluate(
         "model": model, "base": base, "text": text, "chat": chat, "revision": revision, "device": device, "dtype": dtype,
         "batch_size": batch_size, "force": force, "on_error": on_error,
     }  # fmt: skip
+    if len({path.absolute() for path in files.values()}) < len(files):
+        raise UsageError(f"{' and '.join(files)} name the same file", fix="give each its own")
     with ExitStack() as stack:
-        places = _places(files, overwrite, (what, facts, model, base, text), stack)
+        places = claimed(files, "--png", overwrite, (what, facts, model, base, text), stack)
         tasks = (abilities, abilities_limit, allow_code)
         found, judge = _measured(what, checked.facts, protocol or [], tasks, fail_under or [], how)
         _write(found, places)
@@ -142,20 +144,6 @@ def _tasks(names: str | None, limit: int | None, allow_code: bool, on_step: OnSt
         raise UsageError("--abilities names no task", fix="write --abilities local, or the names of tasks")
     on_step("abilities: tasks", 0, 1)
     return load_tasks(wanted, limit, allow_code=allow_code)
-
-
-def _places(files: dict[str, Path], overwrite: bool, reads: Sequence[str | None], stack: ExitStack) -> dict[str, Place]:
-    """Where to write each, ours from here on; what stands in the way is found out before the work, not after it."""
-    from mosectl.storage.places import new_file
-
-    if len({path.absolute() for path in files.values()}) < len(files):
-        raise UsageError(f"{' and '.join(files)} name the same file", fix="give each its own")
-    if "--png" in files:
-        from mosectl.render.charts import check_matplotlib
-
-        check_matplotlib()
-    how: dict[str, Any] = {"overwrite": overwrite, "reads": reads}
-    return {o: stack.enter_context(new_file(p, option=o, **how)) for o, p in files.items()}
 
 
 def _write(found: Evaluation, places: dict[str, Place]) -> None:

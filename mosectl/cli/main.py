@@ -13,7 +13,7 @@ from typing import Any
 import typer
 
 from mosectl.cli.app import app
-from mosectl.errors import MosectlError, Notice, OutputError, UsageError
+from mosectl.errors import MosectlError, Notice, OutputError, UsageError, debugging
 from mosectl.text.shown import guard_streams
 
 
@@ -29,7 +29,7 @@ def _shown(message: Warning | str, category: type[Warning], *where: Any, **more:
 
 def _quiet_libraries() -> None:
     """What libraries tell their own developers is not for users, who can do nothing about it."""
-    if not os.environ.get("MOSECTL_DEBUG", "").strip("0"):
+    if not debugging():
         for category in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):
             warnings.simplefilter("ignore", category)
 
@@ -108,7 +108,7 @@ def _failed(e: BaseException) -> int:
     if isinstance(e, OSError) and e.filename is None and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
         _drop_stdout()
         e = OutputError(f"cannot write: {e.strerror}", where="standard output", fix="free some space")
-    if console.debugging():
+    if debugging():
         raise e
     if type(e).__name__ == "OutOfMemoryError":
         e = UsageError(

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mosectl.errors import OutputError
+
+if TYPE_CHECKING:
+    from mosectl.storage.places import Place
 
 Model = Annotated[str, typer.Option("--model", "-m", help="Model folder or hub id.")]
 Revision = Annotated[str | None, typer.Option(help="Commit, tag or branch of a hub model.")]
@@ -57,3 +62,37 @@ FACTS = "Facts file: .jsonl, .json or .csv; - for standard input."
 def named(phase: str, on_step: Any) -> Any:
     """A progress callback (done, total) that names its phase."""
     return lambda done, total: on_step(phase, done, total)
+
+
+def not_thrown_away(state: Path, resume: bool, overwrite: bool, what: str) -> None:
+    """The state that an interrupted run has left is gone on with or given up only as the user says.
+
+    Raises:
+        OutputError: it is there, and neither --resume nor --overwrite was given.
+    """
+    from mosectl.storage.atomic import output_errors
+
+    with output_errors(state):
+        if state.exists() and not resume and not overwrite:
+            fix = "give --resume to go on with it, or --overwrite to start again"
+            raise OutputError(what, where=str(state), fix=fix)
+
+
+def claimed(
+    files: Mapping[str, Path | None], picture: str, overwrite: bool, reads: Sequence[str | None], stack: ExitStack
+) -> dict[str, Place]:
+    """Where to write each file, by its option, ours from here on: what stands in the way is found before the work.
+
+    Args:
+        picture: the option whose file matplotlib draws.
+    Raises:
+        UsageError: matplotlib is missing. OutputError: a file is there, or cannot be written.
+    """
+    from mosectl.storage.places import new_file
+
+    if files.get(picture):
+        from mosectl.render.charts import check_matplotlib
+
+        check_matplotlib(picture)
+    how: dict[str, Any] = {"overwrite": overwrite, "reads": reads}
+    return {o: stack.enter_context(new_file(p, option=o, **how)) for o, p in files.items() if p}

@@ -42,12 +42,13 @@ CheckFacts = Annotated[
 def _told(found: Sequence[Conflict], allow: bool, as_json: bool) -> None:
     """Report conflicts; contradictions are an error where they are not allowed."""
     from mosectl.render import console, terminal
+    from mosectl.text.shown import counted
 
     terminal.conflicts(found)
     if (bad := [c for c in found if c.kind != "order"]) and not allow:
         if as_json:
             console.data({"conflicts": bad})
-        what = f"{len(bad)} conflict{'s' * (len(bad) > 1)}, nothing was written: {bad[0].what}"
+        what = f"{counted(len(bad), 'conflict')}, nothing was written: {bad[0].what}"
         fix = "leave a patch out, or give --allow-conflicts and ask which one wins"
         raise ConflictError(what, where=bad[0].where, fix=fix)
 

@@ -19,10 +19,11 @@ from mosectl.cli.params import (
     Model,
     OnError,
     Revision,
+    claimed,
     file_option,
     named,
+    not_thrown_away,
 )
-from mosectl.errors import OutputError
 
 if TYPE_CHECKING:
     from mosectl.facts.records import Fact
@@ -96,7 +97,7 @@ def train_editor(
     """Train HORSE's or MALMEN's network on a model, for edit --method horse. Many GPUs: `accelerate launch -m mosectl …`."""
     from mosectl.facts.records import read_facts
     from mosectl.model import distributed
-    from mosectl.render import terminal
+    from mosectl.render import console, terminal
 
     checked = read_facts(facts, on_error, limit)
     terminal.problems(checked)
@@ -107,8 +108,12 @@ def train_editor(
         "rate": rate, "locality": locality, "patience": patience, "every": every, "seed": seed,
     }  # fmt: skip
     with ExitStack() as stack:
-        places = _places(out, plot, overwrite, (facts, validation, corpus, model), stack) if first else {}
-        _check_state(state, resume, overwrite)
+        files, reads = {"-o": out, "--plot": plot}, (facts, validation, corpus, model)
+        places = claimed(files, "--plot", overwrite, reads, stack) if first else {}
+        not_thrown_away(state, resume, overwrite, "holds an interrupted training")
+        if resume and first:
+            there = state.exists()
+            console.hint(f"goes on with {state}" if there else f"no {state} to go on with: starts from the beginning")
         where = {"revision": revision, "device": distributed.process_device(device), "dtype": dtype}
         how = {"validation": unseen, "on_error": on_error, "state": state, "resume": resume}
         editor = _trained(model, checked.facts, given, corpus, where, how)
@@ -117,21 +122,6 @@ def train_editor(
         _write(editor, places)
     state.unlink(missing_ok=True)
     _tell(editor, out, model, as_json)
-
-
-def _check_state(state: Path, resume: bool, overwrite: bool) -> None:
-    """What an interrupted training has left is not thrown away unasked."""
-    from mosectl.model import distributed
-    from mosectl.render import console
-    from mosectl.storage.atomic import output_errors
-
-    with output_errors(state):
-        there = state.exists()
-    if there and not resume and not overwrite:
-        fix = "give --resume to go on with it, or --overwrite to start again"
-        raise OutputError("holds an interrupted training", where=str(state), fix=fix)
-    if resume and distributed.first():
-        console.hint(f"goes on with {state}" if there else f"no {state} to go on with: starts from the beginning")
 
 
 def _trained(
@@ -177,18 +167,3 @@ def _tell(editor: Editor, out: Path, model: str, as_json: bool) -> None:
         console.data({"editor": str(out), "id": editor.id, **record})
     else:
         terminal.trained(editor, out, model)
-
-
-def _places(
-    out: Path, plot: Path | None, overwrite: bool, reads: Sequence[str | None], stack: ExitStack
-) -> dict[str, Place]:
-    """Where to write the editor and the picture, ours from here on."""
-    from mosectl.storage.places import new_file
-
-    if plot:
-        from mosectl.render.charts import check_matplotlib
-
-        check_matplotlib("--plot")
-    files = {"-o": out, "--plot": plot}
-    how: dict[str, Any] = {"overwrite": overwrite, "reads": reads}
-    return {o: stack.enter_context(new_file(p, option=o, **how)) for o, p in files.items() if p}

@@ -7,7 +7,6 @@ goes through shown.py first; nothing in it is taken for markup or emoji.
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 import warnings
@@ -185,8 +184,3 @@ def size(n: float) -> str:
             return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
         n /= 1000
     return f"{n:.1f} TB"
-
-
-def debugging() -> bool:
-    """Did the user ask for tracebacks?"""
-    return os.environ.get("MOSECTL_DEBUG", "") not in ("", "0")
