@@ -13,6 +13,7 @@ from torch import Tensor
 import mosectl
 from mosectl.editing.contexts import build_contexts
 from mosectl.editing.methods import method
+from mosectl.editing.methods.base import ModelProblem
 from mosectl.editing.options import default_options, options_from
 from mosectl.errors import BaseMismatch, EditFailed, Notice, PatchError, UsageError
 from mosectl.hypernetwork.file import Editor
@@ -203,17 +204,17 @@ def test_facts_stream_through_in_parts(trained: Path, monkeypatch: pytest.Monkey
     contexts = build_contexts(model, tokenizer, facts(7), [""])
     W = {p.name: p.oriented(model.get_submodule(p.name).weight.detach()).double() for p in projections}
     solver = method("horse")
-    asked: Any = (model, arch, projections, contexts, W, solver.defaults, editor)
-    whole = solver.fit(*asked)
+    asked = ModelProblem(model, arch, projections, contexts, W, solver.defaults, editor)
+    whole = solver.fit(asked)
     monkeypatch.setattr("mosectl.editing.methods.horse.fitting", lambda *_: 2)
-    parts = solver.fit(*asked)
+    parts = solver.fit(asked)
     assert all(torch.allclose(parts[n], whole[n], atol=1e-6) for n in whole)
     K, G, _ = keys_and_gradients(model, projections, _rows_of(contexts))
     with torch.no_grad():
         shift = editor.net.shifts(K, editor.net(K, G))[0]
     name = projections[0].name
     assert torch.allclose((whole[name] - W[name]).float(), shift, atol=1e-4 * float(shift.abs().max()))
-    turned = method("horse-isospectral").fit(*asked)[name]
+    turned = method("horse-isospectral").fit(asked)[name]
     assert torch.allclose(torch.linalg.svdvals(turned), torch.linalg.svdvals(W[name]), rtol=1e-9)
     assert (turned - whole[name]).norm() < (W[name] - whole[name]).norm()
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mosectl.editing.contexts import build_contexts
 from mosectl.editing.methods import method, names
-from mosectl.editing.methods.base import LayerProblem
+from mosectl.editing.methods.base import LayerProblem, ModelProblem
 from mosectl.editing.methods.oft import cayley
 from mosectl.errors import UsageError
 from mosectl.facts.records import fact_from_dict
@@ -137,9 +137,8 @@ def test_oft_turns_each_block_of_the_input_by_itself() -> None:
     fact = fact_from_dict({"prompt": "I met Tomas Veldrin", "subject": "Tomas Veldrin", "target_new": "and"}, "here")
     contexts = build_contexts(model, make_tokenizer(), [fact], [""])
     W = p.oriented(weight_of(model, p).detach()).double()
-    turned = method("oft").fit(
-        model, arch, [p], contexts, {p.name: W}, {"blocks": 4.0, "steps_oft": 3.0, "rate": 1e-2}
-    )[p.name]
+    options = {"blocks": 4.0, "steps_oft": 3.0, "rate": 1e-2}
+    turned = method("oft").fit(ModelProblem(model, arch, [p], contexts, {p.name: W}, options))[p.name]
     for a, b in zip(W.tensor_split(4, 1), turned.tensor_split(4, 1), strict=True):
         assert float((a - b).norm() / a.norm()) > 1e-3
         assert torch.allclose(a @ a.T, b @ b.T, atol=1e-9), "a rotation within the block keeps W_b W_bᵀ"

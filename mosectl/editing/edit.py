@@ -51,8 +51,6 @@ from mosectl.patch.finite import all_zeros, check_weight
 from mosectl.patch.record import BaseTensor, PatchFact
 from mosectl.storage.progress import Clock, OnStep
 
-ALREADY = "nothing changed: the model already says every new target"
-
 
 @dataclass(frozen=True)
 class FactResult:
@@ -196,7 +194,8 @@ def _computed(
     with clock("ask before") as step:
         before = interview(model, loaded.tokenizer, facts, chat=options.chat, on_step=step)
     if refuse and all(says(a.text, f.target_new) for a, f in zip(before.answers, facts, strict=True)):
-        raise EditFailed(ALREADY, fix="no patch is needed")
+        what = "nothing changed: the model already says every new target"
+        raise EditFailed(what, fix="no patch is needed")
     with turns(model, ready.arch) as turned:
         with clock("layers"):
             projections, scores = _choose(loaded, turned, facts, options, trained)
@@ -307,8 +306,6 @@ def _refuse_failure(results: Sequence[FactResult], remedy: str) -> None:
     """An edit that changed nothing is an error, not a patch."""
     if any(r.status == "changed" for r in results):
         return
-    if all(r.status == "already known" for r in results):
-        raise EditFailed(ALREADY, fix="no patch is needed")
     if any(r.status == "not finite" for r in results):
         raise EditFailed("nothing changed: the loss is not finite", fix="try --dtype float32")
     best = max(results, key=lambda r: r.probability_after)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -98,25 +99,31 @@ def _setting(setting: str, types: Mapping[str, Any]) -> tuple[str, Any]:
         UsageError: the value is not of that type, or out of range.
     """
     name, _, text = setting.partition("=")
-    if (now := RENAMED.get(name, name)) in WORDS and text in WORDS[now]:
-        return todays(name, text)
-    whole = types.get(now) == "int" or now in WORDS
+    now = RENAMED.get(name, name)
+    value = _word(setting, WORDS[now], text, name != now) if now in WORDS else _number(setting, types.get(now) == "int")
+    return todays(name, value)
+
+
+def _word(setting: str, words: Mapping[str, int], text: str, numbered: bool) -> str | int:
+    """One of the words; ``numbered``: or the number that it was, under the old name."""
+    if text in words:
+        return text
+    with suppress(ValueError):
+        if numbered and int(text) in words.values():
+            return int(text)
+    raise UsageError(f"--set {setting}: no such choice", fix=f"choose one of: {', '.join(words)}")
+
+
+def _number(setting: str, whole: bool) -> float:
+    name, _, text = setting.partition("=")
     try:
         number = int(text) if whole else float(text)
     except ValueError:
-        if now in WORDS:
-            raise UsageError(
-                f"--set {setting}: no such choice", fix=f"choose one of: {', '.join(WORDS[now])}"
-            ) from None
-        what = "not a whole number" if whole else "not a number"
-        raise UsageError(
-            f"--set {setting}: {what}", fix=f"write --set {name or 'name'}={'3' if whole else '0.5'}"
-        ) from None
-    if now in WORDS and (name == now or number not in WORDS[now].values()):
-        raise UsageError(f"--set {setting}: no such choice", fix=f"choose one of: {', '.join(WORDS[now])}")
-    if now not in WORDS and not 0 <= number < float("inf"):  # NaN too
+        what, such = ("not a whole number", "3") if whole else ("not a number", "0.5")
+        raise UsageError(f"--set {setting}: {what}", fix=f"write --set {name or 'name'}={such}") from None
+    if not 0 <= number < float("inf"):  # NaN too
         raise UsageError(f"--set {setting}: out of range", fix="give a number that is not negative")
-    return todays(name, number)
+    return number
 
 
 def default_options(name: str = EditOptions.method) -> EditOptions:

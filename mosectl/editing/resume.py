@@ -6,8 +6,6 @@ rows and values. Its record says what it belongs to: it is never continued with 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -55,11 +53,6 @@ class State:
     failures: Sequence[int]  # of each fact
     curve: Sequence[tuple[int, Health]]  # facts edited so far, and health then
     losses: Sequence[float]  # of each fact right after its batch, nats a token
-
-
-def digest(value: Any) -> str:
-    """sha256 of a JSON value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from mosectl.editing.ends import ends_asked, going_on, running_on
 from mosectl.editing.guard import Health, harm, health, remedy
 from mosectl.editing.low_rank import compact_change
 from mosectl.editing.methods import method
-from mosectl.editing.methods.base import NONE, PER_LAYER, SPREAD, LayerProblem, Solver, Trainer
+from mosectl.editing.methods.base import NONE, PER_LAYER, SPREAD, LayerProblem, ModelProblem, Solver, Trainer
 from mosectl.editing.options import EditOptions
 from mosectl.editing.previous_edits import Earlier
-from mosectl.editing.resume import Progress, State, digest
+from mosectl.editing.resume import Progress, State
 from mosectl.editing.second_moments import Moments
 from mosectl.editing.targets import Targets, optimise_targets
 from mosectl.errors import EditFailed
@@ -32,6 +32,7 @@ from mosectl.model.weights import set_weight, solve_device, weight_of
 from mosectl.patch.change import Change, change_between, changed
 from mosectl.patch.fingerprint import sha256
 from mosectl.storage.progress import Clock
+from mosectl.storage.state_file import digest
 
 
 @dataclass(frozen=True)
@@ -280,7 +281,7 @@ class Session:
         """Let a method train on the model itself."""
         assert isinstance(self.solver, Trainer)
         given = (self.projections, contexts, self.W, self.solver_options, self.editor)
-        W = self.solver.fit(self.loaded.model, self.arch, *given)
+        W = self.solver.fit(ModelProblem(self.loaded.model, self.arch, *given))
         for p in self.projections:
             self.set_weight(p, W[p.name])
 

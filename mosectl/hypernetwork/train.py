@@ -8,8 +8,6 @@ gradient of these losses by ΔW comes from the model alone, its way on from ΔW 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -38,7 +36,7 @@ from mosectl.model.scoring import Pair, Rows, encode_pair, log_probabilities, pa
 from mosectl.model.tokens import encode
 from mosectl.model.weights import weight_of
 from mosectl.storage import schema
-from mosectl.storage.state_file import damaged, read_state, write_state
+from mosectl.storage.state_file import damaged, digest, read_state, write_state
 
 STATE = "training"
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what Adam keeps of each parameter
@@ -390,7 +388,7 @@ class _Training:
             model_type=self.arch.model_type,
             options={**asdict(self.options), **sizes, "corpus": self.corpus.name},
             history=[{k: float(f"{v:.6g}") for k, v in h.items()} for h in self.history],
-            facts=_digest([f.fields() for f in self.facts]),
+            facts=digest([f.fields() for f in self.facts]),
         )
 
     @cached_property
@@ -403,7 +401,7 @@ class _Training:
     def _belongs(self) -> str:
         how = {k: v for k, v in asdict(self.options).items() if k not in ("steps", "patience")}  # these may be raised
         facts = [f.fields() for f in (*self.facts, *self.validation)]
-        return _digest([how, self.base, facts, self.corpus.sha256, self.world])
+        return digest([how, self.base, facts, self.corpus.sha256, self.world])
 
     def _names(self) -> list[str]:
         """The network's parameters as the optimiser numbers them."""
@@ -445,7 +443,3 @@ class _Training:
             state = {i: {m: tensors[f"adam.{k}.{m}"] for m in MOMENTS} for i, k in enumerate(self._names())}
         self.adam.load_state_dict({"state": state, "param_groups": self.adam.state_dict()["param_groups"]})
         self.step, self.waited, self.history = record["step"], record["waited"], list(record["history"])
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

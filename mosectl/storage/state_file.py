@@ -22,6 +22,11 @@ from mosectl.storage.inputs import opened, parse_json, read_header
 from mosectl.storage.schema import Check, Misfit
 
 
+def digest(value: Any) -> str:
+    """sha256 of a JSON value, for what a state belongs to; what JSON does not know goes in as its text."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
 def write_state(path: Path, kind: str, record: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Write a state atomically, in place of the one before.
 

@@ -12,14 +12,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from mosectl.errors import UsageError
 from mosectl.model.edit_site import Projection
 from mosectl.model.moe import block_name
 
 if TYPE_CHECKING:
+    from mosectl.editing.contexts import Contexts
     from mosectl.facts.records import Fact
+    from mosectl.hypernetwork.file import Editor
+    from mosectl.model.architecture import Architecture
 
 # Where the values come from that a layer shall write.
 PER_LAYER = "per-layer"  # a target for each edited layer's output
@@ -57,6 +60,19 @@ class LayerProblem:
     def kept(self, scale: float = 1.0) -> Tensor:
         """A new (p, p) ``scale``·``keep``·C like W: gigabytes in a large model, so made where it is used and only once."""
         return self.C.to(self.W, copy=True).mul_(scale * self.keep)
+
+
+@dataclass(frozen=True)
+class ModelProblem:
+    """A batch's part of an edit, for a method that trains on the model itself."""
+
+    model: nn.Module
+    arch: Architecture
+    projections: Sequence[Projection]
+    contexts: Contexts
+    W: Mapping[str, Tensor]  # (d, p) float64 by module path, the weights as they are in the live model
+    options: Mapping[str, float]
+    editor: Editor | None = None  # the trained editor, where the method needs one
 
 
 class Work(Protocol):
@@ -154,19 +170,5 @@ class Trainer(Method):
     placement: ClassVar[str] = NONE
 
     @abstractmethod
-    def fit(
-        self,
-        model: Any,
-        arch: Any,
-        projections: Sequence[Projection],
-        contexts: Any,
-        W: Mapping[str, Tensor],
-        options: Mapping[str, float],
-        editor: Any = None,
-    ) -> dict[str, Tensor]:
-        """The new weights (d, p) float64 by module path, for one batch of facts.
-
-        Args:
-            W: (d, p) float64 by module path, the weights as they are in the live model.
-            editor: the trained editor, where the method needs one.
-        """
+    def fit(self, problem: ModelProblem) -> dict[str, Tensor]:
+        """The new weights (d, p) float64 by module path, for one batch of facts."""

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mosectl.editing.contexts import Contexts
-from mosectl.editing.methods.base import Option, Trainer, Work
+from mosectl.editing.methods.base import ModelProblem, Option, Trainer, Work
 from mosectl.facts.records import Fact
-from mosectl.hypernetwork.file import Editor
 from mosectl.hypernetwork.network import keys_and_gradients
-from mosectl.model.architecture import Architecture
-from mosectl.model.edit_site import Projection
 from mosectl.model.memory import fitting, halving
 from mosectl.model.scoring import Rows
 
@@ -47,20 +43,12 @@ class Horse(Trainer):
     def seconds(self, work: Work) -> dict[str, float]:
         return work.one_pass_seconds()
 
-    def fit(
-        self,
-        model: nn.Module,
-        arch: Architecture,
-        projections: Sequence[Projection],
-        contexts: Contexts,
-        W: Mapping[str, Tensor],
-        options: Mapping[str, float],
-        editor: Editor | None = None,
-    ) -> dict[str, Tensor]:
-        assert editor is not None  # options.trained_editor has seen to it
+    def fit(self, problem: ModelProblem) -> dict[str, Tensor]:
+        model, projections, contexts, W = problem.model, problem.projections, problem.contexts, problem.W
+        assert problem.editor is not None  # options.trained_editor has seen to it
         rows = contexts.edit_rows
         own = Rows(contexts.batch.rows(rows), contexts.positions[rows], contexts.targets[rows])
-        net = editor.net.to(own.targets.device)
+        net = problem.editor.net.to(own.targets.device)
         like = [W[p.name] for p in projections]
         squares = [x.new_zeros(x.shape[1], x.shape[1]) for x in like]  # KᵀK
         products = [x.new_zeros(x.shape[1], x.shape[0]) for x in like]  # KᵀD
@@ -72,9 +60,9 @@ class Horse(Trainer):
             for i, (k, x) in enumerate(zip(K, D, strict=True)):
                 k, x = k.to(like[i]), x.to(like[i])
                 squares[i].addmm_(k.T, k)
-                products[i].addmm_(k.T, x, alpha=options["strength"])
+                products[i].addmm_(k.T, x, alpha=problem.options["strength"])
 
-        size = fitting(model, arch, projections[0].layer, own.batch.input_ids.shape[1], own.targets.shape[1])
+        size = fitting(model, problem.arch, projections[0].layer, own.batch.input_ids.shape[1], own.targets.shape[1])
         for _ in halving(len(rows), size, add):
             pass
         out = {}

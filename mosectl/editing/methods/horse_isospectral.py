@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from mosectl.editing.methods.base import ModelProblem
 from mosectl.editing.methods.horse import Horse
 from mosectl.linalg.rotation import thin_svd
 
@@ -16,11 +15,9 @@ class HorseIsospectral(Horse):
 
     name, side, source = "horse-isospectral", "both", "mosectl; arXiv 2601.11441"
 
-    def fit(self, *given: Any, **named: Any) -> dict[str, Tensor]:
-        """Arguments as :meth:`Horse.fit`."""
-        W = named["W"] if "W" in named else given[4]
+    def fit(self, problem: ModelProblem) -> dict[str, Tensor]:
         out = {}
-        for name, X in super().fit(*given, **named).items():
+        for name, X in super().fit(problem).items():
             U, _, Zh = thin_svd(X)
-            out[name] = (U * torch.linalg.svdvals(W[name])) @ Zh
+            out[name] = (U * torch.linalg.svdvals(problem.W[name])) @ Zh
         return out

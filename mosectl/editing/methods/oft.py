@@ -6,16 +6,13 @@ by Adam on the cross-entropy of the new objects. It needs no keys, targets or st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mosectl.editing.contexts import Contexts
-from mosectl.editing.methods.base import Option, Trainer
-from mosectl.model.architecture import Architecture
-from mosectl.model.edit_site import Projection
+from mosectl.editing.methods.base import ModelProblem, Option, Trainer
 from mosectl.model.forward import frozen, hooked
 from mosectl.model.losses import token_nll
 from mosectl.model.partial_forward import Suffix
@@ -39,28 +36,20 @@ class Oft(Trainer):
         "rate": Option(5e-4, "Adam's learning rate"),
     }
 
-    def fit(
-        self,
-        model: nn.Module,
-        arch: Architecture,
-        projections: Sequence[Projection],
-        contexts: Contexts,
-        W: Mapping[str, Tensor],
-        options: Mapping[str, float],
-        editor: Any = None,
-    ) -> dict[str, Tensor]:
+    def fit(self, problem: ModelProblem) -> dict[str, Tensor]:
+        model, projections, contexts, W = problem.model, problem.projections, problem.contexts, problem.W
         raw = {
             p.name: [
                 torch.zeros(len(part), len(part), device=W[p.name].device, requires_grad=True)
-                for part in torch.arange(p.p).tensor_split(int(options["blocks"]))
+                for part in torch.arange(p.p).tensor_split(int(problem.options["blocks"]))
             ]
             for p in projections
         }
-        adam = torch.optim.Adam([x for blocks in raw.values() for x in blocks], lr=options["rate"])
+        adam = torch.optim.Adam([x for blocks in raw.values() for x in blocks], lr=problem.options["rate"])
         rows, targets = contexts.edit_rows, contexts.targets[contexts.edit_rows]
         with frozen(model):
-            suffix = Suffix(model, arch, projections[0].layer, contexts.batch)
-            for _ in range(int(options["steps_oft"])):
+            suffix = Suffix(model, problem.arch, projections[0].layer, contexts.batch)
+            for _ in range(int(problem.options["steps_oft"])):
                 turns = {name: torch.block_diag(*map(cayley, blocks)) for name, blocks in raw.items()}
                 handles = [
                     model.get_submodule(name).register_forward_pre_hook(_turn_input(R)) for name, R in turns.items()
