@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mosectl.editing.contexts import Contexts, rows_of
+from mosectl.editing.methods.base import Columns
 from mosectl.model.edit_site import Projection
 from mosectl.model.forward import keys_at
 from mosectl.model.losses import leads
@@ -96,6 +97,16 @@ class Earlier:
             weighted = (K.to(V) * share.to(V)).T
             out[name] = (K.to(V) @ weighted).cpu(), (V @ weighted).cpu()  # one layer's go back for its solve
         return out
+
+    def columns(self, weight: float) -> dict[str, Columns]:
+        """Keys, values and weights over all contexts by module path, float64; a fact's weights sum to ``weight``."""
+        if self.contexts is None:
+            return {}
+        share = weight / torch.bincount(self.contexts.fact)[self.contexts.fact].double()
+        return {
+            name: Columns(K.to(self.values[name]), self.values[name], share.to(self.values[name].device))
+            for name, K in self._keys(self.contexts).items()
+        }
 
     def _written(self, contexts: Contexts, W: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: W[name] @ K.to(W[name]) for name, K in self._keys(contexts).items()}

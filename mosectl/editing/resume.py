@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mosectl.editing.contexts import Contexts
 from mosectl.editing.guard import Health
+from mosectl.editing.turns import SIDES
 from mosectl.errors import OutputError
 from mosectl.model.forward import Batch
 from mosectl.storage import schema
@@ -48,6 +49,7 @@ class State:
     """What a session is after a batch: it says it, and takes it back."""
 
     W: Mapping[str, Tensor]  # (d, p) float64, the weights so far by module path
+    turns: Mapping[str, Mapping[str, Tensor]]  # the rotations that lead to W, by module path, where a session has them
     contexts: Contexts  # of the facts edited so far
     values: Mapping[str, Tensor]  # (d, rows) float64, what each layer wrote for them
     failures: Sequence[int]  # of each fact
@@ -74,7 +76,7 @@ class Progress:
         if not self.resume or not os.path.lexists(self.path):
             return None
         a_fact = ROWS * (8 * sum(d for d, _ in shapes.values()) + WIDTH)
-        limit = 8 * sum(d * p for d, p in shapes.values()) + facts * a_fact + 10**7
+        limit = 8 * sum(d * p + 2 * (d * d + p * p) for d, p in shapes.values()) + facts * a_fact + 10**7
         record, tensors = read_state(self.path, KIND, RECORD, _START, limit)
         if other := [name for name in ours if ours[name] != record["belongs"].get(name)]:
             what = f"the interrupted run was one with other {' and '.join(other)}"
@@ -84,6 +86,7 @@ class Progress:
         rows = {name: tensors[f"rows.{name}"] for name in _ROWS}
         return State(
             {name: tensors[f"W.{name}"] for name in shapes},
+            {name: _turns(tensors, name) for name in shapes},
             Contexts(batch=Batch(*(tensors[f"rows.{f.name}"] for f in fields(Batch))), **rows),
             {name: tensors[f"V.{name}"] for name in shapes},
             list(record["failures"]),
@@ -98,6 +101,7 @@ class Progress:
         tensors = {
             **{f"W.{name}": W for name, W in state.W.items()},
             **{f"V.{name}": V for name, V in state.values.items()},
+            **{f"turns.{name}.{part}": x for name, parts in state.turns.items() for part, x in parts.items()},
             **{f"rows.{name}": x for name, x in rows.items()},
         }
         record = {
@@ -111,6 +115,12 @@ class Progress:
     def done(self) -> None:
         """The patch is written: nothing is left to continue."""
         self.path.unlink(missing_ok=True)
+
+
+def _turns(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """One layer's rotations, by names that turns.from_tensors knows."""
+    start = f"turns.{name}."
+    return {key.removeprefix(start): x for key, x in tensors.items() if key.startswith(start)}
 
 
 def _misfit(
@@ -127,7 +137,14 @@ def _misfit(
     forms |= {f"V.{name}": [d, rows] for name, (d, _) in shapes.items()}
     for name in (*_ROWS, *(f.name for f in fields(Batch))):
         forms[f"rows.{name}"] = [rows, *tensors.get(f"rows.{name}", torch.empty(0)).shape[1:]]
-    if forms != {name: [*x.shape] for name, x in tensors.items()}:
+    found = {name: [*x.shape] for name, x in tensors.items()}
+    for name, widths in shapes.items():
+        for side, n in zip(SIDES, widths, strict=True):
+            at = f"turns.{name}.{side}"
+            r = (found.get(f"{at}.U") or [n, n])[-1]
+            ways = {f"{at}.R": [n, n]}, {f"{at}.U": [n, r], f"{at}.Q": [r, r]}
+            forms |= next((way for way in ways if way.keys() <= found.keys()), {})
+    if forms != found:
         return "tensors of other shapes"
     fact = tensors["rows.fact"]
     return "" if fact.unique().tolist() == list(range(done)) else "rows of other facts"

@@ -13,14 +13,25 @@ from mosectl._version import __version__
 from mosectl.editing.contexts import Contexts, build_contexts
 from mosectl.editing.ends import ends_asked, going_on, running_on
 from mosectl.editing.guard import Health, harm, health, remedy
-from mosectl.editing.low_rank import compact_change
+from mosectl.editing.low_rank import change_of, compact_change
 from mosectl.editing.methods import method
-from mosectl.editing.methods.base import NONE, PER_LAYER, SPREAD, LayerProblem, ModelProblem, Solver, Trainer
+from mosectl.editing.methods.base import (
+    NONE,
+    PER_LAYER,
+    SPREAD,
+    Columns,
+    LayerProblem,
+    ModelProblem,
+    Solver,
+    Trainer,
+    Turner,
+)
 from mosectl.editing.options import EditOptions
 from mosectl.editing.previous_edits import Earlier
 from mosectl.editing.resume import Progress, State
 from mosectl.editing.second_moments import Moments
 from mosectl.editing.targets import Targets, optimise_targets
+from mosectl.editing.turns import LayerTurns, Pair, from_tensors
 from mosectl.errors import EditFailed
 from mosectl.facts.records import Fact
 from mosectl.hypernetwork.file import Editor
@@ -42,6 +53,7 @@ class _Standing:
     score: tuple[int, float]
     targets: Targets
     W: dict[str, Tensor]
+    pairs: dict[str, Pair | None]
 
 
 DAMPING = 0.1  # of G
@@ -72,12 +84,17 @@ class Session:
         self.stored = {p.name: weight_of(loaded.model, p).detach().clone().cpu() for p in projections}
         self.W0 = {p.name: p.oriented(self.stored[p.name]).double() for p in projections}  # (d, p)
         self.W = {name: W0.to(place) for name, W0 in self.W0.items()}
-        self.C = moments.C  # (p, p) float32
+        self.C = dict(moments.C)  # (p, p) float32
+        # By module path, where compact rotations are sought from the start.
+        compact = isinstance(self.solver, Turner) and self.solver.form(options.form) != "dense"
+        self.turns = {name: LayerTurns(name, W0.to(place)) for name, W0 in self.W0.items()} if compact else {}
         self.metric = None
         if options.targets.optimizer == "natural-gradient" and self.solver.searches:
             self.metric = {p.name: _metric(moments.G[p.name].to(place)) for p in projections}
         self.earlier = Earlier(loaded.model, projections)
-        self.moments: dict[str, tuple[Tensor, Tensor]] = {}  # P and Q of earlier edits, as the present batch found them
+        # Of earlier edits, as the present batch found them: P and Q, or the columns they are sums over.
+        self.moments: dict[str, tuple[Tensor, Tensor]] = {}
+        self.columns: dict[str, Columns] = {}
         self.compaction: dict[str, float] = {}  # what the patch's form leaves out of the effect, by module path
         self.stopped = ""
         self.going_on: Tensor | None = None  # (vocabulary,) bool, tokens that go on with a word, once that is asked
@@ -125,8 +142,7 @@ class Session:
             batch = facts[start : start + size]
             with clock("targets"):
                 again = self.earlier.slipped(self.options.replay_margin)
-                weight = self.options.previous_edit_weight
-                self.moments = self.earlier.moments(weight) if weight else {}
+                self._remember(self.options.previous_edit_weight)
             taken = [*range(start, start + len(batch)), *again]
             contexts = build_contexts(
                 self.loaded.model, self.loaded.tokenizer, [facts[i] for i in taken], prefixes,
@@ -138,7 +154,7 @@ class Session:
                 now = health(self.loaded.model, self.pieces, self.W)
             if what := harm(self.base_health, now, self.options.guard):
                 for p in self.projections:
-                    self.set_weight(p, before[p.name])
+                    self.set_weight(p, self.turns[p.name].drop() if self.turns else before[p.name])
                 if not losses:
                     raise EditFailed(f"the edit harms the model: {what}", fix=remedy(self.solver.gentler))
                 last = len(losses)
@@ -146,6 +162,8 @@ class Session:
                     f"facts {start + 1}-{start + len(batch)} were taken back: {what}; the first {last} are kept"
                 )
                 break
+            for p in self.projections if self.turns else ():
+                self.set_weight(p, self.turns[p.name].keep())
             losses += done.loss_before[: len(batch)].tolist()
             self.curve.append((len(losses), now))
             self.earlier.add(len(batch), contexts, self.W)
@@ -154,6 +172,13 @@ class Session:
                 with clock("keep"):
                     kept.save(ours, self.state(losses))
         return losses
+
+    def _remember(self, weight: float) -> None:
+        """What earlier edits' facts, each of this weight, ask of the coming solves."""
+        if self.turns:
+            self.columns = self.earlier.columns(weight) if weight else {}
+        else:
+            self.moments = self.earlier.moments(weight) if weight else {}
 
     def identity(self, facts: Sequence[Fact]) -> dict[str, str]:
         """What this session's state belongs to: hashes, by name."""
@@ -170,12 +195,16 @@ class Session:
         """What it takes to go on from here."""
         earlier = self.earlier
         assert earlier.contexts is not None
-        return State(dict(self.W), earlier.contexts, dict(earlier.values), earlier.failures, self.curve, losses)
+        turns = {name: turns.tensors() for name, turns in self.turns.items()}
+        return State(dict(self.W), turns, earlier.contexts, dict(earlier.values), earlier.failures, self.curve, losses)
 
     def take(self, state: State) -> list[float]:
         """Go on from a state; returns the losses of the facts it has edited."""
         for p in self.projections:
-            self.set_weight(p, state.W[p.name].to(self.W[p.name]))
+            W = state.W[p.name].to(self.W[p.name])
+            if self.turns:
+                W = self.turns[p.name].take(*from_tensors({n: x.to(W) for n, x in state.turns[p.name].items()}))
+            self.set_weight(p, W)
         values = {name: V.to(self.W[name]) for name, V in state.values.items()}
         self.earlier.take(state.contexts.to(input_device(self.loaded.model)), values, state.failures)
         self.curve = list(state.curve)
@@ -218,6 +247,8 @@ class Session:
         assert best is not None
         for p in self.projections:
             self.set_weight(p, best.W[p.name])
+            if self.turns:
+                self.turns[p.name].pair = best.pairs[p.name]
         return best.targets
 
     def _ends_asked(self, contexts: Contexts) -> Contexts:
@@ -232,7 +263,7 @@ class Session:
         """How far the batch is, as the model stands: facts that hold, then the lower loss (a lost fact counts 20 nats)."""
         held = int((targets.margin_before > 0).sum())
         loss = float(targets.loss_before.clamp(max=20).nan_to_num(20).mean())
-        return _Standing((held, -loss), targets, dict(self.W))
+        return _Standing((held, -loss), targets, dict(self.W), {name: turns.pair for name, turns in self.turns.items()})
 
     def _solve(self, contexts: Contexts, targets: Targets, keep: float, urgency: Tensor) -> None:
         """Bring every edited layer, lowest first, to its own targets.
@@ -249,7 +280,7 @@ class Session:
         for i, p in enumerate(self.projections):
             K = self._keys(p, contexts, rows[used])
             V = targets.V[i].to(K)[used.to(K.device)].T + missing
-            self.set_weight(p, self._solved(self._problem(p, keep, K, V, weight)))
+            self.set_weight(p, self._solved(p, keep, Columns(K, V, weight.to(K))))
             missing = V - self.W[p.name] @ K
 
     def _solve_spread(self, contexts: Contexts, targets: Targets, keep: float, urgency: Tensor) -> None:
@@ -275,7 +306,7 @@ class Session:
             wanted = hidden + shift if wanted is None else wanted
             K = self._keys(p, contexts, rows) @ average
             V = self.W[p.name] @ K + (wanted - hidden) @ average / (len(self.projections) - i)
-            self.set_weight(p, self._solved(self._problem(p, keep, K, V, urgency.to(facts.device)[facts])))
+            self.set_weight(p, self._solved(p, keep, Columns(K, V, urgency.to(K)[facts.to(K.device)])))
 
     def _fit(self, contexts: Contexts, *_: object) -> None:
         """Let a method train on the model itself."""
@@ -290,20 +321,26 @@ class Session:
         (k,) = keys_at(self.loaded.model, [p], contexts.batch.rows(rows), contexts.subject[rows])
         return k.to(self.W[p.name]).T
 
-    def _problem(self, p: Projection, keep: float, K: Tensor, V: Tensor, weight: Tensor) -> LayerProblem:
-        """One layer's problem for keys K (p, m) and values V (d, m), their columns weighed by ``weight`` (m,)."""
+    def _problem(self, p: Projection, keep: float, columns: Columns) -> LayerProblem:
+        """One layer's problem for these keys and values."""
         C, W = self.C[p.name], self.W[p.name]
         nothing = W.new_zeros(1)
         P, Q = self.moments.get(p.name) or (nothing.expand(C.shape), nothing.expand(W.shape))
         P, Q = (x if keep == 1 else keep * x for x in (P.to(W), Q.to(W)))
-        return LayerProblem(W, self._base(p), C, P, Q, K, V, weight.to(K), self.solver_options, p.name, keep)
+        K, V, weight = columns.K, columns.V, columns.weight
+        return LayerProblem(W, self._base(p), C, P, Q, K, V, weight, self.solver_options, p.name, keep)
 
-    def _solved(self, problem: LayerProblem) -> Tensor:
-        assert isinstance(self.solver, Solver)
-        W = self.solver.update(problem)
+    def _solved(self, p: Projection, keep: float, columns: Columns) -> Tensor:
+        """The weight (d, p) for these keys and values."""
+        if isinstance(self.solver, Turner) and self.turns:
+            earlier = self.columns.get(p.name)
+            W = self.turns[p.name].solve(self.solver, self.C, columns, earlier, keep, self.solver_options)
+        else:
+            assert isinstance(self.solver, Solver)
+            W = self.solver.update(self._problem(p, keep, columns))
         if not bool(torch.isfinite(W).all()):
             fix = "try --dtype float32"
-            raise EditFailed("the solve gave numbers that are not finite", where=problem.name, fix=fix)
+            raise EditFailed("the solve gave numbers that are not finite", where=p.name, fix=fix)
         return W
 
     def set_weight(self, p: Projection, W: Tensor) -> None:
@@ -313,6 +350,8 @@ class Session:
 
     def finish(self) -> dict[str, Change]:
         """What the edit comes to, as a patch holds it."""
+        if self.turns:
+            return {name: change_of(*turns.factors(self.side)) for name, turns in self.turns.items()}
         for p in self.projections:
             W = self.solver.finish(self._base(p), self.W[p.name], self.solver_options)
             if W is not self.W[p.name]:

@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from torch import Tensor, nn
 
 from mosectl.errors import UsageError
+from mosectl.linalg.rotation import Compact
 from mosectl.model.edit_site import Projection
 from mosectl.model.moe import block_name
 
 if TYPE_CHECKING:
     from mosectl.editing.contexts import Contexts
+    from mosectl.editing.low_rank import Gram
     from mosectl.facts.records import Fact
     from mosectl.hypernetwork.file import Editor
     from mosectl.model.architecture import Architecture
@@ -60,6 +62,30 @@ class LayerProblem:
     def kept(self, scale: float = 1.0) -> Tensor:
         """A new (p, p) ``scale``·``keep``·C like W: gigabytes in a large model, so made where it is used and only once."""
         return self.C.to(self.W, copy=True).mul_(scale * self.keep)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Keys, and what the layer should write for them."""
+
+    K: Tensor  # (p, m) float64, one column a context
+    V: Tensor  # (d, m)
+    weight: Tensor  # (m,)
+
+
+@dataclass(frozen=True)
+class TurnProblem:
+    """One layer's part of a batch for a method that seeks compact rotations: nothing of it is (p, p) but a factor."""
+
+    W: Tensor  # (d, p) float64, the weight before this batch
+    W0: Tensor  # (d, p) the weight before any edit of this run
+    root: Tensor  # (p, p) lower triangular S, S Sᵀ being the keys' second moment, raised
+    gram: Gram  # W Wᵀ
+    facts: Columns
+    earlier: Columns | None  # of earlier edits, which must keep still: V is what the layer wrote when they were made
+    options: Mapping[str, float] = field(default_factory=dict)
+    name: str = ""  # the layer's module path
+    keep: float = 1.0  # scales what must keep still
 
 
 @dataclass(frozen=True)
@@ -162,6 +188,14 @@ class Solver(Method):
     @abstractmethod
     def update(self, problem: LayerProblem) -> Tensor:
         """The new weight W' (d, p) float64 of one layer."""
+
+
+class Turner(Solver):
+    """A solver that can also seek compact rotations from the start, which is faster and makes small patches."""
+
+    @abstractmethod
+    def turns(self, problem: TurnProblem) -> tuple[Compact, Compact]:
+        """L and R with W' = L W R, W being the weight before this batch."""
 
 
 class Trainer(Method):

@@ -8,14 +8,18 @@ the nearest one is sought in the metric of the keys and not entry by entry.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from mosectl.editing.methods.base import LayerProblem, Option, Solver
-from mosectl.linalg.rotation import nearest_rotation, thin_svd
+from mosectl.editing.low_rank import GAIN, Wanted, nearest_turns
+from mosectl.editing.methods.base import LayerProblem, Option, Turner, TurnProblem
+from mosectl.linalg.metric import Metric
+from mosectl.linalg.rotation import Compact, nearest_rotation, thin_svd
 
 
-class Isospectral(Solver):
+class Isospectral(Turner):
     """W' = argmin over the singular values of W₀ of λ‖(W' − W₀)C½‖² + Σ‖W'k_j − v_j‖² + ‖(W'K − V)w½‖².
 
     The objective is tr((W' − T) A (W' − T)ᵀ) + const with A = λC + P + K w Kᵀ and T = (λW₀C + Q + V w Kᵀ) A⁻¹, the
@@ -24,16 +28,32 @@ class Isospectral(Solver):
     these d conditions at least cost in the metric of A by D = T − W' − Σ_j μ_j u_j z_jᵀ A⁻¹, μ_j = u_jᵀ(T − W')z_j /
     z_jᵀA⁻¹z_j, which decouple because the u_j are orthonormal. After each step the nearest matrix of that spectrum is
     taken (Mirsky) and turned from the left by the best rotation, which has a closed form as in MOSE; steps are halved
-    until the objective falls.
+    until the objective falls. That is ``update``, the dense form. ``turns`` seeks compact rotations for the same objective.
     """
 
     name, side, source = "isospectral", "both", "mosectl"
     options = {
         "preserve": Option(10.0, "λ, how many edits one unit of C weighs"),
         "damping": Option(1e-4, "added to C as a share of its mean diagonal"),
-        "iterations": Option(5, "Newton steps, at most"),
+        "iterations": Option(5, "Newton steps of the dense form, at most"),
         "tolerance": Option(1e-3, "relative gain of a Newton step below which they end"),
+        "rank": Option(0, "largest rank of a compact rotation that one batch adds; 0 = as large as it pays"),
+        "rank_gain": Option(GAIN, "the share of all gained so far below which a larger rank does not pay"),
     }
+
+    def turns(self, problem: TurnProblem) -> tuple[Compact, Compact]:
+        """With F = (V − W₀K)w½ and N = K w½ over new and earlier facts, T − W = F (A⁻¹N)ᵀ − (W − W₀)."""
+        o, keep = problem.options, problem.keep
+        columns = [(problem.facts, 1.0), *([(problem.earlier, keep)] if problem.earlier else [])]
+        scaled = [(c, (c.weight * scale).sqrt()) for c, scale in columns]
+        N = torch.cat([c.K * root for c, root in scaled], 1)
+        F = torch.cat([(c.V - problem.W0 @ c.K) * root for c, root in scaled], 1)
+        A = Metric.of(problem.root, o["preserve"] * keep, N)
+        moved = None if problem.W is problem.W0 else problem.W0 - problem.W
+        L, R, _ = nearest_turns(
+            problem.W, Wanted(F, A.solve(N), moved), A, problem.gram, gain=o["rank_gain"], most=o["rank"] or math.inf
+        )
+        return L, R
 
     def update(self, problem: LayerProblem) -> Tensor:
         o = problem.options
