@@ -22,9 +22,10 @@ def root_of(C: Tensor, damping: float) -> Tensor:
         EditFailed: C is not positive semidefinite, even raised by a thousand times as much.
     """
     kind = torch.float64 if len(C) <= EXACT else torch.float32
-    for raised in (damping, 10 * damping, 100 * damping, 1000 * damping):
+    least = max(damping, 10 * len(C) * torch.finfo(kind).eps)
+    for raised in (damping or least, least, 10 * least, 100 * least, 1000 * least):
         S = C.to(kind, copy=True)
-        S.diagonal().add_(max(raised, torch.finfo(kind).eps) * S.diagonal().mean().clamp_min(1e-30))
+        S.diagonal().add_(raised * S.diagonal().mean().clamp_min(1e-30))
         info = torch.empty((), dtype=torch.int32, device=S.device)
         torch.linalg.cholesky_ex(S, out=(S, info))
         if not bool(info):

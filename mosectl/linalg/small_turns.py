@@ -11,11 +11,14 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from mosectl.linalg.rotation import nearest_rotation
+
 STEPS = 100  # of Gauss-Newton, at most
 INNER = 60  # of conjugate gradients in each
 ENOUGH = 1e-3  # relative gain of a step; two in a row below it end the search
 DAMPING = 1.0  # of the first step, as a share of the metric that preconditions it: the problem is not convex
 GIVEN_UP = 1e6
+FURTHEST = 1.0  # radians by which a step turns anything, at most: beyond, the linear problem says nothing
 
 
 def coordinates(basis: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,7 +78,7 @@ class SmallTurns:
             damping = max(1e-7, damping * (1 / 3 if agreed > 0.75 else 1 if agreed > 0.25 else 2))
             if slow == 2:
                 break
-        return here.Q, here.P, here.cost
+        return nearest_rotation(here.Q), nearest_rotation(here.P), here.cost  # rounding adds up
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,7 @@ class _Place:
             next_way = quotient(*rest)
             before, size = size, _dot(rest, next_way)
             way = [n + size / before * w for n, w in zip(next_way, way, strict=True)]
-        x, y = found
+        x, y = (f * (FURTHEST / torch.linalg.matrix_norm(f, 2).clamp_min(FURTHEST)) if len(f) else f for f in found)
         return x, y, self.cost - float((self.residual + self.change(x, y)).square().sum())
 
 
