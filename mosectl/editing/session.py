@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mosectl._version import __version__
-from mosectl.editing.contexts import Contexts, build_contexts
+from mosectl.editing.contexts import Contexts, build_contexts, facts_of
 from mosectl.editing.ends import ends_asked, going_on, running_on
 from mosectl.editing.guard import Health, harm, health, remedy
 from mosectl.editing.low_rank import change_of, compact_change
@@ -97,6 +97,7 @@ class Session:
         self.columns: dict[str, Columns] = {}
         self.compaction: dict[str, float] = {}  # what the patch's form leaves out of the effect, by module path
         self.stopped = ""
+        self.own: Contexts | None = None  # the model's own sentences about the present batch's subjects
         self.going_on: Tensor | None = None  # (vocabulary,) bool, tokens that go on with a word, once that is asked
         self.editor = editor
 
@@ -122,6 +123,7 @@ class Session:
         wordings: Sequence[Sequence[str]],
         clock: Clock,
         progress: Progress | None = None,
+        own: Contexts | None = None,
     ) -> list[float]:
         """Edit all facts batch by batch; returns the loss of each right after its batch, nats a token.
 
@@ -148,6 +150,7 @@ class Session:
                 self.loaded.model, self.loaded.tokenizer, [facts[i] for i in taken], prefixes,
                 [wordings[i] for i in taken], chat=self.options.chat,
             )  # fmt: skip
+            self.own = own and facts_of(own, taken)
             before = dict(self.W)
             done = self._batch(contexts, clock, start, len(batch), len(facts))
             with clock("guard"):
@@ -230,7 +233,15 @@ class Session:
                 needed = r < rounds and self.solver.searches
                 options = self.options.targets if needed else replace(self.options.targets, steps=0)
                 targets = optimise_targets(
-                    self.loaded.model, self.arch, placed, contexts, options, on_step, self.metric, self.going_on
+                    self.loaded.model,
+                    self.arch,
+                    placed,
+                    contexts,
+                    options,
+                    on_step,
+                    self.metric,
+                    self.going_on,
+                    self.own,
                 )
             standing = self._standing(targets)
             best = max(best or standing, standing, key=lambda s: s.score)

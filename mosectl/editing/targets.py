@@ -44,6 +44,8 @@ class TargetOptions:
     margin: float = 6.0  # nats by which every target token must lead before a fact counts as converged
     kl_weight: float = 0.0625  # keeps what the model says after "{subject} is a" (ROME's factor)
     decay: float = 0.02  # on ‖δ‖²
+    # What the model says about the subject otherwise: weight, in the metric of a step, of each of its own sentences.
+    own_weight: float = 0.0
     max_displacement: float = 4.0  # largest ‖δ‖ per layer
     preserve_norm: int = 1  # 1: targets keep the output's length, as a rotation does; 0: v = W k + ‖W k‖ δ
     max_rows: int = 256  # sequences run at once, at most: fewer where memory asks for it
@@ -83,6 +85,7 @@ def optimise_targets(
     on_step: Callable[[int, int], None] | None = None,
     metric: Mapping[str, Tensor] | None = None,
     going_on: Tensor | None = None,
+    own: Contexts | None = None,
 ) -> Targets:
     """Find reachable targets for all facts of ``contexts`` at once, or in groups of as many as fit in memory.
 
@@ -106,7 +109,8 @@ def optimise_targets(
 
         rows = ((contexts.fact >= start) & (contexts.fact < end)).nonzero().flatten()
         part = rows_of(contexts, rows, start)
-        return _Optimiser(model, arch, projections, part, options, metric, going_on).run(report)
+        kept = own and rows_of(own, ((own.fact >= start) & (own.fact < end)).nonzero().flatten(), start)
+        return _Optimiser(model, arch, projections, part, options, metric, going_on, kept).run(report)
 
     with frozen(model):
         parts = [part for _, part in halving(n, group, work)]
@@ -135,6 +139,7 @@ class _Optimiser:
         options: TargetOptions,
         metric: Mapping[str, Tensor] | None,
         going_on: Tensor | None = None,
+        own: Contexts | None = None,
     ) -> None:
         self.model, self.projections, self.c, self.options = model, projections, contexts, options
         self.going_on = None if going_on is None else going_on.to(contexts.fact.device)
@@ -147,11 +152,19 @@ class _Optimiser:
             for _ in range(self.n)
         ]
         self.adam = torch.optim.Adam(self.deltas, lr=options.step_size / projections[0].d ** 0.5)
+        self.arch, self.own = arch, own if metric and options.own_weight and own is not None and len(own.fact) else None
+        self.still: list[tuple[Tensor, Tensor, Tensor]] = []  # of each fact: A (S, L·d), its quotient, Woodbury's inner
         self.metric = metric and [metric[p.name].to(contexts.fact.device) for p in projections]
         self.lengths: list[Tensor] = []  # (n,) a layer: ‖W k‖ of each fact, mean over its rows, before any step
         self.reached = torch.full((self.n,), torch.inf, device=contexts.fact.device)  # loss at the last step taken
         self.pace = torch.ones_like(self.reached)  # share of ``nats_per_step`` that a fact's steps are for
         self.before = [d.detach() for d in self.deltas]  # each fact's δ before its last step
+        # Of each row: loss and lead when it was last run, whether this step has run it, what each layer then wrote, and what
+        # it wrote when its fact last had finite numbers.
+        self.nll = torch.full((len(contexts.fact),), torch.inf, device=contexts.fact.device)
+        self.lead, self.seen = -self.nll, torch.zeros_like(self.nll, dtype=torch.bool)
+        self.written = [torch.zeros(len(contexts.fact), p.d, device=contexts.fact.device) for p in projections]
+        self.V = [torch.zeros_like(x) for x in self.written]
         self.reference: Tensor | None = None  # (n, V) log-probabilities of each fact's KL row before any step
         first = torch.arange(contexts.targets.shape[1], device=contexts.fact.device) == 0
         self.asked = (contexts.targets != NOTHING) | (
@@ -164,25 +177,23 @@ class _Optimiser:
         loss = torch.full((self.n,), torch.inf, device=device)
         margin = torch.full((self.n,), -torch.inf, device=device)
         converged, steps = torch.zeros_like(active), torch.zeros(self.n, dtype=torch.long, device=device)
-        V: list[Tensor] | None = None
         for step in range(o.steps + 1):
-            parts = self.suffix.alike(active[c.fact].nonzero().flatten())
-            rows = torch.cat(parts)
-            written, nll, lead, kl, behind = self._forward(parts)
-            finite = torch.isfinite(nll.detach()) & torch.isfinite(kl.detach())
+            self.seen.zero_()
+            objective, behind, kl = self._forward(self._wanted(active))
+            leading = self._by_fact(self.lead, "amin") >= o.margin
+            self._look(active & (leading | (step == o.steps)))
+            nll, lead = self._by_fact(self.nll, "mean"), self._by_fact(self.lead, "amin")
+            finite = torch.isfinite(nll) & torch.isfinite(kl.detach())
             # Facts with a non-finite loss keep the last finite target and are reported by their infinite loss.
             usable = active & finite
-            if V is None:
-                V = [torch.zeros(len(c.fact), p.d, device=device) for p in self.projections]
-            keep = usable[c.fact[rows]]
-            for v, new in zip(V, written, strict=True):
-                v[rows[keep]] = new[keep]
-            loss = torch.where(usable, nll.detach(), loss)
-            margin = torch.where(usable, lead.detach(), margin)
+            loss, margin = torch.where(usable, nll, loss), torch.where(usable, lead, margin)
+            rows = usable[c.fact] & self.seen
+            for v, now in zip(self.V, self.written, strict=True):
+                v[rows] = now[rows]
             loss[active & ~finite] = torch.inf
             if step == 0:
                 first = loss.cpu(), margin.cpu()
-            converged |= usable & (lead.detach() >= o.margin)
+            converged |= usable & (lead >= o.margin)
             active = usable & ~converged
             report(int((~active).sum()))
             if step == o.steps or not active.any():
@@ -191,10 +202,29 @@ class _Optimiser:
             if self.metric:
                 self._descend(nll, behind, kl, active)
             else:
-                self._step(nll + o.kl_weight * kl, active)
-        assert V is not None
+                self._step(objective + o.kl_weight * kl, active)
         edit = c.edit_rows
-        return Targets([v[edit] for v in V], loss.cpu(), margin.cpu(), converged.cpu(), steps.cpu(), *first)
+        return Targets([v[edit] for v in self.V], loss.cpu(), margin.cpu(), converged.cpu(), steps.cpu(), *first)
+
+    def _wanted(self, active: Tensor) -> Tensor:
+        """Rows whose gradient a step needs: with Fisher steps only those that do not lead yet, and those for the KL."""
+        rows = active[self.c.fact]
+        if self.metric:
+            rows = rows & (~self.c.is_edit | (self.lead < self.options.margin))
+        return rows.nonzero().flatten()
+
+    def _look(self, facts: Tensor) -> None:
+        """Ask the rows of ``facts`` (n,) bool that this step has not asked."""
+        rows = (facts[self.c.fact] & ~self.seen).nonzero().flatten()
+        if len(rows):
+            with torch.no_grad():
+                self._forward(rows, gradients=False)
+
+    def _by_fact(self, values: Tensor, how: str) -> Tensor:
+        """Of each fact's rows that ask for the new object, (n,): their mean or least; infinite where there are none."""
+        fact, values = self.c.fact[self.c.is_edit], values[self.c.is_edit]
+        start = torch.full((self.n,), torch.inf, device=values.device)
+        return start.scatter_reduce(0, fact, values, how, include_self=how == "amin")
 
     def _step(self, objective: Tensor, active: Tensor) -> None:
         chosen = active.nonzero().flatten().tolist()
@@ -228,13 +258,52 @@ class _Optimiser:
             total = (behind + self.options.kl_weight * kl)[chosen].sum()
             g = torch.stack(torch.autograd.grad(total, deltas))  # (m, L, d), by δ
         length = torch.stack(self.lengths, 1)[chosen, :, None]  # (m, L, 1): an output moves by ‖W k‖ δ
-        s = torch.stack([(g[:, i] / length[:, i]) @ M for i, M in enumerate(self.metric)], 1) / length
+        s = self._quotient(g, length)
+        if self.own is not None:
+            if not self.still:
+                self.still = self._own_sentences()
+            for j, i in enumerate(chosen.tolist()):
+                A, BA, inner = self.still[i]
+                if len(A):
+                    s[j] -= (BA.T @ torch.cholesky_solve((A @ s[j].flatten())[:, None], inner)).view_as(s[j])
         slope = (g * s).sum((1, 2)).clamp_min(torch.finfo(g.dtype).tiny)
         eta = self.pace[chosen] * behind.detach()[chosen].clamp(max=self.options.nats_per_step) / slope
         for i, delta, step in zip(chosen.tolist(), deltas, eta[:, None, None] * s, strict=True):
             self.before[i] = delta.clone()
             delta -= step
         self._within_reach(chosen.tolist())
+
+    def _quotient(self, g: Tensor, length: Tensor) -> Tensor:
+        """G⁻¹ g in the units of δ, g (m, L, d), length (m, L, 1)."""
+        assert self.metric
+        return torch.stack([(g[:, i] / length[:, i]) @ M for i, M in enumerate(self.metric)], 1) / length
+
+    def _own_sentences(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """By how much each of the model's own sentences becomes less likely as δ grows: the gradient of a sample from the
+        model's distribution is a sample of its Fisher information, A Aᵀ.
+        """
+        c = self.own
+        assert c is not None
+        found = []
+        suffix = Suffix(self.model, self.arch, self.projections[0].layer, c.batch, c.subject)
+        for rows in torch.arange(len(c.fact), device=c.fact.device).split(64):
+            delta = torch.zeros(len(rows), len(self.projections), self.projections[0].d, device=c.fact.device)
+            delta.requires_grad_()
+            asked = c.targets[rows] >= 0
+            with torch.enable_grad():
+                logp = self._run(suffix, c, rows, asked, delta)[0]
+                total = logp.gather(1, c.targets[rows][asked][:, None]).sum()
+                found.append(torch.autograd.grad(total, delta)[0])
+        A = torch.cat(found)
+        out = []
+        for i in range(self.n):
+            a = A[c.fact == i]
+            length = torch.stack(self.lengths, 1)[i, :, None].expand(len(a), -1, 1)
+            BA = self._quotient(a, length).flatten(1)
+            a = a.flatten(1)
+            inner = a @ BA.T + torch.eye(len(a), device=a.device) / self.options.own_weight
+            out.append((a, BA, torch.linalg.cholesky(inner)))
+        return out
 
     @torch.no_grad()
     def _within_reach(self, chosen: Sequence[int]) -> None:
@@ -244,12 +313,13 @@ class _Optimiser:
                 max=1
             )
 
-    def _forward(self, parts: Sequence[Tensor]) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor]:
-        """What each layer writes at the subjects, (rows, d), rows in the order of the parts. Then per fact (n,): target NLL,
-        smallest lead, KL to the unedited model, NLL of rows that do not lead by the margin; infinite for facts without rows.
+    def _forward(self, rows: Tensor, *, gradients: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+        """Run some rows: what is written there, their losses and leads are kept. Then per fact (n,), of these rows: target
+        NLL, that of rows that do not lead by the margin, KL to the unedited model; infinite for facts without rows.
         """
-        c, rows = self.c, torch.cat(list(parts))
-        with torch.enable_grad():
+        c, parts = self.c, self.suffix.alike(rows)
+        rows = torch.cat(parts)
+        with torch.set_grad_enabled(gradients):
             found = [self._part(part) for part in parts]
             logp = torch.cat([part for part, _, _ in found])  # (K, V)
         written, lengths = (
@@ -259,42 +329,47 @@ class _Optimiser:
             self.lengths = [_mean_by_fact(x, c.fact[rows], self.n).clamp_min(1e-30) for x in lengths]
         targets, edit, fact, asked = c.targets[rows], c.is_edit[rows], c.fact[rows], self.asked[rows]
         row_nll = token_nll(logp, targets, asked, self.going_on)
-        row_lead = leads(logp.detach(), targets, asked, self.going_on)
-        now = logp[(~edit)[asked.nonzero()[:, 0]]]  # (KL rows, V)
+        self.lead[rows[edit]] = leads(logp.detach(), targets, asked, self.going_on)[edit]
+        self.nll[rows[edit]] = row_nll.detach()[edit]
+        self.seen[rows] = True
+        nll = _mean_by_fact(row_nll[edit], fact[edit], self.n)
+        kl = self._divergence(logp[(~edit)[asked.nonzero()[:, 0]]], fact[~edit])
+        for now, new in zip(self.written, written, strict=True):
+            now[rows] = new
+        late = edit & (self.lead[rows] < self.options.margin)
+        return nll, _mean_by_fact(row_nll[late], fact[late], self.n), kl
+
+    def _divergence(self, logp: Tensor, fact: Tensor) -> Tensor:
+        """KL (n,) of what is said about the subjects, log-probabilities (rows, V), from what was said before any step."""
         if self.reference is None:
             self.reference = torch.zeros(self.n, logp.shape[-1], device=logp.device)
-            self.reference[fact[~edit]] = now.detach()
-        before = self.reference[fact[~edit]]
-        row_kl = (before.exp() * (before - now)).sum(-1)
-        nll = _mean_by_fact(row_nll[edit], fact[edit], self.n)
-        kl = _mean_by_fact(row_kl, fact[~edit], self.n)
-        lead = torch.full((self.n,), torch.inf, device=logp.device)
-        lead = lead.scatter_reduce(0, fact[edit], row_lead[edit], "amin")
-        late = edit & (row_lead < self.options.margin)
-        return written, nll, lead, kl, _mean_by_fact(row_nll[late], fact[late], self.n)
+            self.reference[fact] = logp.detach()
+        before = self.reference[fact]
+        return _mean_by_fact((before.exp() * (before - logp)).sum(-1), fact, self.n)
 
     def _part(self, rows: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Log-probabilities (K, V) where rows are asked; by layer what is written (rows, d), and ‖W k‖ (rows,)."""
-        c = self.c
-        deltas = torch.stack(self.deltas)[c.fact[rows]]  # (rows, L, d)
+        return self._run(self.suffix, self.c, rows, self.asked[rows], torch.stack(self.deltas)[self.c.fact[rows]])
+
+    def _run(
+        self, suffix: Suffix, c: Contexts, rows: Tensor, asked: Tensor, deltas: Tensor
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """As _part, of some contexts whose outputs are displaced by deltas (rows, L, d)."""
         written: list[Tensor] = []
         lengths: list[Tensor] = []
+        at = c.subject[rows] - suffix.offset[rows]
         handles = [
-            self.model.get_submodule(p.name).register_forward_hook(self._mover(rows, deltas[:, i], written, lengths))
+            self.model.get_submodule(p.name).register_forward_hook(self._mover(at, deltas[:, i], written, lengths))
             for i, p in enumerate(self.projections)
         ]
         with hooked(handles):
-            logits = self.suffix.logits(rows, c.positions[rows], self.asked[rows]).to(c.fact.device)
+            logits = suffix.logits(rows, c.positions[rows], asked).to(c.fact.device)
         return F.log_softmax(logits, dim=-1), written, lengths
 
-    def _mover(
-        self, rows: Tensor, delta: Tensor, written: list[Tensor], lengths: list[Tensor]
-    ) -> Callable[..., Tensor]:
-        at = self.c.subject[rows] - self.suffix.offset[rows]
-
+    def _mover(self, at: Tensor, delta: Tensor, written: list[Tensor], lengths: list[Tensor]) -> Callable[..., Tensor]:
         def hook(module: nn.Module, _: Any, out: Tensor) -> Tensor:
-            y = ffn_output(out, module, len(rows))
-            r, s = torch.arange(len(rows), device=y.device), at.to(y.device)
+            y = ffn_output(out, module, len(at))
+            r, s = torch.arange(len(at), device=y.device), at.to(y.device)
             lengths.append(y[r, s].detach().float().norm(dim=-1).to(at.device))
             moved = displaced(y[r, s].float(), delta.to(y.device), bool(self.options.preserve_norm))
             written.append(moved.detach().to(at.device))

@@ -78,7 +78,8 @@ class SmallTurns:
             damping = max(1e-7, damping * (1 / 3 if agreed > 0.75 else 1 if agreed > 0.25 else 2))
             if slow == 2:
                 break
-        return nearest_rotation(here.Q), nearest_rotation(here.P), here.cost  # rounding adds up
+        Q, P = (nearest_rotation(R) if len(R) else R for R in (here.Q, here.P))  # rounding adds up
+        return Q, P, here.cost
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,111 @@
+"""How fast this machine runs a model's layers: two of them without their weights' values, timed for a few seconds."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mosectl.model.architecture import Architecture, resolve, skeleton
+from mosectl.model.forward import Batch, frozen, hooked, logits_at
+
+LAYERS = 2  # of the model that is timed
+ROWS, TOKENS = 16, 16  # of a batch
+STEPS = 4  # tokens written one by one
+REPEATS = 2  # the faster counts: other work only ever slows
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds: of a layer for a token, of the output embedding for a position, of a layer for a step of writing."""
+
+    forward: float
+    backward: float  # forward and backward
+    head: float
+    head_backward: float
+    step: float  # for ROWS sequences at once
+    exact: float  # one float64 operation of a product of matrices
+
+
+def pace(config: Any, device: str, dtype: torch.dtype) -> Pace:
+    """Measure it on ``device`` for the layers of this configuration."""
+    model = _shallow(config, device, dtype)
+    arch = resolve(model)
+    with frozen(model), torch.no_grad():
+        ids = torch.zeros(ROWS, TOKENS, dtype=torch.long, device=device)
+        batch = Batch(ids, torch.ones_like(ids))
+        first = torch.zeros(ROWS, 1, dtype=torch.long, device=device)
+        asked = torch.zeros_like(first, dtype=torch.bool)
+        asked[0] = True
+        every = torch.arange(TOKENS, device=device).expand(ROWS, -1)
+
+        def run(positions: Tensor, chosen: Tensor | None, backward: bool) -> Callable[[], object]:
+            def work() -> object:
+                with logits_at(model, positions, chosen), torch.set_grad_enabled(backward):
+                    if not backward:
+                        return model(**batch.kwargs()).logits.sum().item()
+                    return _gradient(model, arch, batch)
+
+            return work
+
+        few, all_ = (first, asked), (every, None)
+        forward, backward = _time(run(*few, False)), _time(run(*few, True))
+        n, layers = ROWS * TOKENS, LAYERS * ROWS * TOKENS
+        head = max(0.0, _time(run(*all_, False)) - forward) / n
+        both = max(0.0, _time(run(*all_, True)) - backward) / n
+        step = _time(lambda: _write(model, ids)) / STEPS / LAYERS
+    return Pace(forward / layers, backward / layers, head, both, step, _exact(device))
+
+
+def _shallow(config: Any, device: str, dtype: torch.dtype) -> nn.Module:
+    """The model with LAYERS layers, every weight nothing."""
+    whole: Any = skeleton(config)
+    small = copy.deepcopy(whole.config)
+    small.num_hidden_layers = LAYERS
+    for name in ("layer_types", "no_rope_layers"):
+        if isinstance(kinds := getattr(small, name, None), list):
+            setattr(small, name, kinds[:LAYERS])
+    model = skeleton(small).to(dtype).to_empty(device=device)
+    for x in (*model.parameters(), *model.buffers()):
+        x.data.zero_()
+    return model.eval()
+
+
+def _gradient(model: nn.Module, arch: Architecture, batch: Batch) -> object:
+    leaves: list[Tensor] = []
+
+    def hook(_: nn.Module, __: object, out: Tensor) -> Tensor:
+        leaves.append(torch.zeros_like(out, requires_grad=True))
+        return out + leaves[-1]
+
+    with hooked([model.get_submodule(arch.projections[0].name).register_forward_hook(hook)]):
+        loss = model(**batch.kwargs()).logits.float().log_softmax(-1)[..., 0].sum()
+    return torch.autograd.grad(loss, leaves)[0].sum().item()
+
+
+def _write(model: Any, ids: Tensor) -> object:
+    """STEPS tokens one by one, without what the head costs."""
+    return model.generate(
+        input_ids=ids[:, :2], attention_mask=torch.ones_like(ids[:, :2]), max_new_tokens=STEPS, min_new_tokens=STEPS,
+        do_sample=False, pad_token_id=0,
+    )  # fmt: skip
+
+
+def _time(work: Callable[[], object]) -> float:
+    work()
+    taken = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - start)
+    return min(taken)
+
+
+def _exact(device: str) -> float:
+    a = torch.randn(768, 768, dtype=torch.float64).to("cpu" if device == "mps" else device)
+    return _time(lambda: (a @ a).sum().item()) / (2 * 768**3)
