@@ -533,7 +533,7 @@ def test_a_name_of_each_field_in_the_data_sets(tmp_path: Path) -> None:
     fact = one(tmp_path, {**GOOD, "neighborhood_prompts": ["Oz is"], "loc": "nq question: who", "loc_ans": "she"})
     assert fact.locality == (Probe("Oz is", "Quill", "neighborhood"), Probe("who", "she"))
     fact = one(tmp_path, {**GOOD, "neighborhood_prompts": [{"prompt": "Oz is", "target": "Em"}]})
-    assert fact.locality == (Probe("Oz is", "Em"),)
+    assert fact.locality == (Probe("Oz is", "Em", "neighborhood"),)
 
 
 def test_probes_and_rephrasings_of_several_fields_are_all_used(tmp_path: Path) -> None:
