@@ -21,6 +21,8 @@ from mosectl.model.generation import answer
 
 KNOWN = "known wordings"  # rephrasings that the unedited model answered with the old object
 
+GREEDY = ("generation", "qa")  # protocols that judge what the model says
+
 
 @dataclass(frozen=True)
 class Part:
@@ -99,7 +101,7 @@ def tallies(
 
 def prompts_of(protocol: str, metric: str, fact: Fact, tally: Tally) -> int:
     """Prompts of a fact behind a tally: those without a known answer do not count where one is needed."""
-    if protocol in ("generation", "qa"):
+    if protocol in GREEDY:
         return int(tally.weight)
     known = {"locality": fact.locality, "portability": fact.portability}
     count = 1 if metric == "reliability" else len(fact.rephrase_prompts)
@@ -171,11 +173,16 @@ def answers_of(i: Interview) -> list[Answers]:
     return [Answers(said.text, again, local, (), {}, own, probes) for said, again, local, own, probes in asked]
 
 
+def as_interviewed(facts: Sequence[Fact]) -> list[Fact]:
+    """The facts without what an interview does not ask."""
+    return [replace(f, portability=()) for f in facts]
+
+
 def shares(facts: Sequence[Fact], before: Interview, after: Interview) -> tuple[Share, ...]:
     """Every metric over all prompts and over each part, both ways to compare; a part without a prompt is left out."""
-    old, new = answers_of(before), answers_of(after)
+    old, new, facts = answers_of(before), answers_of(after), as_interviewed(facts)
     whole = [Part(name, "") for name in ("reliability", "generalization", "locality")]
-    found = [part for part in parts(facts, old) if part.metric != "portability"]  # an edit does not ask those
+    found = parts(facts, old)
     return tuple(_shares([p for w in whole for p in (w, *(x for x in found if x.metric == w.metric))], facts, old, new))
 
 

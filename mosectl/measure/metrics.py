@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mosectl.facts.records import Fact
 from mosectl.measure.bootstrap import Measure, Tally, measure
-from mosectl.measure.groups import Part, parts, prompts_of, tallies
+from mosectl.measure.groups import GREEDY, KNOWN, Part, parts, prompts_of, tallies
 from mosectl.measure.protocols import METRICS, Answers
 from mosectl.patch.record import PatchFact
 
@@ -72,6 +72,8 @@ def metrics(
 def _of_part(
     protocol: str, part: Part, facts: Sequence[Fact], sides: Sides, neighbours: Collection[int]
 ) -> Metric | None:
+    if part.group == KNOWN and protocol not in GREEDY:
+        return None  # what the model knew is what it answered
     after, asked = tallies(protocol, part, facts, sides.now, sides.before, neighbours)
     if not asked:
         return None

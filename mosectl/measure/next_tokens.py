@@ -116,6 +116,9 @@ def compare_next(
             measure([Tally(float(sum(values[r] for r in rows)), float(len(rows))) for rows in units.values()])
             for values in (kl, same)
         ]
-        assert told[0] and told[1]
-        out.append(NextToken(of, group, own, sum(map(len, units.values())), told[0], told[1]))
+        moved, kept = told
+        assert moved and kept
+        if not moved.value:  # Wilson's interval is for shares
+            moved = Measure(0.0, 0.0, 0.0, moved.units)
+        out.append(NextToken(of, group, own, sum(map(len, units.values())), moved, kept))
     return tuple(out)
