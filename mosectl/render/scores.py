@@ -84,7 +84,7 @@ def of_next(tokens: Sequence[NextToken]) -> list[tuple[str, ...]]:
 
     return [
         (
-            _where(t.of, t.group, t.own), str(t.prompts), f"{t.kl.value:.3f}", interval_text(t.kl, ".3f"),
+            _where(t.of, t.group, t.own), str(t.prompts), f"{t.kl.value:.4f}", interval_text(t.kl, ".4f"),
             f"{t.top1.value:.1%}", interval_text(t.top1, ".1%"),
         )
         for t in tokens
@@ -94,7 +94,7 @@ def of_next(tokens: Sequence[NextToken]) -> list[tuple[str, ...]]:
 def of_next_recorded(tokens: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     """What comes next, as a patch has recorded it."""
     return [
-        (_where(t["of"], t["group"], t["own"]), str(t["prompts"]), f"{t['kl']:.3f}", percent(t["top1"])) for t in tokens
+        (_where(t["of"], t["group"], t["own"]), str(t["prompts"]), f"{t['kl']:.4f}", percent(t["top1"])) for t in tokens
     ]
 
 

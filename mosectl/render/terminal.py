@@ -38,15 +38,8 @@ def problems(found: FactsReport) -> None:
 
 def edit(result: EditResult, path: Path | None, model: str) -> None:
     """Before/after, scores, stability and times of an edit."""
-    mark = {
-        "changed": "changed",
-        "already known": "already known",
-        "not reached": "NOT REACHED",
-        "not finite": "NOT FINITE",
-        "not edited": "NOT EDITED",
-    }
     rows = [
-        (r.fact.prompt, r.before, r.after, f"{r.probability_before:.3f}", f"{r.probability_after:.3f}", mark[r.status])
+        (r.fact.prompt, r.before, r.after, f"{r.probability_before:.3f}", f"{r.probability_after:.3f}", _mark(r.status))
         for r in result.facts
     ]
     columns = ("prompt", "before", "after", ">P(new) before", ">P(new) after", "")
@@ -71,6 +64,11 @@ def edit(result: EditResult, path: Path | None, model: str) -> None:
     if path:
         line(f"patch {result.patch.id[:12]} → {path} ({size(path.stat().st_size)})")
         hint(f"next: mosectl inspect {word(path)}   |   mosectl apply {word(path)} --model {word(model)} -o edited/")
+
+
+def _mark(status: str) -> str:
+    """A status, loud where a fact was not reached."""
+    return status if status in ("changed", "already known") else status.upper()
 
 
 def _wordings(facts: Sequence[FactResult] | Sequence[PatchFact]) -> None:
