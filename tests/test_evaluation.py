@@ -50,7 +50,8 @@ def test_a_patch_against_the_generation_core(world: World) -> None:
         metric = found.metric("generation", name)
         assert metric and metric.after and metric.after.value == getattr(scores, name)
     assert found.subject.kind == "patch" and found.subject.patches == (world.patch.id,)
-    assert len(found.metrics) == 16 and all(m.before is None or m.before.low <= m.before.high for m in found.metrics)
+    assert len([m for m in found.metrics if not m.group]) == 20
+    assert all(m.before is None or m.before.low <= m.before.high for m in found.metrics)
     assert found.texts[0].name == "fluency" and found.texts[1].before != found.texts[1].after
 
 
@@ -119,7 +120,7 @@ def test_retention_bins() -> None:
 
 
 def test_thresholds(world: World) -> None:
-    every = ("generation", "easyedit", "memit", "zsre")
+    every = ("generation", "qa", "easyedit", "memit", "zsre")
     assert parse_threshold("locality=0.9", every) == Threshold("generation", "locality", 0.9)
     assert parse_threshold("memit.locality=1", every) == Threshold("memit", "locality", 1.0)
     for bad in ("locality", "speed=1", "locality=2", "locality=x", "x.locality=1", "zsre.=1", "locality=nan", "=1"):
@@ -129,7 +130,7 @@ def test_thresholds(world: World) -> None:
         parse_threshold("memit.locality=1", ("generation",))
     found = world.evaluate()
     check_thresholds(found, [Threshold("generation", "reliability", 0.0)])
-    asked = {(m.protocol, m.name) for m in found.metrics if m.after}
+    asked = {(m.protocol, m.name) for m in found.metrics if m.after and not m.group}
     assert asked == {(p, m) for p in every for fact in FACTS for m in asks(p, fact)}, "known from the facts alone"
     none = replace(found, metrics=tuple(replace(m, after=None) for m in found.metrics))
     with pytest.raises(BelowThreshold, match="was not measured") as e:
@@ -183,7 +184,7 @@ def test_command_line(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     table, page = world.folder / "out" / "t.csv", world.folder / "t.html"
     assert run(*world.cli("--csv", table, "--html", page, "--json", "--fail-under", "reliability=0")) == 0
     found = json.loads(capsys.readouterr().out)
-    assert {m["protocol"] for m in found["metrics"]} == {"generation", "easyedit", "memit", "zsre"}
+    assert {m["protocol"] for m in found["metrics"]} == {"generation", "qa", "easyedit", "memit", "zsre"}
     assert found["settings"]["seed"] == 0 and found["facts"][0]["prompt"] == FACTS[0].prompt
     assert table.read_text().count("\n") == 4 and page.read_text().startswith("<!doctype html>")
     old = page.read_bytes()

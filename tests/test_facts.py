@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -53,12 +54,39 @@ def test_easyedit_shape(tmp_path: Path) -> None:
         **GOOD,
         "portability": {"Reasoning": [{"prompt": "a is", "ground_truth": [["x"], ["y"]]}], "Other": None},
     }
-    assert one(tmp_path, grouped).portability == (Probe("a is", "x"),)
+    assert one(tmp_path, grouped).portability == (Probe("a is", "x", "Reasoning"),)
     alternatives = {**GOOD, "locality_prompt": "a", "locality_ground_truth": ["x", "y"], "ground_truth": ["Quill", "Q"]}
     fact = one(tmp_path, alternatives)
     assert fact.locality == (Probe("a", "x"),) and fact.ground_truth == "Quill"
     nested = {**GOOD, "locality": {"neighborhood": {"prompt": ["a is", "b is"], "ground_truth": ["x", ["y", "z"]]}}}
-    assert one(tmp_path, nested).locality == (Probe("a is", "x"), Probe("b is", "y"))
+    assert one(tmp_path, nested).locality == (Probe("a is", "x", "neighborhood"), Probe("b is", "y", "neighborhood"))
+
+
+def test_probes_keep_their_groups(tmp_path: Path) -> None:
+    ripple = {
+        "Relation_Specificity": [{"prompt": "Ava speaks", "ground_truth": [["Av"]]}], "Forgetfulness": ["Ava has also"],
+        "distracting": [{"prompt": ["a", "b"], "ground_truth": ["x", "y"]}],
+    }  # fmt: skip
+    fact = one(tmp_path, {**GOOD, "locality": ripple, "portability": {"Subject_Aliasing": [{"prompt": "p"}]}})
+    assert [(p.prompt, p.group) for p in fact.locality] == [
+        ("Ava speaks", "same_subject"), ("Ava has also", "forgetfulness"), ("a", "distracting"), ("b", "distracting")
+    ]  # fmt: skip
+    assert fact.portability == (Probe("p", None, "Subject_Aliasing"),)
+    for name in ("neighborhood", "Neighbourhood", "neighbors", "neighborhood_prompts"):
+        assert one(tmp_path, {**GOOD, "locality": {name: ["Oz is"]}}).locality == (
+            Probe("Oz is", None, "neighborhood"),
+        )
+    for name in ("same-subject", "Same Subject", "Relation_Specificity", "relation specificity"):
+        assert one(tmp_path, {**GOOD, "locality": {name: ["Ava is"]}}).locality[0].group == "same_subject"
+    own = [{"prompt": "Oz is", "group": "neighbours"}, {"prompt": "x is", "group": "Odd one"}, {"prompt": "y is"}]
+    assert [p.group for p in one(tmp_path, {**GOOD, "locality": own}).locality] == ["neighborhood", "Odd one", ""]
+    again = one(tmp_path, {**GOOD, "locality": [asdict(p) for p in fact.locality]})
+    assert again.locality == fact.locality, "what Python writes of a probe is read as it was"
+    both = {"locality": {"same_subject": ["Ava is"]}, "locality_prompt": ["Ava is"]}
+    assert one(tmp_path, {**GOOD, **both}).locality == (Probe("Ava is", None, "same_subject"),), "once, with its group"
+    plain, grouped = (replace(fact, locality=(Probe("x", None, g),), portability=()) for g in ("", "odd"))
+    assert plain.fields()["locality"] == ({"prompt": "x", "answer": None},), "hashes of files without groups stay"
+    assert grouped.fields() != plain.fields()
 
 
 def test_counterfact_shape(tmp_path: Path) -> None:
@@ -71,7 +99,7 @@ def test_counterfact_shape(tmp_path: Path) -> None:
     }  # fmt: skip
     fact = one(tmp_path, row)
     assert (fact.prompt, fact.target_new, fact.ground_truth) == ("The mother tongue of Ann is", "French", "Dutch")
-    assert fact.rephrase_prompts == ("Ann speaks",) and fact.locality == (Probe("Bob speaks", "Dutch"),)
+    assert fact.rephrase_prompts == ("Ann speaks",) and fact.locality == (Probe("Bob speaks", "Dutch", "neighborhood"),)
     fact = one(tmp_path, CF)  # ROME's and MEMIT's requests: the inner part alone
     assert (fact.prompt, fact.target_new, fact.ground_truth) == ("Ann speaks", "French", "Dutch")
 
@@ -184,6 +212,13 @@ BAD_LINES = {
     "locality number": (other(locality=5), "an entry of 'locality' has no prompt", '{"prompt": "…", "ground_truth"'),
     "locality numbers": (other(locality=[5]), "an entry of 'locality' has no prompt", '{"prompt"'),
     "locality fields": (other(locality=[{"q": "x"}]), "an entry of 'locality' has no prompt", '{"prompt"'),
+    "group number": (
+        other(locality=[{"prompt": "a", "group": 5}]),
+        "name of a group of 'locality' is a number",
+        "write",
+    ),
+    "group lines": (other(locality={"a\nb": ["x is"]}), "name of a group of 'locality' holds a line break", "one line"),
+    "group blank": (other(locality={" ": ["x is"]}), "name of a group of 'locality' is empty", "fill it in"),
     "locality group": (other(locality={"promt": "x"}), "an entry of 'locality' has no prompt", '{"prompt"'),
     "locality prompt": (other(locality=[{"prompt": 5}]), "'locality' is a number, not text", "write it"),
     "locality answer": (other(locality=[{"prompt": "a", "ground_truth": 5}]), "'locality' is a number", "write it"),
@@ -493,11 +528,12 @@ def test_a_name_of_each_field_in_the_data_sets(tmp_path: Path) -> None:
         assert fact.locality == (Probe("Oz is", "far"),) and fact.portability == (Probe("x"),), name
     inputs = {"locality_inputs": {"neighborhood": {"prompt": ["a", "b"], "ground_truth": ["x", "y"]}}}
     fact = one(tmp_path, {**GOOD, **inputs, "portability_inputs": {"one_hop": {"prompt": "p", "ground_truth": "q"}}})
-    assert fact.locality == (Probe("a", "x"), Probe("b", "y")) and fact.portability == (Probe("p", "q"),)
+    assert fact.locality == (Probe("a", "x", "neighborhood"), Probe("b", "y", "neighborhood"))
+    assert fact.portability == (Probe("p", "q", "one_hop"),)
     fact = one(tmp_path, {**GOOD, "neighborhood_prompts": ["Oz is"], "loc": "nq question: who", "loc_ans": "she"})
-    assert fact.locality == (Probe("Oz is", "Quill"), Probe("who", "she"))
+    assert fact.locality == (Probe("Oz is", "Quill", "neighborhood"), Probe("who", "she"))
     fact = one(tmp_path, {**GOOD, "neighborhood_prompts": [{"prompt": "Oz is", "target": "Em"}]})
-    assert fact.locality == (Probe("Oz is", "Em"),)
+    assert fact.locality == (Probe("Oz is", "Em", "neighborhood"),)
 
 
 def test_probes_and_rephrasings_of_several_fields_are_all_used(tmp_path: Path) -> None:

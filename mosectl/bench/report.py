@@ -15,6 +15,7 @@ from typing import Any
 
 from mosectl.bench.config import OTHERS, Bench, Cell, RunKind
 from mosectl.bench.runner import Record, records_of
+from mosectl.facts.groups import shown
 from mosectl.measure.bootstrap import over_seeds, paired_lead
 from mosectl.render import charts
 from mosectl.storage.atomic import write_bytes
@@ -26,6 +27,12 @@ SHARES = ("reliability", "generalization", "locality")
 PROPER = ("layers", "wordings", "targets", "solve", "guard", "check")  # phases of the edit proper
 COLOURS = ("#4c78a8", "#e45756", "#54a24b", "#f58518", "#b279a2", "#72b7b2", "#9d755d", "#d67195", "#79706e", "#bab0ac")
 DASHES = ("", "6 3", "2 3")  # for more methods than colours
+_GROUPS = (
+    "\n(QA): compared as question answering does: case, articles, punctuation and a leading 'the city of' aside; a locality "
+    "prompt is kept where it gets the known answer again, else the same first three words. Known wordings: rephrasings that "
+    "the unedited model answered with the old object. Harmonic mean of four: of reliability, generalization over known "
+    "wordings, neighbours and same subject, all (QA)."
+)
 _NAME_SPACE = 'xmlns="http://www.w3.org/2000/svg" '
 _STYLE = """svg { background: #fff; } text { fill: #1c1f24; font: 13px system-ui, sans-serif; }
 text.small { fill: #667; font-size: 11px; } .grid { stroke: #d8dbe0; } .curve { fill: none; stroke-width: 1.8; }"""
@@ -51,20 +58,42 @@ def tables(wanted: Sequence[Cell], found: Mapping[str, Record]) -> list[Grid]:
     for run in dict.fromkeys(c.run for c in wanted):
         rows = _grouped([c for c in wanted if c.run == run])
         reached, cost = [], []
+        groups = _groups([found[c.key] for names in rows.values() for c in names if c.key in found])
         first: dict[tuple[str, str], list[Record]] = {}  # of each model and dataset: the runs others are compared with
         for names, cells in rows.items():
             records = [found[c.key] for c in cells if c.key in found]
             good = [r for r in records if r["status"] == "done"]
             note = _note(len(cells), records)
             lead = _lead(first.setdefault(names[:2], good), good)
-            reached.append((*names, *_reached(good), lead, note))
+            reached.append((*names, *_reached(good), lead, *_by_group(good, groups), note))
             cost.append((*names, *_cost(good), note))
-        columns = (*(f">{n}" for n in SHARES), ">on unseen wordings", ">harmonic mean", ">behind the first", "note")
+        columns = (*(f">{n}" for n in SHARES), ">on unseen wordings", ">harmonic mean", ">behind the first")
+        columns += (*(f">{name}" for name in _group_columns(groups)), "note")
         out.append(Grid(f"{run}: what they reached ({PROTOCOL})", (*head, *columns), tuple(reached)))
         columns = (">text loss before", ">after", ">perplexity before", ">after", ">other facts kept")
         columns += (">‖W‖ drift", ">κ(W) drift", ">largest σ drift", ">seconds", ">edits/s", "note")
         out.append(Grid(f"{run}: what they cost", (*head, *columns), tuple(cost)))
     return out
+
+
+def _groups(records: Sequence[Record]) -> list[str]:
+    """The groups of locality prompts that the data sets name."""
+    return list(dict.fromkeys(name for r in records for name in r.get("groups", {})))
+
+
+def _group_columns(groups: Sequence[str]) -> list[str]:
+    if not groups:
+        return []
+    return ["on known wordings (QA)", *(f"{shown(g)} (QA)" for g in groups), "harmonic mean of four"]
+
+
+def _by_group(records: Sequence[Record], groups: Sequence[str]) -> list[str]:
+    if not groups:
+        return []
+    out = [_summary([r.get("known") for r in records], _percent)]
+    out += [_summary([r.get("groups", {}).get(name) for r in records], _percent) for name in groups]
+    four = [{"value": v} for r in records if (v := r.get("harmonic_of_four")) is not None]
+    return [*out, _summary(four, _percent)]
 
 
 def _grouped(cells: Sequence[Cell]) -> dict[tuple[str, str, str], list[Cell]]:
@@ -150,6 +179,7 @@ def _summary(measures: Sequence[Any], form: Callable[[float], str], interval: bo
 def markdown(bench: Bench, grids: Sequence[Grid]) -> str:
     """All tables, and how to read them."""
     several = len(bench.seeds) > 1
+    named = any("harmonic mean of four" in c for grid in grids for c in grid.columns)
     lines = [
         f"# {inline(bench.name)}",
         "",
@@ -167,6 +197,7 @@ def markdown(bench: Bench, grids: Sequence[Grid]) -> str:
         + "Drifts are relative, the largest over the edited weights, in float32. The collapse guard is off unless set. "
         + "Curves are taken after each batch, that of the text on the collapse guard's few pieces of the corpus: what a "
         + "method does once at the end (prune) comes after their last point.",
+        *([_GROUPS] if named else []),
         *(f"\nNote: {inline(note)}." for note in bench.notes),
     ]
     for grid in grids:

@@ -26,9 +26,11 @@ from mosectl.editing.guard import Health
 from mosectl.editing.plan import reader
 from mosectl.errors import EditFailed, OutputError
 from mosectl.facts.corpus import read_corpus
+from mosectl.facts.groups import NEIGHBOURS, SAME_SUBJECT
 from mosectl.facts.records import Fact
 from mosectl.measure.answers import judge, unseen
-from mosectl.measure.bootstrap import Tally, measure
+from mosectl.measure.bootstrap import Measure, Tally, measure
+from mosectl.measure.groups import KNOWN, Part, answers_of, as_interviewed, parts, tallies
 from mosectl.measure.perplexity import text_loss
 from mosectl.model.generation import answer, generate
 from mosectl.model.loading import Loaded, load
@@ -59,7 +61,8 @@ DONE = record(  # what tables and pictures use of a cell that did not fail
         "drift": _NUMBERS, "text_loss": _SIDES, "perplexity": _SIDES,
     },
     {
-        "unseen": _MEASURE, "kept": _MEASURE, "stopped": optional(text), "curve": optional(listed(_POINT)),
+        "unseen": _MEASURE, "kept": _MEASURE, "groups": mapping(_MEASURE), "known": _MEASURE,
+        "harmonic_of_four": optional(number), "stopped": optional(text), "curve": optional(listed(_POINT)),
         "tallies": optional(record(dict.fromkeys(SCORES, listed(listed(number))), others=anything)),
     },
     anything,
@@ -208,11 +211,12 @@ def _measured(cell: Cell, asked: _Asked, result: EditResult) -> Record:
     ):  # made for this very model a moment ago
         others_after, text_after = asked.answers(others), asked.text()
     judged = judge(facts, *result.interviews)
-    scores = {name: measure(tallies) for name, tallies in judged.items()}
+    scores = {name: measure(found) for name, found in judged.items()}
     values = [m.value for m in scores.values() if m]
     kept = measure([Tally(float(a == b), 1.0) for a, b in zip(others_before, others_after, strict=True)])
     texts = {"before": text_before, "after": text_after}
     return {
+        **_groups(facts, result),
         "scores": {name: asdict(m) if m else None for name, m in scores.items()},
         "unseen": _measure(unseen(facts, result.interviews[1].rephrased, [r.wordings for r in result.facts])),
         "tallies": {name: [(t.total, t.weight) for t in ts] for name, ts in judged.items()},
@@ -223,8 +227,30 @@ def _measured(cell: Cell, asked: _Asked, result: EditResult) -> Record:
     }
 
 
-def _measure(tallies: Sequence[Tally], transform: Callable[[np.ndarray], np.ndarray] = lambda x: x) -> Record | None:
-    found = measure(tallies, transform)
+def _groups(facts: Sequence[Fact], result: EditResult) -> Record:
+    """Shares of the data set's own groups and of wordings known before, compared as QA does, and the mean of four.
+
+    The four: reliability, generalization over known wordings, neighbours, same-subject; null where one was not asked.
+    """
+    before, after = map(answers_of, result.interviews)
+    facts = as_interviewed(facts)
+
+    def of(part: Part) -> Measure | None:
+        return measure(tallies("qa", part, facts, after, before)[0])
+
+    groups = {p.group: of(p) for p in parts(facts, before) if p.metric == "locality" and not p.own}
+    known = of(Part("generalization", KNOWN))
+    four = [of(Part("reliability", "")), known, groups.get(NEIGHBOURS), groups.get(SAME_SUBJECT)]
+    values = [m.value for m in four if m]
+    return {
+        "groups": {name: asdict(m) for name, m in groups.items() if m},
+        "known": asdict(known) if known else None,
+        "harmonic_of_four": harmonic_mean(values) if len(values) == len(four) else None,
+    }
+
+
+def _measure(units: Sequence[Tally], transform: Callable[[np.ndarray], np.ndarray] = lambda x: x) -> Record | None:
+    found = measure(units, transform)
     return asdict(found) if found else None
 
 

@@ -30,7 +30,7 @@ Base = Annotated[
 ]
 Protocols = Annotated[
     list[str] | None,
-    typer.Option("--protocol", help="generation, easyedit, memit or zsre. Repeatable; default: all."),
+    typer.Option("--protocol", help="generation, qa, easyedit, memit or zsre. Repeatable; default: all."),
 ]
 Text = Annotated[
     str | None, typer.Option(help="Held-out text for perplexity: .txt or .jsonl; default: a small embedded one.")

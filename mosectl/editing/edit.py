@@ -38,6 +38,9 @@ from mosectl.facts.records import Fact, as_facts
 from mosectl.hypernetwork.file import Editor
 from mosectl.linalg.spectrum import Stability, stability
 from mosectl.measure.answers import Interview, Scores, compare, interview
+from mosectl.measure.groups import Share, moved, recorded, shares
+from mosectl.measure.next_tokens import NextToken
+from mosectl.measure.own_probes import own_probes
 from mosectl.model.architecture import Architecture, disk_names, parse_layers, resolve
 from mosectl.model.edit_site import Projection
 from mosectl.model.generation import answer, says
@@ -82,6 +85,8 @@ class EditResult:
     interviews: tuple[Interview, Interview]  # before and after
     curve: tuple[tuple[int, Health], ...]  # (facts edited so far, health) after each batch that was kept; the base at 0
     remedy: str  # what may help where facts were not reached
+    shares: tuple[Share, ...] = ()  # the scores and those of groups of prompts, compared strictly and as QA does
+    next_tokens: tuple[NextToken, ...] = ()  # how far what comes next moved: at locality prompts, in ordinary text
 
 
 def edit(
@@ -129,17 +134,24 @@ def edit(
     edited = [p for p in ready.arch.projections if p.name in done.changes]
     on = changes_on(loaded.model, [(p, [done.changes[p.name]]) for p in edited])
     with made_by_the_edit(), on, clock("ask after") as step:
-        after = interview(loaded.model, loaded.tokenizer, checked, chat=options.chat, on_step=step)
+        after = interview(loaded.model, loaded.tokenizer, checked, on_step=step, **_asked(ready, options))
     results = _results(checked, done.before, after, done.losses, done.wordings)
     if refuse:
         _refuse_failure(results, solver.remedy)
     with clock("check"):
         drifts = tuple(_stability(loaded, edited, done.changes))
         scored = compare(checked, done.before, after, done.wordings)
-        made = (edited, done.session, done.changes, results, scored, drifts)
+        felt = (shares(checked, done.before, after), moved(checked, done.before, after))
+        made = (edited, done.session, done.changes, results, scored, recorded(*felt), drifts)
         patch = _patch(loaded, ready.arch, *made, options, ready.corpus)
     told = (done.session.stopped, done.tokens, clock.seconds, (done.before, after), tuple(done.session.curve))
-    return EditResult(patch, results, scored, drifts, done.scores, *told, solver.remedy)
+    return EditResult(patch, results, scored, drifts, done.scores, *told, solver.remedy, *felt)
+
+
+def _asked(ready: _Ready, options: EditOptions) -> dict[str, Any]:
+    """How both interviews are held."""
+    probes = own_probes(ready.facts, options.chat)
+    return {"chat": options.chat, "probes": probes, "texts": ready.corpus.texts}
 
 
 @dataclass(frozen=True)
@@ -193,7 +205,7 @@ def _computed(
     """Ask before, choose layers, take statistics, edit."""
     loaded, facts, model = ready.loaded, ready.facts, ready.loaded.model
     with clock("ask before") as step:
-        before = interview(model, loaded.tokenizer, facts, chat=options.chat, on_step=step)
+        before = interview(model, loaded.tokenizer, facts, on_step=step, **_asked(ready, options))
     if refuse and all(says(a.text, f.target_new) for a, f in zip(before.answers, facts, strict=True)):
         what = "nothing changed: the model already says every new target"
         raise EditFailed(what, fix="no patch is needed")
@@ -339,6 +351,7 @@ def _patch(
     changes: Mapping[str, Change],
     results: Sequence[FactResult],
     scores: Scores,
+    felt: Mapping[str, Sequence[Mapping[str, Any]]],
     drifts: Sequence[Stability],
     options: EditOptions,
     corpus: Corpus,
@@ -368,6 +381,7 @@ def _patch(
             "scores": _rounded(asdict(scores)),
             "stability": [_rounded(asdict(s)) for s in drifts],
             "compaction": _rounded({block_name(module): e for module, e in run.compaction.items()}),
+            **{name: [_rounded(values) for values in found] for name, found in felt.items()},
         },
         seed=options.seed,
         versions={
@@ -410,6 +424,6 @@ def _patch_fact(r: FactResult) -> PatchFact:
     )
 
 
-def _rounded(values: dict[str, Any]) -> dict[str, Any]:
+def _rounded(values: Mapping[str, Any]) -> dict[str, Any]:
     """Six significant digits: more would be noise."""
     return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}

@@ -8,6 +8,7 @@ import unicodedata
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from mosectl.facts.groups import NEIGHBOURS, canonical
 from mosectl.facts.readers import MAX_LINE, SAMPLE, bad, rename
 
 # What is read: our name for a field, and what it is called. Where several are filled the first counts.
@@ -36,6 +37,7 @@ PROBES = {  # where probes stand, and where their answers stand if not with them
     },
 }  # fmt: skip
 PROMPT = ("prompt", "question", "New Question")  # within a probe
+GROUP = "group"  # a probe may say which group it stands in
 ANSWER = ("ground_truth", "answer", "answers", "target", "New Answer")
 # What known data sets carry besides; mosectl has no use for it.
 OTHERS = {
@@ -63,6 +65,7 @@ OPTIONAL = {
 KNOWN = OPTIONAL | OTHERS | {name for names in NAMES.values() for name in names}
 MOST_UNKNOWN = 100  # names remembered of one row, and of one file
 MAX_NAME = 5_000  # characters of a subject or target
+ProbeText = tuple[str, str | None, str]  # prompt, answer, group
 _BREAK = re.compile("[\n\r\v\f\x85\u2028\u2029]")
 _CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff]")  # and half characters
 
@@ -200,9 +203,9 @@ class Entry:
 
     # Probes.
 
-    def probes(self, field: str) -> list[tuple[str, str | None]]:
-        """Prompts with known answers, from all places; what stands in two of them is taken once."""
-        out: list[tuple[str, str | None]] = []
+    def probes(self, field: str) -> list[ProbeText]:
+        """Prompts with known answers and groups, from all places; what stands in two of them is taken once."""
+        out: list[ProbeText] = []
         for name, answers in PROBES[field].items():
             value = self.given.get(name)
             if empty(value):
@@ -212,26 +215,30 @@ class Entry:
                 if name == "loc" and isinstance(value, str):
                     value = value.removeprefix("nq question: ")
                 value = {"prompt": value, "ground_truth": next(iter(known.values()), None)}
-            before = set(out)
-            out += [probe for probe in self._probes(value, name) if probe not in before]
+            before = {probe[:2] for probe in out}
+            out += [probe for probe in self._probes(value, name) if probe[:2] not in before]
         return out
 
-    def _probes(self, value: Any, name: str) -> Iterator[tuple[str, str | None]]:
+    def _probes(self, value: Any, name: str) -> Iterator[ProbeText]:
         """A list of objects or texts, one object, or EasyEdit's named groups of them."""
-        for entry in _ungroup(value):
+        for group, entry in _ungroup(value):
             if isinstance(entry, str):
                 entry = {"prompt": entry}
             if not isinstance(entry, Mapping) or not any(n in entry for n in PROMPT):
                 fix = 'write {"prompt": "…", "ground_truth": "…"}'
                 raise bad(self.where, f"an entry of '{name}' has no prompt", fix)
-            self._not_used(entry, {*PROMPT, *ANSWER, *OTHERS}, f"{name}.")
+            self._not_used(entry, {*PROMPT, *ANSWER, *OTHERS, GROUP}, f"{name}.")
             self._compare({n: entry[n] for n in ANSWER if not empty(entry.get(n))}, of=f" of '{name}'")
             answers = next((entry[n] for n in ANSWER if not empty(entry.get(n))), None)
             prompts = max((entry[n] for n in PROMPT if n in entry), key=lambda p: not empty(p))  # the first filled one
+            of = self._group(entry.get(GROUP) or group or (NEIGHBOURS if name == "neighborhood_prompts" else ""), name)
             for p, a in self._paired(prompts, answers, name):
                 known = self.answers(a, f"an answer of '{name}'")
                 if p != "":
-                    yield self.checked(p, f"a prompt of '{name}'").rstrip(" "), known[0] if known else None
+                    yield self.checked(p, f"a prompt of '{name}'").rstrip(" "), known[0] if known else None, of
+
+    def _group(self, group: Any, name: str) -> str:
+        return canonical(self.checked(group, f"the name of a group of '{name}'", lines=False)) if group != "" else ""
 
     def _paired(self, prompts: Any, answers: Any, name: str) -> Iterator[tuple[Any, Any]]:
         """One prompt or several, each with its answer."""
@@ -247,12 +254,12 @@ class Entry:
         return zip(prompts, answers, strict=True)
 
 
-def _ungroup(value: Any) -> list[Any]:
-    if isinstance(value, Mapping) and value and not any(n in value for n in PROMPT):
-        groups = value.values()
-        if all(isinstance(g, Mapping | list) or g is None for g in groups):
-            return [entry for g in groups for entry in (g if isinstance(g, list) else [g]) if entry]
-    return list(value) if isinstance(value, list | tuple) else [value]
+def _ungroup(value: Any) -> list[tuple[str, Any]]:
+    """Entries, each with the name of the group it stands in ("": none)."""
+    grouped = isinstance(value, Mapping) and value and not any(n in value for n in PROMPT)
+    if grouped and all(isinstance(g, Mapping | list) or g is None for g in value.values()):
+        return [(str(n), e) for n, g in value.items() for e in (g if isinstance(g, list) else [g]) if e]
+    return [("", entry) for entry in (value if isinstance(value, list | tuple) else [value])]
 
 
 def _leaves(value: Any) -> Iterator[Any]:

@@ -42,6 +42,7 @@ class Probe:
 
     prompt: str
     answer: str | None = None
+    group: str = ""  # what the file calls the group that it stands in (groups.canonical); "": it names none
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,11 @@ class Fact:
 
     def fields(self) -> dict[str, Any]:
         """All of it, for hashes: what a fact does not use is not in it."""
-        return {k: v for k, v in asdict(self).items() if k != "space_before_target" or v is not None}
+        out = {k: v for k, v in asdict(self).items() if k != "space_before_target" or v is not None}
+        for probe in (*out["locality"], *out["portability"]):
+            if not probe["group"]:
+                del probe["group"]
+        return out
 
 
 @dataclass(frozen=True)

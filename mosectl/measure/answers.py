@@ -8,14 +8,16 @@ counts when it starts with the expected object at a word boundary. Nothing of th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from mosectl.facts.records import Fact
+from mosectl.facts.records import Fact, Probe
 from mosectl.measure.bootstrap import Tally
+from mosectl.measure.next_tokens import NextTokens, next_tokens, places
+from mosectl.measure.own_probes import ask_own
 from mosectl.model.generation import answer, generate, says
 from mosectl.model.scoring import encode_pairs, paired, score
 
@@ -61,6 +63,9 @@ class Interview:
     answers: tuple[FactAnswer, ...]
     rephrased: tuple[tuple[str, ...], ...]  # per fact, one continuation a rephrasing
     local: tuple[tuple[str, ...], ...]  # per fact, one continuation a locality prompt
+    probes: tuple[tuple[Probe, ...], ...] = ()  # per fact, locality prompts of mosectl's own
+    own: tuple[tuple[str, ...], ...] = ()  # per fact, one continuation each
+    next: NextTokens | None = field(default=None, compare=False)  # what comes next, at the ends of some prompts
 
 
 def interview(
@@ -71,8 +76,15 @@ def interview(
     chat: bool = False,
     batch_size: int = 64,
     on_step: Callable[[int, int], None] | None = None,
+    probes: Sequence[Sequence[Probe]] = (),
+    texts: Sequence[str] = (),
 ) -> Interview:
-    """Ask the edit prompt, the rephrasings and the locality prompts of every fact."""
+    """Ask the edit prompt, the rephrasings and the locality prompts of every fact.
+
+    Args:
+        probes: per fact, locality prompts of mosectl's own: :func:`mosectl.measure.own_probes.own_probes`.
+        texts: ordinary text, for what comes next in it.
+    """
     prompts = [f.prompt for f in facts]
     prompts += [p for f in facts for p in f.rephrase_prompts]
     prompts += [probe.prompt for f in facts for probe in f.locality]
@@ -81,12 +93,14 @@ def interview(
         default=8,
     )
     how: dict[str, Any] = {"chat": chat, "batch_size": batch_size}
-    texts = iter(generate(model, tokenizer, prompts, max_new_tokens=longest + 2, on_step=on_step, **how))
-    asked = [next(texts) for _ in facts]
-    rephrased = tuple(tuple(next(texts) for _ in f.rephrase_prompts) for f in facts)
-    local = tuple(tuple(next(texts) for _ in f.locality) for f in facts)
+    said = iter(generate(model, tokenizer, prompts, max_new_tokens=longest + 2, on_step=on_step, **how))
+    asked = [next(said) for _ in facts]
+    rephrased = tuple(tuple(next(said) for _ in f.rephrase_prompts) for f in facts)
+    local = tuple(tuple(next(said) for _ in f.locality) for f in facts)
     p = target_probabilities(model, tokenizer, facts, **how)
-    return Interview(tuple(map(FactAnswer, asked, p)), rephrased, local)
+    read, own = ask_own(model, tokenizer, probes, **how)
+    follows = next_tokens(model, tokenizer, places(facts, read, texts), **how)
+    return Interview(tuple(map(FactAnswer, asked, p)), rephrased, local, read, own, follows)
 
 
 def _objects(fact: Fact) -> list[str]:

@@ -21,10 +21,15 @@ from mosectl._version import __version__
 from mosectl.errors import UsageError
 from mosectl.facts.corpus import Corpus, read_corpus
 from mosectl.facts.records import Fact, as_facts
-from mosectl.measure.answers import interview, unseen
+from mosectl.measure.answers import interview
 from mosectl.measure.before_after import How, Subject, both_sides
 from mosectl.measure.bootstrap import RESAMPLES, SEED, Measure, Tally, measure
+from mosectl.measure.groups import answers_of, counted_by, unedited_neighbours
 from mosectl.measure.lm_harness import Ability, AbilityTasks, Side, ability_notes, ask_tasks, compare_abilities
+from mosectl.measure.metrics import Judged, Metric, Sides, held, metrics
+from mosectl.measure.next_tokens import NextToken, NextTokens, compare_next
+from mosectl.measure.notes import notes_of, own_notes
+from mosectl.measure.own_probes import own_probes
 from mosectl.measure.perplexity import TextLoss, ngram_entropy, text_loss
 from mosectl.measure.protocols import METRICS, PROTOCOLS, Answers, portable_probes
 from mosectl.model.generation import MAX_NEW_TOKENS, answer, generate, says
@@ -36,18 +41,6 @@ from mosectl.storage.progress import OnStep
 from mosectl.text.shown import spreadsheet
 
 BINS = 20
-
-
-@dataclass(frozen=True)
-class Metric:
-    """One share under one protocol; None where nothing was asked, recorded, or can be known."""
-
-    protocol: str
-    name: str  # of METRICS
-    before: Measure | None
-    right_after: Measure | None  # recorded by the patches; reliability under `generation` only
-    after: Measure | None
-    asked: int  # prompts judged
 
 
 @dataclass(frozen=True)
@@ -100,10 +93,12 @@ class Evaluation:
     notes: tuple[str, ...]
     settings: dict[str, Any]
     seconds: float
+    next_tokens: tuple[NextToken, ...] = ()  # how far what comes next moved; empty without a model from before
 
-    def metric(self, protocol: str, name: str) -> Metric | None:
-        """One of the metrics, None where it was not asked for."""
-        return next((m for m in self.metrics if (m.protocol, m.name) == (protocol, name)), None)
+    def metric(self, protocol: str, name: str, group: str = "") -> Metric | None:
+        """One of the metrics, None where it was not asked for; of all prompts, or of a group."""
+        wanted = (protocol, name, group)
+        return next((m for m in self.metrics if (m.protocol, m.name, m.group) == wanted), None)
 
 
 @dataclass(frozen=True)
@@ -116,6 +111,7 @@ class Observation:
     text: TextLoss
     dtype: str
     abilities: Side | None = None
+    next: NextTokens | None = None
 
 
 def evaluate_edit(
@@ -198,7 +194,13 @@ def _evaluation(
         "protocols": {name: PROTOCOLS[name].about for name in chosen}, "chat": chat, "dtype": after.dtype,
         "text": corpus.name, "window": after.text.window, "resamples": RESAMPLES, "seed": SEED, "mosectl": __version__,
     }  # fmt: skip
-    notes = _notes(checked, chosen, subject, after, corpus, chat, records)
+    sides = Sides(after.facts, before.facts if before else None)
+    edited = [i for i, r in enumerate(records) if r]
+    neighbours = unedited_neighbours(checked, edited)
+    measured = tuple(metrics(checked, chosen, judged, records, sides, neighbours))
+    moved = _moved(checked, before, after)
+    notes = notes_of(checked, chosen, subject, sides, after.text, corpus, chat, records)
+    notes += own_notes(checked, measured)
     if abilities is not None and after.abilities is not None:
         settings |= {
             "abilities": list(abilities.names),
@@ -208,7 +210,7 @@ def _evaluation(
         notes += ability_notes(abilities, after.abilities)
     return Evaluation(
         subject=subject,
-        metrics=tuple(_metrics(checked, chosen, judged, records)),
+        metrics=measured,
         texts=_texts(before, after, corpus),
         abilities=compare_abilities(before.abilities if before else None, after.abilities) if after.abilities else (),
         retention=_retention(judged[1], records),
@@ -216,7 +218,14 @@ def _evaluation(
         notes=tuple(notes),
         settings=settings,
         seconds=time.perf_counter() - start,
+        next_tokens=moved,
     )
+
+
+def _moved(facts: Sequence[Fact], before: Observation | None, after: Observation) -> tuple[NextToken, ...]:
+    if before is None or before.next is None or after.next is None:
+        return ()
+    return compare_next(before.next, after.next, counted_by(facts, before.facts))
 
 
 def choose_protocols(names: Sequence[str]) -> tuple[str, ...]:
@@ -247,7 +256,8 @@ def _observe(
     pairs = [pair for f in facts for name in protocols for pair in PROTOCOLS[name].needs(f)]
     encoded = encode_pairs(tokenizer, pairs, chat)
     how: dict[str, Any] = {"chat": chat, "batch_size": batch_size}
-    talk = interview(model, tokenizer, facts, on_step=step("answers"), **how)
+    also: dict[str, Any] = {"probes": own_probes(facts, chat), "texts": corpus.texts}
+    talk = interview(model, tokenizer, facts, on_step=step("answers"), **also, **how)
     probes = [probe for f in facts for probe in portable_probes(f)]
     longest = max((len(tokenizer(" " + a, add_special_tokens=False)["input_ids"]) for _, a in probes), default=0)
     prompts = [p for p, _ in probes]
@@ -256,8 +266,8 @@ def _observe(
     prompts = [f.prompt for f in facts]
     long = generate(model, tokenizer, prompts, max_new_tokens=MAX_NEW_TOKENS, on_step=step("fluency"), **how)
     answers = tuple(
-        Answers(said.text, rephrased, local, tuple(next(hops) for _ in portable_probes(fact)), scores)
-        for fact, said, rephrased, local in zip(facts, talk.answers, talk.rephrased, talk.local, strict=True)
+        replace(heard, portable=tuple(next(hops) for _ in portable_probes(fact)), scores=scores)
+        for fact, heard in zip(facts, answers_of(talk), strict=True)
     )
     return Observation(
         facts=answers,
@@ -265,12 +275,11 @@ def _observe(
         entropy=tuple(map(ngram_entropy, long)),
         text=text_loss(model, tokenizer, corpus.texts, on_step=step("perplexity")),
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+        next=talk.next,
     )
 
 
 # Judging.
-
-Judged = dict[str, list[Tally]]  # by "protocol.metric", one a fact
 
 
 def _judge(
@@ -296,41 +305,6 @@ def _records(facts: Sequence[Fact], recorded: Sequence[PatchFact]) -> list[Patch
     return [known.get((f.prompt, f.target_new)) for f in facts]
 
 
-def _held(record: PatchFact) -> bool:
-    return record.status in ("changed", "already known")
-
-
-def _metrics(
-    facts: Sequence[Fact],
-    protocols: Sequence[str],
-    judged: tuple[Judged | None, Judged],
-    records: Sequence[PatchFact | None],
-) -> list[Metric]:
-    then = measure([Tally(float(_held(r)), 1.0) for r in records if r])
-    out = []
-    for protocol in protocols:
-        for name in METRICS:
-            key = f"{protocol}.{name}"
-            before = measure(judged[0][key]) if judged[0] else None
-            right_after = then if key == "generation.reliability" else None
-            out.append(Metric(protocol, name, before, right_after, measure(judged[1][key]), _asked(facts, key, judged)))
-    return out
-
-
-def _asked(facts: Sequence[Fact], key: str, judged: tuple[Judged | None, Judged]) -> int:
-    """Prompts behind a number: all of the judged facts', but those without a known answer where one is needed."""
-    protocol, name = key.split(".")
-    counts = {
-        "reliability": lambda f: 1,
-        "generalization": lambda f: len(f.rephrase_prompts),
-        "locality": lambda f: len([p for p in f.locality if p.answer]),
-        "portability": lambda f: len(portable_probes(f)),
-    }
-    if protocol == "generation":
-        return int(sum(t.weight for t in judged[1][key]))
-    return sum(counts[name](f) for f, t in zip(facts, judged[1][key], strict=True) if t.weight)
-
-
 def _texts(before: Observation | None, after: Observation, corpus: Corpus) -> tuple[TextMetric, ...]:
     def fluency(o: Observation) -> Measure | None:
         return measure([Tally(e, 1.0) for e in o.entropy])
@@ -352,7 +326,7 @@ def _retention(judged: Judged, records: Sequence[PatchFact | None]) -> tuple[Bin
     size = -(-len(holds) // BINS)
     out = []
     for start in range(0, len(holds), size):
-        part, known = holds[start : start + size], [_held(r) for r in records[start : start + size] if r]
+        part, known = holds[start : start + size], [held(r) for r in records[start : start + size] if r]
         then = sum(known) / len(known) if known else None
         out.append(Bin(start + 1, start + len(part), then, sum(part) / len(part)))
     return tuple(out)
@@ -380,57 +354,14 @@ def _rows(
             probability_before=before.probabilities[i] if before else None,
             probability_after=after.probabilities[i],
             holds=says(after.facts[i].said, fact.target_new),
-            held_right_after=_held(record) if record else None,
+            held_right_after=held(record) if record else None,
             shares={f"{p}.{m}": share(judged[f"{p}.{m}"][i]) for p in protocols for m in METRICS},
         )
         for i, (fact, record) in enumerate(zip(facts, records, strict=True))
     ]
 
 
-def _notes(
-    facts: Sequence[Fact],
-    protocols: Sequence[str],
-    subject: Subject,
-    after: Observation,
-    corpus: Corpus,
-    chat: bool,
-    records: Sequence[PatchFact | None],
-) -> list[str]:
-    """What a reader must know to read the numbers right."""
-    out = []
-    if subject.base is None:
-        out.append(
-            "there is no model from before the edit: locality under generation and easyedit is against the facts' "
-            "known answers (right or wrong), not against the earlier answers (changed or not); --base gives that model"
-        )
-    unknown = sum(p.answer is None for f in facts for p in f.locality)
-    if unknown and (subject.base is None or set(protocols) != {"generation"}):
-        out.append(f"{unknown} locality prompts without a known answer count under generation with a base only")
-    no_truth = sum(f.ground_truth is None for f in facts)
-    if no_truth and "memit" in protocols:
-        out.append(f"{no_truth} facts without ground_truth do not count for reliability and generalization under memit")
-    if corpus.sha256 in subject.corpora:
-        out.append(f"the perplexity text ({corpus.name}) also served the edit as statistics: it is not held out")
-    elif corpus.name == "embedded":
-        out.append("perplexity is on mosectl's small embedded corpus; --text measures it on yours")
-    if after.text.cut:
-        out.append(f"perplexity is on the first {after.text.tokens:,} tokens of the text")
-    if subject.patches and subject.chat != chat:
-        out.append(f"the patch was made {'with' if subject.chat else 'without'} --chat, and is asked otherwise here")
-    own = [r.wordings if r else () for r in records]
-    if along := sum(p in w for f, w in zip(facts, own, strict=True) for p in f.rephrase_prompts):
-        others = measure(unseen(facts, [a.rephrased for a in after.facts], own))
-        share = f"on the others generalization is {others.value:.1%}" if others else "there are no others"
-        out.append(
-            f"{along} rephrasings were edited along, as the model's own wordings of the facts: {share} (generation)"
-        )
-    known = sum(r is not None for r in records)
-    if known < len(facts) and subject.patches:
-        out.append(f"{known} of {len(facts)} facts stand in the patches; only these have a 'right after'")
-    return out
-
-
-# Thresholds and tables.
+# Tables.
 
 
 def to_csv(evaluation: Evaluation) -> bytes:

@@ -3,13 +3,14 @@
 | protocol   | reliability, generalization          | locality                          | portability     | mean over      |
 |------------|--------------------------------------|-----------------------------------|-----------------|----------------|
 | generation | greedy answer starts with the object | greedy answer is that from before | as reliability  | prompts        |
+| qa         | as generation, compared as QA does   | known answer or first three words | as reliability  | prompts        |
 | easyedit   | share of target tokens = argmax      | share of argmax tokens unchanged  | as reliability  | prompts, facts |
 | memit      | NLL(new) < NLL(true)                 | NLL(known answer) < NLL(new)      | not defined     | prompts, facts |
 | zsre       | share of target tokens = argmax      | share of known answer's tokens    | as reliability  | tokens, facts  |
 
-"Mean over prompts, facts": first within each fact, then over facts. All but `generation` are teacher-forced: the model
-is shown the answer's earlier tokens, which flatters it (arXiv 2502.11177). Without a model from before the edit,
-locality under `generation` and `easyedit` is measured against the known answer instead.
+"Mean over prompts, facts": first within each fact, then over facts. All but `generation` and `qa` are teacher-forced: the
+model is shown the answer's earlier tokens, which flatters it (arXiv 2502.11177). Without a model from before the edit,
+locality under `generation`, `qa` and `easyedit` is measured against the known answer instead.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mosectl.facts.records import Fact, Probe
+from mosectl.measure import qa as lenient
 from mosectl.measure.answers import judge_fact
 from mosectl.measure.bootstrap import Tally
 from mosectl.model.generation import says
@@ -35,6 +37,8 @@ class Answers:
     local: tuple[str, ...]
     portable: tuple[str, ...]  # of :func:`portable_probes`
     scores: Mapping[Pair, Scored]
+    own: tuple[str, ...] = ()  # of the locality prompts of mosectl's own
+    probes: tuple[Probe, ...] = ()  # which are these
 
 
 Tallies = dict[str, Tally]  # by metric
@@ -82,6 +86,18 @@ def generation(fact: Fact, now: Answers, before: Answers | None) -> Tallies:
     return {
         **judge_fact(fact, now.said, now.rephrased, now.local, before.local if before else None),
         "portability": Tally.of([says(said, expected) for said, (_, expected) in hops]),
+    }
+
+
+def qa(fact: Fact, now: Answers, before: Answers | None) -> Tallies:
+    """The answers of `generation`, judged by :mod:`mosectl.measure.qa`: case, articles, punctuation, "the city of" aside.
+
+    Locality is *kept*: the known answer where the model gave it before, else the first three words of its answer.
+    """
+    hops = zip(now.portable, portable_probes(fact), strict=True)
+    return {
+        **lenient.judge_fact(fact, now.said, now.rephrased, now.local, before.local if before else None),
+        "portability": Tally.of([lenient.says(said, expected) for said, (_, expected) in hops]),
     }
 
 
@@ -176,6 +192,14 @@ PROTOCOLS = {
             "arXiv 2502.11177",
             lambda fact: [],
             generation,
+        ),
+        Protocol(
+            "qa",
+            "the answers of generation, compared as QA does: case, articles, punctuation, a leading 'the city of' aside; "
+            "locality: kept, which is the known answer again, else the same first three words",
+            "arXiv 1606.05250",
+            lambda fact: [],
+            qa,
         ),
         Protocol(
             "easyedit",

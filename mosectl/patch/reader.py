@@ -75,12 +75,21 @@ _DRIFTS = (
     "condition_drift",
     "spectrum_drift",
 )
+_SHARE = record(
+    {"metric": text, "group": text, "own": flag, "asked": integer, "qa": optional(number), "strict": optional(number)},
+    others=anything,
+)
+_NEXT = record(
+    {"of": text, "group": text, "own": flag, "prompts": integer, "kl": number, "top1": number}, others=anything
+)
 _METRICS = record(
     {},
     {
         "scores": mapping(scalar),
         "stability": listed(record({"name": text}, dict.fromkeys(_DRIFTS, number), others=anything)),
         "compaction": mapping(number),
+        "shares": listed(_SHARE),
+        "next_tokens": listed(_NEXT),
     },
     others=anything,
 )

@@ -13,7 +13,8 @@ from mosectl.errors import UsageError
 from mosectl.text.shown import markup, printable
 
 if TYPE_CHECKING:
-    from mosectl.measure.evaluate import Bin, Evaluation, Metric
+    from mosectl.measure.evaluate import Bin, Evaluation
+    from mosectl.measure.metrics import Metric
 
 
 WIDTH = 720  # SVG user units
@@ -54,7 +55,7 @@ def svg_shares(metrics: Sequence[Metric]) -> str:
     for i, m in enumerate(metrics):
         assert m.after is not None
         y = 10 + row * i
-        out.append(text(left - 10, y + 13, f"{m.protocol} · {m.name}", "end"))
+        out.append(text(left - 10, y + 13, f"{m.protocol} · {m.label.strip()}", "end"))
         width = x(m.after.value) - left
         out.append(f'<rect class="bar" x="{left}" y="{y + 2}" width="{width:.1f}" height="14" rx="2"/>')
         out.append(line(x(m.after.low), y + 9, x(m.after.high), y + 9, "whisker"))
@@ -137,7 +138,7 @@ def _draw_shares(axes: Any, metrics: Sequence[Metric]) -> None:
     before = [(m.before.value, row) for row, m in zip(rows, metrics, strict=True) if m.before is not None]
     if before:
         axes.scatter(*zip(*before, strict=True), marker="|", s=120, color="#e45756", zorder=3)
-    axes.set_yticks(rows, [f"{m.protocol} · {m.name}" for m in metrics], fontsize=8)
+    axes.set_yticks(rows, [f"{m.protocol} · {m.label.strip()}" for m in metrics], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlim(-0.01, 1.02)
     axes.set_xlabel("share after the edit, 95 % interval" + ("; red mark: before" if before else ""), fontsize=8)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from mosectl.measure.bootstrap import interval_text, value_text
 from mosectl.measure.lm_harness import COLUMNS, table
+from mosectl.render import scores
 from mosectl.render.charts import shown, svg_retention, svg_shares
 from mosectl.text.shown import markup
 
@@ -69,7 +70,7 @@ def render(evaluation: Evaluation) -> str:
 
 def _metrics(e: Evaluation) -> str:
     rows = [
-        (m.protocol, m.name, *(value_text(x, ".1%") for x in (m.before, m.right_after, m.after)),
+        (m.protocol, m.label.strip(), *(value_text(x, ".1%") for x in (m.before, m.right_after, m.after)),
          interval_text(m.after, ".1%"), str(m.asked))
         for m in e.metrics
     ]  # fmt: skip
@@ -82,6 +83,9 @@ def _metrics(e: Evaluation) -> str:
         "<h2>Metrics</h2>" + _table(head, rows),
         "<h2>Text</h2>" + _table(("metric", "of what", ">before", ">after", ">95 % interval"), texts),
     ]
+    if e.next_tokens:
+        parts.append(f"<h2>Next token</h2>{_table(scores.NEXT, scores.of_next(e.next_tokens))}")
+        parts.append(f'<p class="soft">{markup(scores.NEXT_TITLE)}.</p>')
     if e.abilities:
         about = "By lm-evaluation-harness; ±: its standard error; interval: of the change, over the same examples."
         parts.append(f'<h2>Abilities</h2>{_table(COLUMNS, table(e.abilities))}<p class="soft">{about}</p>')

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mosectl.editing.settings import of_today
+from mosectl.render import scores
 from mosectl.render.console import hint, line, size, table, warn
 from mosectl.text.shown import counted, word
 
@@ -37,15 +38,8 @@ def problems(found: FactsReport) -> None:
 
 def edit(result: EditResult, path: Path | None, model: str) -> None:
     """Before/after, scores, stability and times of an edit."""
-    mark = {
-        "changed": "changed",
-        "already known": "already known",
-        "not reached": "NOT REACHED",
-        "not finite": "NOT FINITE",
-        "not edited": "NOT EDITED",
-    }
     rows = [
-        (r.fact.prompt, r.before, r.after, f"{r.probability_before:.3f}", f"{r.probability_after:.3f}", mark[r.status])
+        (r.fact.prompt, r.before, r.after, f"{r.probability_before:.3f}", f"{r.probability_after:.3f}", _mark(r.status))
         for r in result.facts
     ]
     columns = ("prompt", "before", "after", ">P(new) before", ">P(new) after", "")
@@ -53,19 +47,11 @@ def edit(result: EditResult, path: Path | None, model: str) -> None:
     if len(rows) > 60:
         line(f"… and {len(rows) - 60} more (all of them with --json, or in the patch)")
     s = result.scores
-    lines = [
-        ("reliability", s.reliability, s.facts, "edit prompts answered with the new object"),
-        ("generalization", s.generalization, s.rephrasings, "rephrased prompts answered with the new object"),
-        ("locality", s.locality, s.locality_prompts, "unrelated prompts answered as before"),
-    ]
-    if s.rephrasings_unseen < s.rephrasings:
-        what = "those of them that were not edited along (see below)"
-        lines.insert(2, ("  unseen wordings", s.unseen, s.rephrasings_unseen, what))
-    table(
-        f"Scores (protocol {s.protocol}: greedy decoding from the bare prompt)",
-        ("", ">share", ">of", "meaning"),
-        [(n, "–" if v is None else f"{v:.1%}", str(of), what) for n, v, of, what in lines],
-    )
+    title = f"Scores (protocol {s.protocol}: greedy decoding from the bare prompt)"
+    table(title, scores.COLUMNS, list(scores.of_edit(s, result.shares)))
+    line(scores.AS_QA)
+    if result.next_tokens:
+        table(scores.NEXT_TITLE, scores.NEXT, scores.of_next(result.next_tokens))
     _stability("Stability of the changed W against W, float32", result.stability)
     line("time: " + ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in result.seconds.items()))
     _wordings(result.facts)
@@ -78,6 +64,11 @@ def edit(result: EditResult, path: Path | None, model: str) -> None:
     if path:
         line(f"patch {result.patch.id[:12]} → {path} ({size(path.stat().st_size)})")
         hint(f"next: mosectl inspect {word(path)}   |   mosectl apply {word(path)} --model {word(model)} -o edited/")
+
+
+def _mark(status: str) -> str:
+    """A status, loud where a fact was not reached."""
+    return status if status in ("changed", "already known") else status.upper()
 
 
 def _wordings(facts: Sequence[FactResult] | Sequence[PatchFact]) -> None:
@@ -228,10 +219,20 @@ def inspection(i: Inspection) -> None:
         ],
     )
     _wordings(p.facts)
-    scores = {k: v for k, v in p.metrics.get("scores", {}).items() if isinstance(v, float)}
-    if scores:
-        told = ", ".join(f"{k} {v:.1%}" for k, v in scores.items())
+    _measured(p.metrics)
+
+
+def _measured(metrics: Mapping[str, Any]) -> None:
+    """What a patch says was measured when it was made; older ones have no groups of prompts."""
+    if recorded := metrics.get("shares"):
+        title = "Measured when it was made (protocol generation)"
+        table(title, scores.COLUMNS, list(scores.of_patch(recorded)))
+        line(scores.AS_QA)
+    elif found := {k: v for k, v in metrics.get("scores", {}).items() if isinstance(v, float)}:
+        told = ", ".join(f"{k} {v:.1%}" for k, v in found.items())
         line(f"measured when it was made (protocol generation): {told}")
+    if moved := metrics.get("next_tokens"):
+        table(scores.NEXT_TITLE, scores.NEXT_RECORDED, scores.of_next_recorded(moved))
 
 
 def _settings(options: Mapping[str, Any]) -> Iterator[str]:
@@ -321,7 +322,7 @@ def evaluation(e: Evaluation) -> None:
     from mosectl.measure.bootstrap import value_text as value
 
     rows = [
-        (m.protocol, m.name, *(value(x, ".1%") for x in (m.before, m.right_after, m.after)),
+        (m.protocol, m.label, *(value(x, ".1%") for x in (m.before, m.right_after, m.after)),
          interval(m.after, ".1%"), str(m.asked))
         for m in e.metrics
     ]  # fmt: skip
@@ -334,6 +335,8 @@ def evaluation(e: Evaluation) -> None:
         ("metric", ">before", ">after", ">95 % interval", "of what"),
         [(t.name, value(t.before, ".3f"), value(t.after, ".3f"), interval(t.after, ".3f"), t.about) for t in e.texts],
     )
+    if e.next_tokens:
+        table(scores.NEXT_TITLE, scores.NEXT, scores.of_next(e.next_tokens))
     if e.abilities:
         from mosectl.measure.lm_harness import COLUMNS
         from mosectl.measure.lm_harness import table as changes

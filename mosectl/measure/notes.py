@@ -1,0 +1,72 @@
+"""What a reader of an evaluation must know to read its numbers right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mosectl.facts.corpus import Corpus
+from mosectl.facts.groups import NEIGHBOURS, SAME_SUBJECT
+from mosectl.facts.records import Fact
+from mosectl.measure.answers import unseen
+from mosectl.measure.before_after import Subject
+from mosectl.measure.bootstrap import measure
+from mosectl.measure.metrics import Metric, Sides
+from mosectl.measure.own_probes import made
+from mosectl.measure.perplexity import TextLoss
+from mosectl.patch.record import PatchFact
+
+
+def notes_of(
+    facts: Sequence[Fact],
+    protocols: Sequence[str],
+    subject: Subject,
+    sides: Sides,
+    text: TextLoss,
+    corpus: Corpus,
+    chat: bool,
+    records: Sequence[PatchFact | None],
+) -> list[str]:
+    """What a reader must know to read the numbers right."""
+    out = []
+    if subject.base is None:
+        out.append(
+            "there is no model from before the edit: locality under generation, qa and easyedit is against the facts' "
+            "known answers (right or wrong), not against the earlier answers (changed or not); --base gives that model"
+        )
+    unknown = sum(p.answer is None for f in facts for p in f.locality)
+    if unknown and (subject.base is None or not set(protocols) <= {"generation", "qa"}):
+        out.append(f"{unknown} locality prompts without a known answer count under generation and qa with a base only")
+    no_truth = sum(f.ground_truth is None for f in facts)
+    if no_truth and "memit" in protocols:
+        out.append(f"{no_truth} facts without ground_truth do not count for reliability and generalization under memit")
+    if corpus.sha256 in subject.corpora:
+        out.append(f"the perplexity text ({corpus.name}) also served the edit as statistics: it is not held out")
+    elif corpus.name == "embedded":
+        out.append("perplexity is on mosectl's small embedded corpus; --text measures it on yours")
+    if text.cut:
+        out.append(f"perplexity is on the first {text.tokens:,} tokens of the text")
+    if subject.patches and subject.chat != chat:
+        out.append(f"the patch was made {'with' if subject.chat else 'without'} --chat, and is asked otherwise here")
+    own = [r.wordings if r else () for r in records]
+    if along := sum(p in w for f, w in zip(facts, own, strict=True) for p in f.rephrase_prompts):
+        others = measure(unseen(facts, [a.rephrased for a in sides.now], own))
+        share = f"on the others generalization is {others.value:.1%}" if others else "there are no others"
+        out.append(
+            f"{along} rephrasings were edited along, as the model's own wordings of the facts: {share} (generation)"
+        )
+    known = sum(r is not None for r in records)
+    if known < len(facts) and subject.patches:
+        out.append(f"{known} of {len(facts)} facts stand in the patches; only these have a 'right after'")
+    return out
+
+
+def own_notes(facts: Sequence[Fact], metrics: Sequence[Metric]) -> list[str]:
+    """Which numbers rest on probes of mosectl's own."""
+    own = {m.group for m in metrics if m.own}
+    out = [made(facts)] if SAME_SUBJECT in own else []
+    if NEIGHBOURS in own:
+        out.append(
+            "the neighbours are mosectl's own choice, as the facts name none: facts of the file with the wording of "
+            "an edited one that the patches do not hold"
+        )
+    return out

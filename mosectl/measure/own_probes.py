@@ -1,0 +1,76 @@
+"""Probes of mosectl's own, where a facts file has none: what the model says about the subject otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from torch import nn
+
+from mosectl.facts.groups import SAME_SUBJECT
+from mosectl.facts.records import Fact, Probe
+from mosectl.facts.words import gap
+from mosectl.measure.qa import mentions
+from mosectl.model.generation import answer, generate
+from mosectl.model.positions import prompt_ids, window
+
+MOST_FACTS = 50  # that are asked: each prompt costs a generation on both sides
+TOKENS = 8  # of an answer
+_OPENINGS = ("is", "was", "has", "is known for")
+
+Probes = tuple[tuple[Probe, ...], ...]  # of each fact
+T = TypeVar("T")
+
+
+def spread(items: Sequence[T], most: int) -> list[T]:
+    """At most so many of them, evenly spaced."""
+    return [items[i * len(items) // most] for i in range(most)] if len(items) > most else list(items)
+
+
+def own_probes(facts: Sequence[Fact], chat: bool) -> Probes:
+    """Same-subject prompts for facts whose file names no such group; none in a chat, nor in scripts without spaces."""
+    none: Probes = ((),) * len(facts)
+    if chat or any(p.group == SAME_SUBJECT for f in facts for p in f.locality):
+        return none
+    asked = set(spread([i for i, f in enumerate(facts) if gap(f.subject, "is")], MOST_FACTS))
+    return tuple(_of(f) if i in asked else () for i, f in enumerate(facts))
+
+
+def _of(fact: Fact) -> tuple[Probe, ...]:
+    given = {fact.prompt, *fact.rephrase_prompts, *(p.prompt for p in fact.locality)}
+    prompts = [f"{fact.subject} {opening}" for opening in _OPENINGS]
+    return tuple(Probe(p, None, SAME_SUBJECT) for p in prompts if p not in given)
+
+
+def ask_own(
+    model: nn.Module, tokenizer: Any, probes: Sequence[Sequence[Probe]], *, chat: bool = False, batch_size: int = 64
+) -> tuple[Probes, tuple[tuple[str, ...], ...]]:
+    """The probes that the model can read, and its continuations of them."""
+    seen = window(model)
+    read = tuple(tuple(p for p in own if not seen.refuses(prompt_ids(tokenizer, p.prompt, chat))) for own in probes)
+    prompts = [p.prompt for own in read for p in own]
+    how: dict[str, Any] = {"max_new_tokens": TOKENS, "chat": chat, "batch_size": batch_size}
+    texts = iter(generate(model, tokenizer, prompts, **how))
+    return read, tuple(tuple(next(texts) for _ in own) for own in read)
+
+
+def counts(fact: Fact, said: str, before: str) -> bool:
+    """Does a probe of our own watch something else than the fact?
+
+    Args:
+        said: what the model said to the edit prompt before the edit.
+        before: what it said to the probe.
+    """
+    objects = (fact.ground_truth or answer(said), fact.target_new)
+    return bool(answer(before)) and not any(mentions(before, o) for o in objects)
+
+
+def made(facts: Sequence[Fact]) -> str:
+    """That the same-subject prompts are ours, in words."""
+    first = facts[0].subject
+    some = f" (of {MOST_FACTS} facts)" if len(facts) > MOST_FACTS else ""
+    prompts = ", ".join(f"'{first} {opening}'" for opening in _OPENINGS[:2])
+    return (
+        f"the same-subject prompts are mosectl's own{some}, as the facts name none: {prompts} and the like, where the model "
+        "did not say the old object before"
+    )

@@ -1,0 +1,64 @@
+"""Answers compared as question answering does: case, articles and punctuation aside, and a leading "the city of".
+
+SQuAD's normalisation (arXiv 1606.05250, `normalize_answer` of its evaluate script). A prompt whose right answer nobody knows
+is *kept* where the first three words of the greedy answer are those from before: whole answers differ in their last words
+for reasons that are no edit's.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+import unicodedata
+from collections.abc import Sequence
+
+from mosectl.facts.records import Fact
+from mosectl.measure.bootstrap import Tally
+from mosectl.model.generation import answer
+from mosectl.model.generation import says as says_strictly
+
+KEPT_WORDS = 3
+_ARTICLE = re.compile(r"\b(?:a|an|the)\b")
+_CITY = re.compile(r"^city of (?=\S)")
+
+
+def normalised(text: str) -> str:
+    """In lower case, without punctuation, articles, a leading "city of", and spaces that say nothing."""
+    kept = "".join(c for c in text.lower() if c not in string.punctuation and unicodedata.category(c)[0] != "P")
+    return _CITY.sub("", " ".join(_ARTICLE.sub(" ", kept).split()))
+
+
+def says(text: str, expected: str) -> bool:
+    """Does a greedy continuation start with ``expected``, strictly or when both are normalised?"""
+    if says_strictly(text, expected):
+        return True
+    wanted = normalised(expected)
+    return bool(wanted) and any(says_strictly(normalised(t), wanted) for t in (text, answer(text)))
+
+
+def mentions(text: str, wanted: str) -> bool:
+    """Does ``wanted`` stand anywhere in the text, word by word, both normalised?"""
+    return bool(words := normalised(wanted)) and f" {words} " in f" {normalised(text)} "
+
+
+def kept(before: str, after: str, known: str | None) -> bool:
+    """Is an answer kept? The known one, where the model gave it before; else its first words."""
+    if known and says(before, known):
+        return says(after, known)
+    old, new = (normalised(answer(t)).split()[:KEPT_WORDS] for t in (before, after))
+    return old == new
+
+
+def judge_fact(
+    fact: Fact, said: str, rephrased: Sequence[str], local: Sequence[str], before: Sequence[str] | None
+) -> dict[str, Tally]:
+    """As :func:`mosectl.measure.answers.judge_fact`, compared as QA does."""
+    if before is not None:
+        hits = [kept(old, new, p.answer) for old, new, p in zip(before, local, fact.locality, strict=True)]
+    else:
+        hits = [says(new, p.answer) for new, p in zip(local, fact.locality, strict=True) if p.answer]
+    return {
+        "reliability": Tally.of([says(said, fact.target_new)]),
+        "generalization": Tally.of([says(t, fact.target_new) for t in rephrased]),
+        "locality": Tally.of(hits),
+    }

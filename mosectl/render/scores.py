@@ -1,0 +1,102 @@
+"""Rows of tables about scores: an edit's, a patch's, and what comes next before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from mosectl.facts.groups import FORGETFULNESS, NEIGHBOURS, SAME_SUBJECT, shown
+
+if TYPE_CHECKING:
+    from mosectl.measure.answers import Scores
+    from mosectl.measure.groups import Share
+    from mosectl.measure.next_tokens import NextToken
+
+COLUMNS = ("", ">share", ">as QA compares", ">of", "meaning")
+AS_QA = (
+    "as QA compares: case, articles, punctuation and a leading 'the city of' aside; of locality: kept, which is the known "
+    "answer again, else the same first three words"
+)
+MEANINGS = {
+    "reliability": "edit prompts answered with the new object",
+    "generalization": "rephrased prompts answered with the new object",
+    "locality": "unrelated prompts answered as before",
+}
+_OF_GROUPS = {
+    NEIGHBOURS: "the relation of other subjects",
+    SAME_SUBJECT: "other relations of the subjects",
+    FORGETFULNESS: "other objects of the relation",
+    "known wordings": "those of them that the model answered with the old object before",
+}
+NEXT = ("where", ">prompts", ">KL, nats", ">95 % interval", ">top-1 kept", ">95 % interval")
+NEXT_RECORDED = ("where", ">prompts", ">KL, nats", ">top-1 kept")
+NEXT_TITLE = "Next token: KL (before ‖ after), and the likeliest token kept"
+
+
+def percent(share: float | None) -> str:
+    """A share, or a dash."""
+    return "–" if share is None else f"{share:.1%}"
+
+
+def label(group: str, own: bool, otherwise: str) -> str:
+    """A group's name in a table."""
+    return (shown(group) or otherwise) + (" (own probes)" if own else "")
+
+
+def of_edit(scores: Scores, shares: Sequence[Share]) -> Iterator[tuple[str, ...]]:
+    """The scores of an edit, each above its parts."""
+    whole = {
+        "reliability": (scores.reliability, scores.facts),
+        "generalization": (scores.generalization, scores.rephrasings),
+        "locality": (scores.locality, scores.locality_prompts),
+    }
+    for name, (share, of) in whole.items():
+        lenient = next((s.qa for s in shares if (s.metric, s.group) == (name, "")), None)
+        yield name, percent(share), percent(lenient), str(of), MEANINGS[name]
+        if name == "generalization" and scores.rephrasings_unseen < scores.rephrasings:
+            what = "those of them that were not edited along (see below)"
+            yield "  unseen wordings", percent(scores.unseen), "–", str(scores.rephrasings_unseen), what
+        for s in shares:
+            if s.metric == name and s.group:
+                yield _part(s.group, s.own, s.strict, s.qa, s.asked)
+
+
+def of_patch(shares: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
+    """The shares that a patch has recorded."""
+    for s in shares:
+        if s["group"]:
+            yield _part(s["group"], s["own"], s["strict"], s["qa"], s["asked"])
+        else:
+            about = MEANINGS.get(s["metric"], "")
+            yield s["metric"], percent(s["strict"]), percent(s["qa"]), str(s["asked"]), about
+
+
+def _part(group: str, own: bool, strict: float | None, lenient: float | None, asked: int) -> tuple[str, ...]:
+    meaning = _OF_GROUPS.get(group, "so called in the facts file")
+    if own:
+        meaning += ": prompts of mosectl's own, as the file has none"
+    return f"  {label(group, own, '')}", percent(strict), percent(lenient), str(asked), meaning
+
+
+def of_next(tokens: Sequence[NextToken]) -> list[tuple[str, ...]]:
+    """What comes next, with intervals."""
+    from mosectl.measure.bootstrap import interval_text  # here: numpy is slow to import
+
+    return [
+        (
+            _where(t.of, t.group, t.own), str(t.prompts), f"{t.kl.value:.4f}", interval_text(t.kl, ".4f"),
+            f"{t.top1.value:.1%}", interval_text(t.top1, ".1%"),
+        )
+        for t in tokens
+    ]  # fmt: skip
+
+
+def of_next_recorded(tokens: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """What comes next, as a patch has recorded it."""
+    return [
+        (_where(t["of"], t["group"], t["own"]), str(t["prompts"]), f"{t['kl']:.4f}", percent(t["top1"])) for t in tokens
+    ]
+
+
+def _where(of: str, group: str, own: bool) -> str:
+    return "ordinary text" if of == "text" else label(group, own, "locality prompts")

@@ -1,0 +1,346 @@
+"""Groups of probes from the file to the tables: comparison as QA does, known wordings, own probes, next tokens."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import mosectl
+from mosectl.bench.report import tables
+from mosectl.checkpoints.live import patched
+from mosectl.errors import NotFinite, PatchError
+from mosectl.facts.records import Fact, Probe, fact_from_dict
+from mosectl.measure import groups, next_tokens, qa
+from mosectl.measure.answers import FactAnswer, Interview, interview
+from mosectl.measure.bootstrap import Tally
+from mosectl.measure.groups import KNOWN, Part, Share, parts, tallies, unedited_neighbours
+from mosectl.measure.own_probes import MOST_FACTS, own_probes, spread
+from mosectl.measure.protocols import Answers
+from mosectl.patch.file import Patch
+from support.commands import EASY, run
+from support.evaluations import FACTS, World
+from support.facts import CORPUS, few
+from support.models import make_tokenizer, pico, save
+from support.patches import patch_for
+from support.paths import ROOT
+
+
+@pytest.mark.parametrize(
+    ("text", "expected", "strictly"),
+    [
+        (" rome, the eternal city", "Rome", False),
+        (" the city of Rome.", "Rome", False),
+        (" The City of Rome.The", "Rome", False),
+        (" a Netherlands", "the Netherlands", False),
+        (" U.S. and more", "US", False),
+        (" “Rome”", "Rome", False),
+        (" Rome's walls", "Rome", True),  # as QA would write it, "romes"
+        ("罗马是", "罗马", True),
+        (" The The", "The The", True),  # nothing is left of it
+        (" Romemaster", "Rome", None),
+        (" city office", "office", None),
+        (" is Rome", "Rome", None),
+        (" x", "!!", None),
+        ("", "Rome", None),
+    ],
+)  # fmt: skip
+def test_comparison_as_qa_does(text: str, expected: str, strictly: bool | None) -> None:
+    from mosectl.model.generation import says
+
+    assert qa.says(text, expected) == (strictly is not None) and says(text, expected) == bool(strictly)
+
+
+def test_kept_is_the_known_answer_or_the_first_three_words() -> None:
+    assert qa.kept(" Dublin, a city", " the city of Dublin", "Dublin")
+    assert not qa.kept(" Dublin, a city", " Cork", "Dublin")
+    assert qa.kept(" a love of music and dance", " love of music. Also", None), "articles aside, three words"
+    assert not qa.kept(" love of music", " love of dance", None)
+    assert qa.kept(" Cork in the far south", " Cork in the far north", "Dublin"), "wrong before: the same words again"
+    assert qa.kept("", " ", None) and not qa.kept("", " Cork", None)
+    assert qa.mentions("of old Dublin town", "The Dublin") and not qa.mentions("Dubliners", "Dublin")
+
+
+FACT = Fact(
+    "The capital of Ava is", "Ava", "Rome", "Brin", ("Ava's seat is", "Ava obeys", "Q: Ava? A:"),
+    (Probe("Oz is", "Em", "neighborhood"), Probe("Ava speaks", None, "same_subject"), Probe("The cello")),
+    (Probe("p", "x", "one_hop"), Probe("q"), Probe("r", "y", "other")),
+)  # fmt: skip
+BEFORE = Answers(
+    " Brin.", (" the Brin", " Quill", " Brin"), (" Em", " old tongues of the east", " c"), (" x", " n"), {},
+    (" large", " Brin, its seat", ""), tuple(Probe(f"Ava {w}", None, "same_subject") for w in ("is", "was", "has")),
+)  # fmt: skip
+NOW = replace(
+    BEFORE, said=" rome", rephrased=(" Rome", " Rome", " Brin"), local=(" the Em", " old tongues of west", " d"),
+    portable=(" x", " n"), own=(" large and wide", " Rome", " x"),
+)  # fmt: skip
+
+
+def both(part: Part) -> tuple[Tally, Tally]:
+    """Strictly, and as QA compares."""
+    found = [tallies(p, part, [FACT], [NOW], [BEFORE]) for p in ("generation", "qa")]
+    assert all(prompts == int(of.weight) for (of,), prompts in found)
+    return found[0][0][0], found[1][0][0]
+
+
+def test_parts_by_hand() -> None:
+    wanted = parts([FACT], [BEFORE])
+    assert [(p.metric, p.group, p.own) for p in wanted] == [
+        ("generalization", KNOWN, False), ("locality", "neighborhood", False), ("locality", "same_subject", False),
+        ("locality", "same_subject", True), ("portability", "one_hop", False), ("portability", "other", False),
+    ]  # fmt: skip
+    assert both(Part("reliability", "")) == (Tally(0, 1), Tally(1, 1))
+    assert both(Part("generalization", "")) == (Tally(2, 3), Tally(2, 3))
+    assert both(Part("generalization", KNOWN)) == (Tally(1, 2), Tally(1, 2)), "'Quill' was not the old object"
+    assert both(Part("locality", "neighborhood")) == (Tally(0, 1), Tally(1, 1))
+    assert both(Part("locality", "same_subject")) == (Tally(0, 1), Tally(1, 1))
+    assert both(Part("locality", "")) == (Tally(0, 3), Tally(2, 3)), "overall: the file's own, all of them"
+    assert both(Part("locality", "same_subject", own=True)) == (Tally(0, 1), Tally(0, 1)), (
+        "one said the old object, one nothing"
+    )
+    assert both(Part("portability", "one_hop")) == (Tally(1, 1), Tally(1, 1))
+    assert both(Part("portability", "other")) == (Tally(0, 1), Tally(0, 1))
+    assert [p.own for p in parts([FACT], None)] == [False] * 4 and KNOWN not in [p.group for p in parts([FACT], None)]
+    unsure = replace(FACT, ground_truth=None)
+    known, prompts = tallies("qa", Part("generalization", KNOWN), [unsure], [NOW], [BEFORE])
+    assert (known, prompts) == ([Tally(1, 2)], 2), "without an old object, what the model said counts as one"
+    alone = tallies("qa", Part("locality", "neighborhood"), [FACT], [NOW], None)
+    assert alone == ([Tally(1, 1)], 1), "without a model from before: the known answer"
+
+
+def test_unedited_facts_of_a_wording_are_neighbours() -> None:
+    others = [replace(FACT, prompt=f"The {r} of {s} is", subject=s) for r, s in (("capital", "Oz"), ("king", "Oz"))]
+    facts = [FACT, *others]
+    assert unedited_neighbours(facts, [0]) == {1} and not unedited_neighbours(facts, [0, 1, 2])
+    part = Part("locality", "neighborhood", own=True)
+    found = tallies("qa", part, facts, [NOW] * 3, [BEFORE] * 3, {1})
+    assert found == ([Tally(0, 0), Tally(0, 1), Tally(0, 0)], 1)
+    bare = [replace(f, locality=()) for f in facts]
+    assert part in parts(bare, [BEFORE] * 3, {1}) and part not in parts(facts, [BEFORE] * 3, {1})
+
+
+def test_own_probes() -> None:
+    plain = replace(FACT, locality=(), rephrase_prompts=("Ava is",))
+    (made,) = own_probes([plain], chat=False)
+    assert [p.prompt for p in made] == ["Ava was", "Ava has", "Ava is known for"]
+    assert own_probes([FACT], False) == ((),), "the file has its own"
+    assert own_probes([plain], True) == ((),) and own_probes([replace(plain, subject="中国")], False) == ((),)
+    many = own_probes([replace(plain, subject=f"A{i}") for i in range(200)], False)
+    assert sum(map(bool, many)) == MOST_FACTS and many[0] and many[100]
+    assert spread([1, 2, 3], 5) == [1, 2, 3] and spread(range(10), 5) == [0, 2, 4, 6, 8]
+
+
+def test_next_tokens_against_single_forwards() -> None:
+    tokenizer, old, new = make_tokenizer(), pico("llama"), pico("llama")
+    with torch.no_grad():
+        new.model.layers[0].mlp.down_proj.weight.mul_(-3)
+    texts = ["The old house stood in Avaland and was there.", "no words"]
+    facts = [replace(FACT, locality=(Probe("The cello"), Probe("Tomas plays the", None, "odd")))]
+    wanted = next_tokens.places(facts, [(Probe("Ava is", None, "same_subject"),)], texts)
+    assert [(p.of, p.group, p.own) for p in wanted] == [
+        ("locality", "", False), ("locality", "odd", False), ("locality", "same_subject", True), ("text", "", False)
+    ]  # fmt: skip
+    sides = [next_tokens.next_tokens(m, tokenizer, wanted, batch_size=3) for m in (old, new)]
+    found = next_tokens.compare_next(*sides)
+    for place, told in zip(wanted, found, strict=True):
+        p, q = (
+            m(tokenizer(place.prompt, return_tensors="pt").input_ids).logits[0, -1].log_softmax(-1) for m in (old, new)
+        )
+        kl = torch.nn.functional.kl_div(q, p, reduction="sum", log_target=True)
+        assert told.kl.value == pytest.approx(float(kl), rel=1e-4) and told.kl.value > 0.01 and told.prompts == 1
+        assert told.top1.value == float(p.argmax() == q.argmax())
+    same = next_tokens.compare_next(sides[0], sides[0], lambda place: not place.own)
+    assert [t.kl.value for t in same] == [0.0] * 3 and all(t.kl.high == 0 and t.top1.value == 1 for t in same)
+    assert next_tokens.compare_next(sides[0], replace(sides[1], logprobs=torch.zeros(4, 9))) == ()
+    nothing = next_tokens.next_tokens(old, tokenizer, [])
+    assert next_tokens.compare_next(nothing, nothing) == ()
+    many = [replace(facts[0], locality=(Probe("a", None, f"g{i % 3}"),) * 3) for i in range(500)]
+    assert len(next_tokens.places(many, (), [])) <= next_tokens.MOST
+
+
+def test_a_ruled_out_token_and_numbers_that_are_not_finite() -> None:
+    place = next_tokens.Place("text", "", False, 0, 0, "a")
+    one, other = (next_tokens.NextTokens((place,), torch.tensor([x]).log()) for x in ([0.5, 0.5, 0.0], [1.0, 0.0, 0.0]))
+    (found,) = next_tokens.compare_next(one, other)
+    assert found.kl.value > 100 and torch.isfinite(torch.tensor(found.kl.value)) and found.top1.value == 1
+    model, tokenizer = pico("llama"), make_tokenizer()
+    with torch.no_grad():
+        model.lm_head.weight.fill_(float("nan"))
+    with pytest.raises(NotFinite):
+        next_tokens.next_tokens(model, tokenizer, [replace(place, prompt="The cello")])
+
+
+def test_what_a_model_cannot_read_is_left_out() -> None:
+    model, tokenizer = pico("gpt2", n_positions=24), make_tokenizer()
+    long = replace(FACTS[0], subject="Tomas Veldrin " * 9)
+    asked = interview(model, tokenizer, FACTS[:1], probes=own_probes([long], False), texts=["The old house " * 9])
+    assert asked.probes == ((),) and asked.own == ((),) and asked.next
+    assert {p.of for p in asked.next.places} == {"locality"}
+
+
+# Through eval.
+
+NAMED = [
+    {"prompt": "I met Tomas Veldrin", "subject": "Tomas Veldrin", "target_new": "and", "rephrase_prompts": ["We met Tomas"],
+     "locality": {"neighborhood": ["The old house stood"], "Relation_Specificity": ["Tomas Veldrin plays the"]},
+     "portability": {"one_hop": [{"prompt": "He saw", "ground_truth": "Tomas"}]}},
+]  # fmt: skip
+
+
+def test_an_evaluation_by_group(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    world = World(tmp_path)
+    world.facts.write_text("\n".join(map(json.dumps, NAMED)))
+    page = tmp_path / "t.html"
+    assert run(*world.cli("--json", "--html", page, "--fail-under", "qa.locality=0")) == 0
+    found = json.loads(capsys.readouterr().out)
+    rows = {(m["protocol"], m["name"], m["group"]): m for m in found["metrics"]}
+    for protocol in ("generation", "qa"):
+        whole = rows[protocol, "locality", ""]
+        by_group = [rows[protocol, "locality", g] for g in ("neighborhood", "same_subject")]
+        assert whole["asked"] == sum(m["asked"] for m in by_group) == 2 and not any(m["own"] for m in by_group)
+        assert 2 * whole["after"]["value"] == sum(m["after"]["value"] for m in by_group)
+        assert rows[protocol, "portability", "one_hop"]["asked"] == 1
+    assert ("easyedit", "locality", "neighborhood") not in rows, "no answer is known, so nothing is asked"
+    assert [(t["of"], t["group"]) for t in found["next_tokens"]] == [
+        ("locality", "neighborhood"), ("locality", "same_subject"), ("text", "")
+    ]  # fmt: skip
+    assert not any("mosectl's own" in n for n in found["notes"]), found["notes"]
+    text = page.read_text()
+    assert "same subject" in text and "Next token" in text and "qa · neighbours" in text
+    assert run(*world.cli("--protocol", "qa")) == 0
+    shown = capsys.readouterr().out
+    assert "qa\t  same subject\t" in shown and "ordinary text\t" in shown and "KL, nats" in shown
+
+
+def test_own_probes_are_said_to_be(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    found = world.evaluate()
+    own = [m for m in found.metrics if m.own]
+    assert {(m.protocol, m.group) for m in own} == {("generation", "same_subject"), ("qa", "same_subject")}
+    assert any("same-subject prompts are mosectl's own" in n for n in found.notes)
+    locality = found.metric("generation", "locality")
+    assert locality and locality.asked == 2, "ours do not count among the file's"
+    alone = world.evaluate(world.model)
+    assert not alone.next_tokens and not any(m.own or m.group == KNOWN for m in alone.metrics), (
+        "there is no side before"
+    )
+
+
+def test_neighbours_of_our_own_in_an_evaluation(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    rows = [{"prompt": f"We met {s}", "subject": s, "target_new": "and"} for s in ("Tomas", "Veldrin")]
+    facts = [fact_from_dict(r, "x") for r in rows]
+    kept = replace(world.patch.facts[0], prompt=facts[0].prompt, subject="Tomas", target_new="and")
+    found = mosectl.evaluate_edit(replace(world.patch, facts=(kept,)), facts, model=world.model, text=world.text)
+    (row,) = (m for m in found.metrics if (m.protocol, m.group) == ("qa", "neighborhood"))
+    assert row.own and row.asked == 1 and any("neighbours are mosectl's own" in n for n in found.notes)
+
+
+# Through edit, its patch and what is shown of it.
+
+
+def test_an_edit_measures_and_records_groups(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "corpus.txt").write_text(CORPUS)
+    (tmp_path / "f.jsonl").write_text("\n".join(map(json.dumps, NAMED)))
+    model, out = save(tmp_path / "m"), tmp_path / "p.safetensors"
+    how = ("--corpus", tmp_path / "corpus.txt", "--set", "wordings=0", *EASY)
+    assert run("edit", tmp_path / "f.jsonl", "--model", model, "-o", out, *how) == 0
+    shown = capsys.readouterr().out
+    assert (
+        "  neighbours\t" in shown
+        and "  same subject\t" in shown
+        and "as QA compares" in shown
+        and "ordinary text" in shown
+    )
+    metrics = Patch.load(out).metrics
+    assert [(s["metric"], s["group"]) for s in metrics["shares"]][:1] == [("reliability", "")]
+    assert {"neighborhood", "same_subject"} <= {s["group"] for s in metrics["shares"]}
+    assert [t["of"] for t in metrics["next_tokens"]] == ["locality", "locality", "text"]
+    assert run("inspect", out) == 0
+    told = capsys.readouterr().out
+    assert "Measured when it was made" in told and "  same subject\t" in told and "ordinary text\t" in told
+    (tmp_path / "f.jsonl").write_text(json.dumps({k: NAMED[0][k] for k in ("prompt", "subject", "target_new")}))
+    assert run("edit", tmp_path / "f.jsonl", "--model", model, "-o", out, "--overwrite", *how) == 0
+    assert "same subject (own probes)" in capsys.readouterr().out
+
+
+def test_an_edits_shares_are_those_of_its_scores(tmp_path: Path) -> None:
+    (tmp_path / "corpus.txt").write_text(CORPUS)
+    model, tokenizer = pico("llama"), make_tokenizer()
+    facts = [fact_from_dict(r, "x") for r in NAMED]
+    result = mosectl.edit(facts, model, tokenizer, options=few(str(tmp_path / "corpus.txt")), refuse=False)
+    whole = {s.metric: s.strict for s in result.shares if not s.group}
+    assert whole == {n: getattr(result.scores, n) for n in ("reliability", "generalization", "locality")}
+    before = interview(model, tokenizer, facts)
+    with patched(model, result.patch):
+        again = groups.shares(facts, before, interview(model, tokenizer, facts))
+    assert again == result.shares
+    assert [asdict(s) for s in again] == result.patch.metrics["shares"]
+
+
+def test_an_interview_without_probes_has_no_part_of_ours() -> None:
+    bare = Interview((FactAnswer(" Brin", 0.1),), ((" Brin",) * 3,), ((" Em", " a", " b"),))
+    found = groups.shares([FACT], bare, bare)
+    assert not any(s.own for s in found) and Share("locality", "", False, 3, 1.0, 1.0) in found
+
+
+@pytest.mark.parametrize(
+    ("metrics", "message"),
+    [
+        ({"shares": {}}, "metrics.shares: must be a list"),
+        ({"shares": [{"metric": "locality"}]}, r"metrics.shares\[0\]: fields missing"),
+        (
+            {"next_tokens": [{"of": "text", "group": "", "own": False, "prompts": 1, "kl": "x", "top1": 1}]},
+            "kl: must be",
+        ),
+    ],
+)
+def test_bad_records_are_refused(tmp_path: Path, metrics: dict[str, Any], message: str) -> None:
+    file = tmp_path / "p.safetensors"
+    replace(patch_for(save(tmp_path / "m")), metrics=metrics).save(file)
+    with pytest.raises(PatchError, match=message):
+        Patch.load(file)
+
+
+def test_an_older_patch_is_shown_as_before(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("inspect", ROOT / "patches" / "demo.safetensors") == 0
+    shown = capsys.readouterr().out
+    assert "measured when it was made (protocol generation): generalization" in shown and "as QA" not in shown
+
+
+# In a bench.
+
+
+def test_a_bench_has_columns_for_groups(tmp_path: Path) -> None:
+    from mosectl.bench.config import cells, read_bench
+    from mosectl.bench.report import markdown
+    from mosectl.bench.runner import run_bench
+
+    (tmp_path / "corpus.txt").write_text(CORPUS)
+    save(tmp_path / "m")
+    for name, rows in (("named", NAMED), ("flat", [{**NAMED[0], "locality": ["The cello"]}])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "b.yaml").write_text(
+        "models: [m]\ndatasets: [{name: named, facts: named.jsonl}]\ncorpus: corpus.txt\nruns: [{edits: 1}]\n"
+        "layers: '1'\nmethods: [{name: mose, set: [steps=3, wordings=0]}]\n"
+    )
+    bench = read_bench(tmp_path / "b.yaml")
+    found = run_bench(bench, tmp_path / "out")
+    (record,) = found.values()
+    assert set(record["groups"]) == {"neighborhood", "same_subject"} and "known" in record
+    reached = tables(cells(bench), found)[0]
+    assert reached.columns[-5:] == (
+        ">on known wordings (QA)", ">neighbours (QA)", ">same subject (QA)", ">harmonic mean of four", "note"
+    )  # fmt: skip
+    assert len(reached.rows[0]) == len(reached.columns) and "Harmonic mean of four" in markdown(bench, [reached])
+    share = {"value": 0.5, "low": 0.25, "high": 0.75, "units": 2}
+    older = {k: v for k, v in record.items() if k not in ("groups", "known", "harmonic_of_four")}
+    full = record | {"known": share, "groups": {"neighborhood": share}, "harmonic_of_four": 0.4}
+    key = record["key"]
+    assert tables(cells(bench), {key: full})[0].rows[0][-4:] == ("50.0 (25.0–75.0)", "50.0 (25.0–75.0)", "40.0", "")
+    plain = tables(cells(bench), {key: older})[0]
+    assert ">harmonic mean of four" not in plain.columns and "(QA)" not in markdown(bench, [plain]), "as before"
