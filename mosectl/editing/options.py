@@ -45,6 +45,11 @@ class EditOptions:
     solver: Mapping[str, float] = field(default_factory=dict)  # the method's own options
     targets: TargetOptions = field(default_factory=TargetOptions)
 
+    @property
+    def published(self) -> bool:
+        """Values are found as ROME's and MEMIT's own code finds them."""
+        return self.targets.optimizer == "published"
+
     def to_record(self) -> dict[str, Any]:
         """As a patch's record has it (patches/FORMAT.md)."""
         return recorded({**vars(self), "solver": dict(self.solver), "targets": self.targets.to_record()})
@@ -89,7 +94,11 @@ def options_from(settings: Sequence[str], **given: Any) -> EditOptions:
         one = replace(usual.targets, steps=1, optimizer="natural-gradient", nats_per_step=GRADIENT_DROP)
         usual = replace(usual, rounds=1, targets=one)
     given = {k: v for k, v in given.items() if v is not None} | found["edit"]
-    return replace(usual, **given, solver=found["solver"], targets=replace(usual.targets, **found["targets"]))
+    options = replace(usual, **given, solver=found["solver"], targets=replace(usual.targets, **found["targets"]))
+    if options.published and options.placement == "per-layer":
+        what = "--set placement=per-layer: the published search has one target, at the topmost edited layer"
+        raise UsageError(what, fix="leave it out, or give --set optimizer=adam too")
+    return options
 
 
 def _setting(setting: str, types: Mapping[str, Any]) -> tuple[str, Any]:

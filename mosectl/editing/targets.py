@@ -37,7 +37,8 @@ class TargetOptions:
     """Settings of the target optimiser; lengths are relative to ‖W k‖."""
 
     steps: int = 20
-    # "natural-gradient": steepest descent in the metric of the Fisher information; "adam"
+    # "natural-gradient": steepest descent in the metric of the Fisher information; "adam"; "published": ROME's and MEMIT's
+    # own search (published.py), in which rates are absolute and lengths relative to the hidden state's
     optimizer: str = "natural-gradient"
     nats_per_step: float = 2.0  # nats a token by which a step in that metric shall lower the loss, to first order
     step_size: float = 0.25  # Adam's, in units of the output's root mean square
