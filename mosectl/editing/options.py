@@ -26,7 +26,7 @@ class EditOptions:
     rounds: int = 4  # times targets and solve alternate in a batch, at most
     preservation_decay: float = 1.0  # factor on the weight of what must keep still, from one round to the next
     unreached_weight_growth: float = 3.0  # each round weighs the facts that do not hold yet by this factor more
-    prefixes: int = 2  # pieces of text put before the prompt, besides none
+    prefixes: int = 2  # pieces of text put before the prompt, besides none (published: the model's own)
     wordings: int = 2  # the model's own wordings of a fact, edited along with its prompt, at most (not in a chat)
     previous_edit_weight: float = 50.0  # weight of each earlier fact against a new one
     # Where the values come from: "per-layer", one target a layer; "spread", one target at the top, its residual spread over
