@@ -143,7 +143,7 @@ def given_targets(monkeypatch: pytest.MonkeyPatch, delta: Tensor) -> None:
 
 
 def by_hand(model: Any, c: Contexts, delta: Tensor, C: dict[int, Tensor], weigh: float) -> dict[int, Tensor]:
-    """MEMIT's change of layers 0 and 1 in float64 (2210.07229, algorithm 1): residuals of the bare prompts, half-half keys."""
+    """MEMIT's change of layers 0 and 1 in float64 (2210.07229, algorithm 1): bare prompts' residuals, half-half keys."""
     model, changes = deepcopy(model).double(), {}
     seen: dict[str, Tensor] = {}
     layers = model.model.layers
