@@ -21,7 +21,7 @@ class AlphaEdit(Solver):
     options = {
         "threshold": Option(0.02, "on C's eigenvalues"),
         "ridge": Option(10.0, "α"),
-        "relative": Option(0, "1: the threshold is a share of C's mean eigenvalue, α of a key's mean squared length"),
+        "relative": Option(0.0, "1: the threshold is a share of C's mean eigenvalue, α of a key's mean squared length"),
     }
 
     def update(self, problem: LayerProblem) -> Tensor:

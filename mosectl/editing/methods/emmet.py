@@ -21,7 +21,7 @@ class Emmet(Solver):
     options = {
         "preserve": Option(1.0, "λ; 1,000 as published for GPT-2 XL"),
         "ridge": Option(0.1, "α (near-equal keys make KᵀC⁻¹K singular)"),
-        "relative": Option(0, "1: α is a share of the mean diagonal of KᵀC⁻¹K, of one fact as well"),
+        "relative": Option(0.0, "1: α is a share of the mean diagonal of KᵀC⁻¹K, of one fact as well"),
     }
 
     def update(self, problem: LayerProblem) -> Tensor:
