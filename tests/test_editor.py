@@ -254,7 +254,8 @@ def test_defaults_follow_the_method() -> None:
 def test_every_method_edits_and_ships_what_it_measured(name: str, corpus: str, tmp_path: Path) -> None:
     """Through the whole path: the patch alone gives the weights that were measured, and the answer changes."""
     model, tokenizer = pico("llama"), make_tokenizer()
-    solver = {k: v for k, v in {"preserve": 1e-4, "rate": 0.02, "keep": 0.9}.items() if k in method(name).defaults}
+    quick = {"preserve": 1e-4, "rate": 0.02, "keep": 0.9, "relative": 1, "threshold": 1, "ridge": 0.01}
+    solver = {k: v for k, v in quick.items() if k in method(name).defaults}
     aims = replace(FEW.targets, preserve_norm=int(name in ("mose", "oft")))
     options = replace(
         default_options(name), corpus=corpus, layers="0,1", prefixes=0, solver=solver, targets=aims, guard=0
@@ -280,8 +281,9 @@ def test_targets_can_be_spread_or_one_a_layer(corpus: str, monkeypatch: pytest.M
     own, each, top = "method", "per-layer", "spread"
     for name, placement, layers in (("memit", own, 1), ("memit", each, 2), ("mose", own, 2), ("mose", top, 1)):
         options = replace(
-            default_options(name), corpus=corpus, layers="0,1", prefixes=0, rounds=1, placement=placement, guard=0
-        )
+            default_options(name), corpus=corpus, layers="0,1", prefixes=0, rounds=1, placement=placement, guard=0,
+            targets=TargetOptions(optimizer="adam"),
+        )  # fmt: skip
         mosectl.edit(FACTS[:1], pico("llama"), make_tokenizer(), options=options, refuse=False)
         assert set(asked) == {layers}
         asked.clear()
@@ -382,8 +384,9 @@ def test_facts_that_do_not_hold_weigh_more_in_the_next_round(corpus: str, monkey
     for name in ("isospectral", "memit"):
         usual = default_options(name)
         options = replace(
-            usual, corpus=corpus, layers="1", prefixes=0, wordings=0, rounds=3, unreached_weight_growth=2.0, guard=0
-        )
+            usual, corpus=corpus, layers="1", prefixes=0, wordings=0, rounds=3, unreached_weight_growth=2.0, guard=0,
+            targets=TargetOptions(),
+        )  # fmt: skip
         mosectl.edit(FACTS, model, tokenizer, options=options, refuse=False)
         assert weights == [[1.0, 1.0], [2.0, 1.0], [4.0, 1.0]], name
         weights.clear()

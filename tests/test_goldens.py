@@ -144,7 +144,7 @@ datasets: [{{name: demo, facts: {FACTS}}}]
 corpus: {ROOT / "examples" / "corpus.txt"}
 runs: [{{edits: 2, batch_size: 2}}]
 layers: 2-4
-methods: [{{name: mose, set: [wordings=0]}}, {{name: memit}}]
+methods: [{{name: mose, set: [wordings=0]}}, {{name: memit, set: [preserve=10]}}]
 """)
     results = desk.folder / "results"
     desk.json("bench", "bench", config, "-o", results, within=SEARCHED)

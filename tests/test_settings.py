@@ -49,7 +49,7 @@ def test_records_keep_the_names_of_format_1() -> None:
 
 
 @pytest.mark.parametrize(
-    "setting", ["placement=0", "placement=top", "optimizer=1", "optimizer=", "aim=7", "aim=x", "fisher=2"]
+    "setting", ["placement=0", "placement=top", "optimizer=1", "optimizer=", "aim=7", "aim=x", "fisher=3"]
 )
 def test_what_is_no_choice_lists_the_choices(setting: str) -> None:
     with pytest.raises(UsageError) as e:

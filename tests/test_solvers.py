@@ -63,7 +63,7 @@ def test_mose_leaves_untouched_directions_alone() -> None:
 
 @pytest.mark.parametrize("name", ["mose", "isospectral", "alphaedit"])
 def test_earlier_edits_are_protected(name: str) -> None:
-    p = problem(name, preserve=0.1, threshold=100.0, ridge=0.01)
+    p = problem(name, preserve=0.1, threshold=100.0, ridge=0.01, relative=1)
     k = random(P, 1, seed=7)
     guarded = replace(p, P=1000 * k @ k.T, Q=1000 * p.W @ k @ k.T)
     moved = [float((method(name).update(q) @ k - p.W @ k).norm()) for q in (p, guarded)]
@@ -178,7 +178,20 @@ def test_rome_takes_one_fact_after_the_other() -> None:
 
 def test_memit_with_one_fact_tends_to_rome() -> None:
     p = problem("memit", m=1, preserve=1e-6)
-    assert torch.allclose(method("memit").update(p), method("rome").update(p), atol=1e-4)
+    rome = replace(p, options=method("rome").defaults)
+    assert torch.allclose(method("memit").update(p), method("rome").update(rome), atol=1e-4)
+
+
+def test_rome_divides_by_the_bare_prompts_key_and_may_leave_the_covariance_out() -> None:
+    p = replace(problem("rome", m=1), bare=random(P, 1, seed=5))
+    k, bare, R = p.K[:, 0], p.bare[:, 0], p.V[:, 0] - p.W @ p.K[:, 0]
+    for covariance in (1, 0):
+        u = torch.linalg.inv(p.C) @ k if covariance else k
+        W = method("rome").update(replace(p, options={"covariance": covariance}))
+        # compute_u and compute_v of github.com/kmeng01/rome: left vector u / ‖u‖, right vector R / (k₀ · left vector)
+        left = u / u.norm()
+        assert torch.allclose(W - p.W, torch.outer(R / (bare @ left), left), atol=1e-6)
+        assert torch.allclose((W - p.W) @ bare, R, atol=1e-7), "the bare prompt gives the value exactly"
 
 
 def test_emmet_meets_all_targets_and_with_one_fact_is_rome() -> None:
@@ -187,19 +200,26 @@ def test_emmet_meets_all_targets_and_with_one_fact_is_rome() -> None:
     # among all updates that meet the targets its cost tr(ΔW C ΔWᵀ) is least: it is orthogonal to what leaves K alone
     N = random(D, P) @ (torch.eye(P).double() - p.K @ torch.linalg.pinv(p.K))
     assert abs(float(((W - p.W) @ p.C * N).sum())) < 1e-6
-    eased = method("emmet").update(problem("emmet", ridge=0.5))  # eq. 10 with α as a share of the mean of kᵀC⁻¹k
+    eased = method("emmet").update(problem("emmet", ridge=0.5, relative=1))  # α as a share of the mean of kᵀC⁻¹k
     inverse = torch.linalg.inv(p.C)
     G = p.K.T @ inverse @ p.K
     alpha = 0.5 * sum(k @ inverse @ k for k in p.K.T) / p.K.shape[1]
     expected = (p.V - p.W @ p.K) @ torch.linalg.inv(G + alpha * torch.eye(len(G))) @ p.K.T @ inverse
     assert torch.allclose(eased - p.W, expected, atol=1e-7)
-    one = problem("emmet", m=1, ridge=0.0)
-    assert torch.allclose(method("emmet").update(one), method("rome").update(one), atol=1e-7)
+    published = method("emmet").update(problem("emmet", ridge=0.5, preserve=3.0))  # eq. 10 with λC in place of C
+    G = p.K.T @ torch.linalg.inv(3 * p.C) @ p.K + 0.5 * torch.eye(p.K.shape[1])
+    expected = (p.V - p.W @ p.K) @ torch.linalg.inv(G) @ p.K.T @ torch.linalg.inv(3 * p.C)
+    assert torch.allclose(published - p.W, expected, atol=1e-7)
+    one = problem("emmet", m=1, ridge=0.5)  # one fact has no α
+    rome = replace(one, options=method("rome").defaults)
+    assert torch.allclose(method("emmet").update(one), method("rome").update(rome), atol=1e-7)
 
 
 def test_rect_keeps_the_largest_relative_changes() -> None:
-    p, W = solve("rect", keep=0.25)
+    p, whole = solve("rect", keep=0.25)
+    W = method("rect").settle(p.W, whole, p.options)
     full = method("memit").update(p) - p.W
+    assert torch.equal(whole - p.W, full), "the layers are solved as MEMIT's are"
     kept = (p.W != W).flatten()
     relative = (full / p.W).abs().flatten()
     assert int(kept.sum()) == round(0.25 * D * P)
@@ -222,7 +242,9 @@ def test_prune_bounds_the_singular_values_of_the_sum() -> None:
 
 
 def test_alphaedit_leaves_the_complement_of_the_null_space_alone() -> None:
-    p = problem("alphaedit", samples=12, ridge=0.01, threshold=1e-6)  # 12 samples: half of the key space is free
+    p = problem(
+        "alphaedit", samples=12, ridge=0.01, threshold=1e-6, relative=1
+    )  # 12 samples: half of the key space is free
     W = method("alphaedit").update(p)
     values, vectors = torch.linalg.eigh(p.C)
     seen = vectors[:, values > 1e-6 * values.mean()]

@@ -29,6 +29,7 @@ from mosectl.editing.methods import method
 from mosectl.editing.options import EditOptions, trained_editor
 from mosectl.editing.own_sentences import own_sentences
 from mosectl.editing.paraphrases import own_wordings
+from mosectl.editing.published import written_prefixes
 from mosectl.editing.resume import Progress
 from mosectl.editing.second_moments import Moments, second_moments
 from mosectl.editing.session import Session
@@ -229,7 +230,7 @@ def _computed(
         with session.restored():
             session.watch(canaries(loaded.tokenizer, ready.corpus.texts, ready.most))
             with made_by_the_edit():
-                losses = session.edit(facts, _prefixes(ready.corpus, options), wordings, clock, progress, own)
+                losses = session.edit(facts, _prefixes(ready, options), wordings, clock, progress, own)
             with clock("solve"):
                 changes = {block_name(module): change for module, change in session.finish().items()}
     return _Done(session, changes, losses, before, wordings, tuple(scores), moments.tokens)
@@ -266,6 +267,8 @@ def _choose(
         trained.check({p.name: weight_of(loaded.model, p) for p in dense})
         return [p for p in dense if p.name in trained.modules], []
     chosen, scores = parse_layers(options.layers, len(arch.projections)), []
+    if chosen is None and options.published:
+        chosen = method(options.method).published.edited(arch.model_type, len(arch.projections))
     if chosen is None:
         contexts = build_contexts(loaded.model, loaded.tokenizer, facts[:64], [""], chat=options.chat)
         rows = contexts.edit_rows
@@ -276,9 +279,12 @@ def _choose(
     return projections, scores
 
 
-def _prefixes(corpus: Corpus, options: EditOptions) -> list[str]:
+def _prefixes(ready: _Ready, options: EditOptions) -> list[str]:
     """What to put before prompts: nothing, and openings of some texts; an edit must hold wherever the subject stands."""
-    rng = random.Random(options.seed)
+    if options.published:
+        lengths = method(options.method).published.lengths
+        return written_prefixes(ready.loaded.model, ready.loaded.tokenizer, options.prefixes, lengths, options.seed)
+    rng, corpus = random.Random(options.seed), ready.corpus
     texts = [t for t in corpus.texts if len(t.split()) >= 3] or list(corpus.texts)
     picked = rng.sample(texts, min(options.prefixes, len(texts)))
     openings = [" ".join(t.split()[: rng.randint(3, 7)]).rstrip(" .,;:") for t in picked]

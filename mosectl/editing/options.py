@@ -26,7 +26,7 @@ class EditOptions:
     rounds: int = 4  # times targets and solve alternate in a batch, at most
     preservation_decay: float = 1.0  # factor on the weight of what must keep still, from one round to the next
     unreached_weight_growth: float = 3.0  # each round weighs the facts that do not hold yet by this factor more
-    prefixes: int = 2  # pieces of text put before the prompt, besides none
+    prefixes: int = 2  # pieces of text put before the prompt, besides none (published: the model's own)
     wordings: int = 2  # the model's own wordings of a fact, edited along with its prompt, at most (not in a chat)
     own_sentences: int = 16  # of the model about each subject, which shall stay as likely as they are
     previous_edit_weight: float = 50.0  # weight of each earlier fact against a new one
@@ -45,6 +45,11 @@ class EditOptions:
     editor: str | None = None  # editor file (or hf://user/repo), for methods that need a trained one
     solver: Mapping[str, float] = field(default_factory=dict)  # the method's own options
     targets: TargetOptions = field(default_factory=TargetOptions)
+
+    @property
+    def published(self) -> bool:
+        """Values are found as ROME's and MEMIT's own code finds them."""
+        return self.targets.optimizer == "published"
 
     def to_record(self) -> dict[str, Any]:
         """As a patch's record has it (patches/FORMAT.md)."""
@@ -90,7 +95,11 @@ def options_from(settings: Sequence[str], **given: Any) -> EditOptions:
         one = replace(usual.targets, steps=1, optimizer="natural-gradient", nats_per_step=GRADIENT_DROP)
         usual = replace(usual, rounds=1, targets=one)
     given = {k: v for k, v in given.items() if v is not None} | found["edit"]
-    return replace(usual, **given, solver=found["solver"], targets=replace(usual.targets, **found["targets"]))
+    options = replace(usual, **given, solver=found["solver"], targets=replace(usual.targets, **found["targets"]))
+    if options.published and options.placement == "per-layer":
+        what = "--set placement=per-layer: the published search has one target, at the topmost edited layer"
+        raise UsageError(what, fix="leave it out, or give --set optimizer=adam too")
+    return options
 
 
 def _setting(setting: str, types: Mapping[str, Any]) -> tuple[str, Any]:

@@ -98,7 +98,7 @@ def estimate(
         device=device,
         dtype=str(kind).removeprefix("torch."),
         layers=layers,
-        auto=options.layers == "auto" and not method(options.method).editor,
+        auto=options.layers == "auto" and not solver.editor and not options.published,
         model_bytes=work.weights,
         peak_bytes=work.weights + solver.peak_bytes(work),
         patch_bytes=size,
@@ -119,7 +119,10 @@ def _planned(
 ) -> tuple[tuple[int, ...], int]:
     """The layers that will be edited ("auto" is counted as the middle three), and the patch's bytes."""
     solver, n = method(options.method), len(arch.projections)
-    layers = tuple(parse_layers(options.layers, n) or range(max(0, n // 2 - 1), min(n, n // 2 + 2)))
+    usual = (
+        solver.published.edited(arch.model_type, n) if options.published else range(n)[max(0, n // 2 - 1) : n // 2 + 2]
+    )
+    layers = tuple(parse_layers(options.layers, n) or usual)
     if editor := trained_editor(options):
         editor.check({p.name: meta_model.get_parameter(p.weight_name) for p in arch.projections if p.single_matrix})
         layers = tuple(p.layer for p in arch.projections if p.name in editor.modules)

@@ -6,7 +6,7 @@ from when it was edited would protect what is no longer asked.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -84,16 +84,25 @@ class Earlier:
             found.append(leads(log_probabilities(self.model, own), own.targets, own.targets >= 0).cpu())
         return torch.cat(found)
 
-    def moments(self, weight: float) -> dict[str, tuple[Tensor, Tensor]]:
+    def moments(
+        self, weight: float, mean: Callable[[Tensor], Tensor] | None = None
+    ) -> dict[str, tuple[Tensor, Tensor]]:
         """P = Σ w k kᵀ (p, p) and Q = Σ w v kᵀ (d, p) over all contexts by module path, float64 on the host; a fact's w sum
         to ``weight``.
+
+        Args:
+            mean: from the rows' facts (rows,) to (n, rows): k and v are a fact's means by it, and its w is ``weight``.
         """
         if self.contexts is None:
             return {}
         share = weight / torch.bincount(self.contexts.fact)[self.contexts.fact]
+        average = mean(self.contexts.fact).T if mean else None  # (rows, n)
         out = {}
         for name, K in self._keys(self.contexts).items():
             V = self.values[name]
+            if average is not None:
+                K, V = K.to(V) @ average.to(V), V @ average.to(V)
+                share = torch.full_like(V[0], weight)
             weighted = (K.to(V) * share.to(V)).T
             out[name] = (K.to(V) @ weighted).cpu(), (V @ weighted).cpu()  # one layer's go back for its solve
         return out

@@ -28,6 +28,7 @@ from mosectl.editing.methods.base import (
 )
 from mosectl.editing.options import EditOptions
 from mosectl.editing.previous_edits import Earlier
+from mosectl.editing.published import averages, bare_rows, published_targets
 from mosectl.editing.resume import Progress, State
 from mosectl.editing.second_moments import Moments
 from mosectl.editing.targets import Targets, optimise_targets
@@ -78,6 +79,7 @@ class Session:
         own = options.placement == "method" or not self.solver.searches
         self.placement = self.solver.placement if own else options.placement
         self.side = self.solver.side_on(projections)
+        self.published = options.published and self.solver.searches
         self.solver_options = {**self.solver.defaults, **options.solver}
         place = torch.empty(0, dtype=torch.float64, device=solve_device(weight_of(loaded.model, projections[0]).device))
         # What one layer's solve takes is on its device, the rest waits on the host: together they can exceed a GPU.
@@ -133,7 +135,8 @@ class Session:
         Raises:
             EditFailed: the very first batch did harm.
         """
-        size = self.options.batch_size or len(facts)
+        alone = self.published and self.solver.published.one_by_one
+        size = self.options.batch_size or (1 if alone else len(facts))
         # Hashed once, and where there is something to keep or to go on with: statistics of large models take seconds.
         kept = progress if progress and (progress.resume or size < len(facts)) else None
         ours = self.identity(facts) if kept else {}
@@ -181,7 +184,7 @@ class Session:
         if self.turns:
             self.columns = self.earlier.columns(weight) if weight else {}
         else:
-            self.moments = self.earlier.moments(weight) if weight else {}
+            self.moments = self.earlier.moments(weight, self._mean if self.published else None) if weight else {}
 
     def identity(self, facts: Sequence[Fact]) -> dict[str, str]:
         """What this session's state belongs to: hashes, by name."""
@@ -228,25 +231,29 @@ class Session:
                 def on_step(done: int, of: int, r: int = r, step: Callable[[int, int], None] = step) -> None:
                     step(first * rounds + r * n + done * n // of, total * rounds)
 
-                if self.solver.searches:
+                if self.solver.searches and not self.published:
                     contexts = self._ends_asked(contexts)
                 needed = r < rounds and self.solver.searches
                 options = self.options.targets if needed else replace(self.options.targets, steps=0)
-                targets = optimise_targets(
-                    self.loaded.model,
-                    self.arch,
-                    placed,
-                    contexts,
-                    options,
-                    on_step,
-                    self.metric,
-                    self.going_on,
-                    self.own,
+                targets = (
+                    self._published_targets(contexts, on_step)
+                    if needed and self.published
+                    else optimise_targets(
+                        self.loaded.model,
+                        self.arch,
+                        placed,
+                        contexts,
+                        options,
+                        on_step,
+                        self.metric,
+                        self.going_on,
+                        self.own,
+                    )
                 )
             standing = self._standing(targets)
-            best = max(best or standing, standing, key=lambda s: s.score)
+            best = standing if self.published else max(best or standing, standing, key=lambda s: s.score)
             done = (targets.margin_before >= options.margin) | ~torch.isfinite(targets.loss_before)
-            if r == rounds or bool(done.all()):
+            if r == rounds or (bool(done.all()) and not self.published):
                 break
             keep = self.options.preservation_decay**r
             if r:
@@ -254,7 +261,8 @@ class Session:
             with clock("solve"):
                 ways: dict[str, Callable[..., None]]
                 ways = {PER_LAYER: self._solve, SPREAD: self._solve_spread, NONE: self._fit}
-                ways[self.placement](contexts, targets, keep, urgency)
+                way = self._solve_published if self.published else ways[self.placement]
+                way(contexts, targets, keep, urgency)
         assert best is not None
         for p in self.projections:
             self.set_weight(p, best.W[p.name])
@@ -319,6 +327,38 @@ class Session:
             V = self.W[p.name] @ K + (wanted - hidden) @ average / (len(self.projections) - i)
             self.set_weight(p, self._solved(p, keep, Columns(K, V, urgency.to(K)[facts.to(K.device)])))
 
+    def _mean(self, fact: Tensor) -> Tensor:
+        return averages(fact, self.solver.published.bare)
+
+    def _published_targets(self, contexts: Contexts, on_step: Callable[[int, int], None]) -> Targets:
+        model, top, site = self.loaded.model, self.projections[-1], self.solver.published.site
+        return published_targets(model, self.arch, top, contexts, self.options.targets, site, on_step)
+
+    def _solve_published(self, contexts: Contexts, targets: Targets, keep: float, urgency: Tensor) -> None:
+        """One residual at the topmost edited layer's hidden state, the bare prompt's; each layer, lowest first, is asked for
+        an equal share of what is still missing.
+        """
+        assert isinstance(self.solver, Solver)
+        top, before = self.projections[-1], dict(self.W)
+        fact = contexts.fact[contexts.edit_rows]
+        used = torch.isfinite(targets.loss).to(fact.device)
+        if not bool(used.any()):
+            return
+        bare, mean = bare_rows(contexts)[used], self._mean(fact)[used]  # (n, rows)
+        delta = targets.V[0][used].to(self.W[top.name]).T
+        batch, subject, wanted = contexts.batch.rows(bare), contexts.subject[bare], None
+        for i, p in enumerate(self.projections):
+            hidden = hidden_at(self.loaded.model, self.arch, top.layer, batch, subject).to(delta).T
+            wanted = hidden + delta if wanted is None else wanted
+            K = self._keys(p, contexts, contexts.edit_rows) @ mean.to(delta).T
+            V = self.W[p.name] @ K + (wanted - hidden) / (len(self.projections) - i)
+            columns = Columns(K, V, urgency.to(K)[used.to(K.device)])
+            self.set_weight(p, self._solved(p, keep, columns, self._keys(p, contexts, bare)))
+        for p in self.projections:
+            W = self.solver.settle(before[p.name], self.W[p.name], self.solver_options)
+            if W is not self.W[p.name]:
+                self.set_weight(p, W)
+
     def _fit(self, contexts: Contexts, *_: object) -> None:
         """Let a method train on the model itself."""
         assert isinstance(self.solver, Trainer)
@@ -341,14 +381,17 @@ class Session:
         K, V, weight = columns.K, columns.V, columns.weight
         return LayerProblem(W, self._base(p), C, P, Q, K, V, weight, self.solver_options, p.name, keep)
 
-    def _solved(self, p: Projection, keep: float, columns: Columns) -> Tensor:
-        """The weight (d, p) for these keys and values."""
+    def _solved(self, p: Projection, keep: float, columns: Columns, bare: Tensor | None = None) -> Tensor:
+        """The weight (d, p) for these keys and values; ``bare``: LayerProblem's."""
         if isinstance(self.solver, Turner) and self.turns:
             earlier = self.columns.get(p.name)
             W = self.turns[p.name].solve(self.solver, self.C, columns, earlier, keep, self.solver_options)
         else:
             assert isinstance(self.solver, Solver)
-            W = self.solver.update(self._problem(p, keep, columns))
+            problem = replace(self._problem(p, keep, columns), bare=bare)
+            W = self.solver.update(problem)
+            if not self.published:  # there it is once a batch
+                W = self.solver.settle(problem.W, W, problem.options)
         if not bool(torch.isfinite(W).all()):
             fix = "try --dtype float32"
             raise EditFailed("the solve gave numbers that are not finite", where=p.name, fix=fix)

@@ -18,7 +18,7 @@ RENAMED = {
 # Settings that are words today, with the numbers they were.
 WORDS: dict[str, dict[str, int]] = {
     "placement": {"method": -1, "per-layer": 0, "spread": 1},
-    "optimizer": {"natural-gradient": 1, "adam": 0},
+    "optimizer": {"natural-gradient": 1, "adam": 0, "published": 2},
 }
 Options = TypeVar("Options", bound=type)
 

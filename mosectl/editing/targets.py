@@ -36,17 +36,18 @@ from mosectl.model.partial_forward import Suffix
 class TargetOptions:
     """Settings of the target optimiser; lengths are relative to ‖W k‖."""
 
-    steps: int = 20
-    # "natural-gradient": steepest descent in the metric of the Fisher information; "adam"
+    steps: int = 20  # optimiser steps of a target, at most (published: forward passes, the last of which only looks)
+    # "natural-gradient": steepest descent in the metric of the Fisher information; "adam"; "published": ROME's and MEMIT's
+    # own search (published.py), in which rates are absolute and lengths relative to the hidden state's
     optimizer: str = "natural-gradient"
     nats_per_step: float = 2.0  # nats a token by which a step in that metric shall lower the loss, to first order
-    step_size: float = 0.25  # Adam's, in units of the output's root mean square
+    step_size: float = 0.25  # Adam's, in units of the output's root mean square (published: as it is)
     margin: float = 6.0  # nats by which every target token must lead before a fact counts as converged
     kl_weight: float = 0.0625  # keeps what the model says after "{subject} is a" (ROME's factor)
-    decay: float = 0.02  # on ‖δ‖²
+    decay: float = 0.02  # on ‖δ‖² (published: on ‖δ‖ / ‖h‖²)
     # What the model says about the subject otherwise: weight, in the metric of a step, of each of its own sentences.
     own_weight: float = 0.0
-    max_displacement: float = 4.0  # largest ‖δ‖ per layer
+    max_displacement: float = 4.0  # largest ‖δ‖ per layer (published: as a share of ‖h‖, the hidden state's)
     preserve_norm: int = 1  # 1: targets keep the output's length, as a rotation does; 0: v = W k + ‖W k‖ δ
     max_rows: int = 256  # sequences run at once, at most: fewer where memory asks for it
 

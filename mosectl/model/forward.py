@@ -169,6 +169,11 @@ def keys_at(model: nn.Module, projections: Sequence[Projection], batch: Batch, p
 
 def hidden_at(model: nn.Module, arch: Architecture, layer: int, batch: Batch, positions: Tensor) -> Tensor:
     """The hidden state that decoder layer ``layer`` hands on, at one token a row: (B, d) float32."""
+    return output_at(model, f"{arch.layers_path}.{layer}", batch, positions)
+
+
+def output_at(model: nn.Module, name: str, batch: Batch, positions: Tensor) -> Tensor:
+    """What the module ``name`` puts out at one token a row: (B, d) float32."""
     found: list[Tensor] = []
     rows = torch.arange(len(positions))
 
@@ -177,7 +182,7 @@ def hidden_at(model: nn.Module, arch: Architecture, layer: int, batch: Batch, po
         found.append(h[rows.to(h.device), positions.to(h.device)].float())
         raise _Stop
 
-    run_until_stopped(model, batch, [(f"{arch.layers_path}.{layer}", hook)])
+    run_until_stopped(model, batch, [(name, hook)])
     return found[0]
 
 

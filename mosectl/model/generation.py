@@ -20,9 +20,16 @@ BATCH = 128  # samples written at once
 
 @torch.no_grad()
 def continuations(
-    model: Any, tokenizer: Any, sequences: Sequence[Sequence[int]], tokens: int, *, sampled: bool = False
+    model: Any,
+    tokenizer: Any,
+    sequences: Sequence[Sequence[int]],
+    tokens: int,
+    *,
+    sampled: bool = False,
+    likeliest: int = 0,
 ) -> list[str]:
-    """What follows each token sequence, at most ``tokens`` tokens: greedily, or from the model's own distribution.
+    """What follows each token sequence, at most ``tokens`` tokens: greedily, or from the model's own distribution, of which
+    ``likeliest`` takes only so many tokens (0: all).
 
     All are run at once, padded on the left; special tokens are left out. Samples are of temperature 1 and depend on
     torch's random state. Where a model's positions end first, so does the text; a sequence itself must fit.
@@ -32,20 +39,26 @@ def continuations(
     """
     seen = window(model)
     if max(map(len, sequences)) + tokens - 1 <= seen.most:
-        return _continued(model, tokenizer, sequences, tokens, sampled, seen.rows)
+        return _continued(model, tokenizer, sequences, tokens, sampled, seen.rows, likeliest)
     # Those that have the room together, so that nobody's neighbour cuts them short; the others one by one.
     roomy = [s for s in sequences if len(s) + tokens - 1 <= seen.limit]
-    long = iter(_continued(model, tokenizer, roomy, tokens, sampled, seen.rows) if roomy else ())
+    long = iter(_continued(model, tokenizer, roomy, tokens, sampled, seen.rows, likeliest) if roomy else ())
     return [
         next(long)
         if len(s) + tokens - 1 <= seen.limit
-        else _continued(model, tokenizer, [s], seen.limit - len(s) + 1, sampled, seen.rows)[0]
+        else _continued(model, tokenizer, [s], seen.limit - len(s) + 1, sampled, seen.rows, likeliest)[0]
         for s in sequences
     ]
 
 
 def _continued(
-    model: Any, tokenizer: Any, sequences: Sequence[Sequence[int]], tokens: int, sampled: bool, rows: int
+    model: Any,
+    tokenizer: Any,
+    sequences: Sequence[Sequence[int]],
+    tokens: int,
+    sampled: bool,
+    rows: int,
+    likeliest: int,
 ) -> list[str]:
     pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     pad = next(t for t in pads if t is not None and t < rows)  # some tokenizers have more tokens than the model
@@ -60,7 +73,7 @@ def _continued(
             do_sample=sampled,
             logits_processor=[lambda _, scores: finite(scores, model)],  # at every token: NaN would pass for an answer
             **(
-                {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
+                {"temperature": 1.0, "top_p": 1.0, "top_k": likeliest}
                 if sampled
                 else dict.fromkeys(("temperature", "top_p", "top_k"))
             ),

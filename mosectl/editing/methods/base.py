@@ -31,8 +31,34 @@ PER_LAYER = "per-layer"  # a target for each edited layer's output
 SPREAD = "spread"  # one residual at the topmost edited layer, shared out among them (MEMIT §4.3)
 NONE = "none"  # none are needed
 
-# What the additive methods have in common as published: targets of any length, one solve, no care for earlier edits.
-PUBLISHED: Mapping[str, Any] = {"preserve_norm": 0, "rounds": 1, "previous_edit_weight": 0.0}
+# What the additive methods have in common as published: targets of any length, one solve, no care for earlier edits; and the
+# search's settings for models of Llama's and Qwen's kind (EasyEdit's hparams; docs/explanation/methods.md lists others).
+PUBLISHED: Mapping[str, Any] = {
+    "preserve_norm": 0, "rounds": 1, "previous_edit_weight": 0.0, "optimizer": "published", "prefixes": 5,
+    "steps": 25, "step_size": 0.5, "max_displacement": 4.0, "decay": 1e-3, "kl_weight": 0.0625,
+}  # fmt: skip
+BLOCK, FFN = "block", "ffn"  # whose output the published search moves
+
+
+@dataclass(frozen=True)
+class Published:
+    """How a method's own code finds values, where it is not the same for all of them (see published.py)."""
+
+    # By model type, "" = others: the first and the last edited layer, of how many.
+    layers: Mapping[str, tuple[int, int, int]] = field(
+        default_factory=lambda: {"gpt2": (13, 17, 48), "gptj": (3, 8, 28), "": (4, 8, 32)}
+    )
+    lengths: tuple[int, ...] = (10,)  # tokens of the prefixes that the model writes
+    bare: float = 0.5  # the bare prompt's share in a fact's key; 0: as much as any prefixed one's
+    site: str = BLOCK
+    one_by_one: bool = False  # one fact a batch, where no batch size is given
+
+    def edited(self, model_type: str, n: int) -> tuple[int, ...]:
+        """The layers at the published share of the depth, of a model of ``n`` layers."""
+        first, last, of = self.layers.get(model_type, self.layers[""])
+        width = min(last - first + 1, max(1, n - 1))
+        start = min(first * n // of, n - width)
+        return tuple(range(start, start + width))
 
 
 @dataclass(frozen=True)
@@ -58,6 +84,7 @@ class LayerProblem:
     options: Mapping[str, float] = field(default_factory=dict)
     name: str = ""  # the layer's module path
     keep: float = 1.0  # scales C
+    bare: Tensor | None = None  # (p, m) keys of the bare prompts alone, where K's are means over contexts
 
     def kept(self, scale: float = 1.0) -> Tensor:
         """A new (p, p) ``scale``·``keep``·C like W: gigabytes in a large model, so made where it is used and only once."""
@@ -118,6 +145,7 @@ class Method(ABC):
     source: ClassVar[str]  # publication
     placement: ClassVar[str]  # where values come from: PER_LAYER, SPREAD or NONE
     options: ClassVar[Mapping[str, Option]] = {}  # its own settings
+    published: ClassVar[Published] = Published()
     settings: ClassVar[Mapping[str, Any]] = {}  # defaults of the edit and its targets that differ from the general ones
     editor: ClassVar[str] = ""  # the method for which an editor must be trained that this one needs
     remedy: ClassVar[str] = "more --rounds or other --layers"  # what may help where facts are not reached
@@ -188,6 +216,10 @@ class Solver(Method):
     @abstractmethod
     def update(self, problem: LayerProblem) -> Tensor:
         """The new weight W' (d, p) float64 of one layer."""
+
+    def settle(self, before: Tensor, after: Tensor, options: Mapping[str, float]) -> Tensor:
+        """The weight (d, p) that a batch leaves, from those before and after its solves, once all layers are solved."""
+        return after
 
 
 class Turner(Solver):

@@ -14,7 +14,7 @@ class Memit(Solver):
     name, side, source, placement = "memit", "additive", "arXiv 2210.07229", SPREAD
     settings = PUBLISHED
     options = {
-        "preserve": Option(1.0, "λ, how many edits one unit of C weighs (the paper's λ, C being a mean there too)")
+        "preserve": Option(15_000.0, "λ, how many edits one unit of C weighs; 20,000 as published for GPT-2 XL"),
     }
 
     def update(self, problem: LayerProblem) -> Tensor:

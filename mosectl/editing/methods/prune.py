@@ -15,7 +15,7 @@ class Prune(Memit):
     """MEMIT's update; the restraint comes once, at the end, on the sum of all updates."""
 
     name, source = "prune", "arXiv 2405.16821"
-    options = {"preserve": Option(1.0, "as MEMIT's"), "base": Option(1.2, "α of the logarithm")}
+    options = {**Memit.options, "base": Option(1.2, "α of the logarithm")}
 
     def finish(self, W0: Tensor, W: Tensor, options: Mapping[str, float]) -> Tensor:
         """W₀ + U F(Σ) Zᵀ for W − W₀ = U Σ Zᵀ: F(σ) = log_α σ − log_α σ_max + σ_max above σ_max, W₀'s largest; σ below."""

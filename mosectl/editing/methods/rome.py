@@ -5,19 +5,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mosectl.editing.methods.base import PUBLISHED, SPREAD, LayerProblem, Solver
+from mosectl.editing.methods.base import FFN, PUBLISHED, SPREAD, LayerProblem, Option, Published, Solver
 from mosectl.editing.methods.memit import right_divide
+
+LAYERS = {"gpt2": (17, 17, 48), "gptj": (5, 5, 28), "": (5, 5, 32)}
 
 
 class Rome(Solver):
-    """W' = W + (v − W k)(C⁻¹k)ᵀ / kᵀC⁻¹k, one fact after the other: a later one of a batch may undo an earlier one."""
+    """W' = W + (v − W k)(C⁻¹k)ᵀ / kᵀC⁻¹k, one fact after the other: a later one of a batch may undo an earlier one.
+
+    Where k is a mean over contexts, kᵀC⁻¹k₀ divides instead, so that the bare prompt's k₀ gives the value exactly
+    (github.com/kmeng01/rome, compute_v).
+    """
 
     name, side, source, placement = "rome", "additive", "arXiv 2202.05262", SPREAD
-    settings = PUBLISHED
+    settings = {**PUBLISHED, "prefixes": 20}
+    published = Published(layers=LAYERS, lengths=(5, 10), bare=0, site=FFN, one_by_one=True)
+    options = {"covariance": Option(1.0, "1: along C⁻¹k, as in the paper; 0: along k, as EasyEdit's settings have it")}
 
     def update(self, problem: LayerProblem) -> Tensor:
-        W = problem.W
-        directions = right_divide(problem.K.T, problem.kept())  # rows (C⁻¹ k)ᵀ
-        for k, v, c in zip(problem.K.T, problem.V.T, directions, strict=True):
-            W = W + torch.outer(v - W @ k, c) / (c @ k)
+        W, K = problem.W, problem.K
+        directions = right_divide(K.T, problem.kept()) if problem.options["covariance"] else K.T  # rows (C⁻¹ k)ᵀ
+        bare = K if problem.bare is None else problem.bare
+        for k, v, c, at in zip(K.T, problem.V.T, directions, bare.T, strict=True):
+            W = W + torch.outer(v - W @ k, c) / (c @ at)
         return W
