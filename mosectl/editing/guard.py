@@ -16,8 +16,8 @@ from mosectl.editing.second_moments import BEGINNING
 from mosectl.linalg.spectrum import Spectrum
 from mosectl.model.scoring import sequence_nll
 
-CANARIES = 24
-CANARY_TOKENS = 64
+CANARIES = 16
+CANARY_TOKENS = 48
 NORM_LIMIT = 1.0  # ‖W‖ may grow or shrink by this share of the base's
 CONDITION_LIMIT = 10.0  # κ(W) may become this many times the base's
 

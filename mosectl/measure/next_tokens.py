@@ -19,7 +19,7 @@ from mosectl.model.forward import Batch, finite, input_device, logits_at
 from mosectl.model.positions import prompt_ids, window
 
 MOST = 256  # locality prompts whose distributions are kept: each is a row as long as the vocabulary
-TEXTS = 64  # beginnings of ordinary text
+TEXTS = 24  # beginnings of ordinary text
 WORDS = 16  # of each
 LEAST = -1e4  # a token that is ruled out, nats
 
