@@ -16,9 +16,10 @@ from mosectl.editing import second_moments as stats
 from mosectl.editing.contexts import Contexts, build_contexts
 from mosectl.editing.guard import canaries, harm, health
 from mosectl.editing.methods import method, names
-from mosectl.editing.methods.base import LayerProblem
+from mosectl.editing.methods.base import Columns
 from mosectl.editing.options import EditOptions, default_options, options_from
 from mosectl.editing.second_moments import _keys, second_moments
+from mosectl.editing.session import Session
 from mosectl.editing.targets import TargetOptions, Targets, displaced, optimise_targets
 from mosectl.errors import EditFailed, FactsError, ModelError, UsageError
 from mosectl.facts.corpus import Corpus, read_corpus
@@ -26,6 +27,7 @@ from mosectl.facts.records import Fact, fact_from_dict
 from mosectl.linalg.rotation import is_rotation
 from mosectl.measure.answers import interview
 from mosectl.model.architecture import resolve
+from mosectl.model.edit_site import Projection
 from mosectl.model.forward import keys_at
 from mosectl.model.generation import answer, says
 from mosectl.model.loading import Loaded, load
@@ -375,9 +377,9 @@ def test_facts_that_do_not_hold_weigh_more_in_the_next_round(corpus: str, monkey
     def aimed(*how: object) -> Targets:
         return replace(optimise_targets(*how), margin_before=torch.tensor([-1.0, 1.0]))
 
-    def solved(_: object, problem: LayerProblem) -> torch.Tensor:
-        weights.append(problem.weight.tolist())
-        return problem.W  # nothing is ever reached
+    def solved(session: Session, p: Projection, keep: float, columns: Columns, *_: object) -> torch.Tensor:
+        weights.append(columns.weight.tolist())
+        return session.W[p.name]  # nothing is ever reached
 
     monkeypatch.setattr("mosectl.editing.session.optimise_targets", aimed)
     monkeypatch.setattr("mosectl.editing.session.Session._solved", solved)
