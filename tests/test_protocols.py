@@ -13,7 +13,7 @@ from mosectl.facts.records import Fact, Probe
 from mosectl.measure.bootstrap import Tally, measure, over_seeds, paired_lead
 from mosectl.measure.perplexity import ngram_entropy, text_loss
 from mosectl.measure.protocols import METRICS, PROTOCOLS, Answers, portable_probes
-from mosectl.model.generation import generate
+from mosectl.model.questions import generate
 from mosectl.model.scoring import Scored, encode_pairs, score
 from support.models import make_tokenizer, pico
 

@@ -14,8 +14,9 @@ from mosectl.editing import paraphrases
 from mosectl.editing.contexts import build_contexts
 from mosectl.editing.paraphrases import own_wordings
 from mosectl.facts.records import Fact, read_facts
-from mosectl.model.generation import answer, generate, says
+from mosectl.model.generation import answer, says
 from mosectl.model.loading import load
+from mosectl.model.questions import generate
 from mosectl.model.scoring import encode_pairs, score
 from support.facts import CORPUS, FACTS, few
 from support.models import make_tokenizer, pico

@@ -30,9 +30,10 @@ from mosectl.facts.records import Fact
 from mosectl.measure.answers import judge, unseen
 from mosectl.measure.bootstrap import Tally, measure
 from mosectl.measure.perplexity import text_loss
-from mosectl.model.generation import answer, generate
+from mosectl.model.generation import answer
 from mosectl.model.loading import Loaded, load
 from mosectl.model.positions import fitted
+from mosectl.model.questions import Need, Question, ask
 from mosectl.storage.atomic import append, output_errors
 from mosectl.storage.inputs import opened, parse_json
 from mosectl.storage.locks import locked
@@ -41,6 +42,7 @@ from mosectl.storage.schema import Misfit, anything, integer, listed, mapping, n
 from mosectl.text.jsonable import jsonable
 
 RESULTS = "results.jsonl"
+TOKENS = 12  # of an answer about other facts, at most
 MAX_RESULTS = 1_000_000_000  # bytes; a cell of thousands of edits one by one may have two million
 BREAKDOWNS = (EditFailed, torch.linalg.LinAlgError)  # type: ignore[attr-defined]  # a collapsed weight may not decompose
 Record = dict[str, Any]  # one cell as results.jsonl has it
@@ -155,7 +157,8 @@ class _Asked:
         self._kept: dict[Any, Any] = {}
 
     def answers(self, facts: tuple[Fact, ...]) -> list[str]:
-        texts = generate(self.loaded.model, self.loaded.tokenizer, [f.prompt for f in facts])
+        questions = [Question(f.prompt, TOKENS, Need.ANSWER) for f in facts]
+        texts = ask(self.loaded.model, self.loaded.tokenizer, questions)
         return [answer(t) for t in texts]
 
     def text(self) -> tuple[Tally, ...]:

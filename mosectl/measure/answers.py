@@ -7,7 +7,7 @@ counts when it starts with the expected object at a word boundary. Nothing of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,9 @@ from torch import nn
 
 from mosectl.facts.records import Fact
 from mosectl.measure.bootstrap import Tally
-from mosectl.model.generation import answer, generate, says
-from mosectl.model.scoring import encode_pairs, paired, score
+from mosectl.model.generation import answer, says
+from mosectl.model.questions import MAX_NEW_TOKENS, Need, Question, ask
+from mosectl.model.scoring import Pair, Scored, encode_pairs, paired, score
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,19 @@ class Scores:
 
 
 def target_probabilities(
-    model: nn.Module, tokenizer: Any, facts: Sequence[Fact], *, chat: bool = False, batch_size: int = 64
+    model: nn.Module, tokenizer: Any, facts: Sequence[Fact], *, chat: bool = False, batch_size: int | None = None
 ) -> list[float]:
     """P(target_new | prompt) of each fact, the product over its tokens."""
-    pairs = [paired(f, f.prompt, f.target_new) for f in facts]
-    scores = score(model, encode_pairs(tokenizer, pairs, chat), batch_size=batch_size)
-    return [float(torch.tensor(scores[pair].logprobs).sum().exp()) for pair in pairs]  # float32, as the logits
+    return _probabilities(facts, score(model, encode_pairs(tokenizer, _targets(facts), chat), batch_size=batch_size))
+
+
+def _targets(facts: Sequence[Fact]) -> list[Pair]:
+    return [paired(f, f.prompt, f.target_new) for f in facts]
+
+
+def _probabilities(facts: Sequence[Fact], scores: Mapping[Pair, Scored]) -> list[float]:
+    logs = [scores[pair].logprobs for pair in _targets(facts)]
+    return [float(torch.tensor(log).sum().exp()) for log in logs]  # float32, as the logits
 
 
 @dataclass(frozen=True)
@@ -59,8 +67,18 @@ class Interview:
     """Everything asked of one model about some facts: compare two of them with :func:`compare`."""
 
     answers: tuple[FactAnswer, ...]
-    rephrased: tuple[tuple[str, ...], ...]  # per fact, one continuation a rephrasing
+    # Per fact, one continuation a rephrasing, as long as it takes to tell whether it says the new target.
+    rephrased: tuple[tuple[str, ...], ...]
     local: tuple[tuple[str, ...], ...]  # per fact, one continuation a locality prompt
+
+
+@dataclass(frozen=True)
+class Talk:
+    """All that one model wrote about some facts."""
+
+    interview: Interview
+    portable: tuple[tuple[str, ...], ...]  # per fact, one continuation a probe, as long as it takes to judge it
+    long: tuple[str, ...]  # per fact, what follows the edit prompt for MAX_NEW_TOKENS tokens; empty if not asked for
 
 
 def interview(
@@ -69,24 +87,56 @@ def interview(
     facts: Sequence[Fact],
     *,
     chat: bool = False,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Interview:
     """Ask the edit prompt, the rephrasings and the locality prompts of every fact."""
-    prompts = [f.prompt for f in facts]
-    prompts += [p for f in facts for p in f.rephrase_prompts]
-    prompts += [probe.prompt for f in facts for probe in f.locality]
-    longest = max(
-        (len(tokenizer(" " + t, add_special_tokens=False)["input_ids"]) for f in facts for t in _objects(f)),
-        default=8,
-    )
-    how: dict[str, Any] = {"chat": chat, "batch_size": batch_size}
-    texts = iter(generate(model, tokenizer, prompts, max_new_tokens=longest + 2, on_step=on_step, **how))
+    scores = score(model, encode_pairs(tokenizer, _targets(facts), chat), batch_size=batch_size)
+    how: dict[str, Any] = {"chat": chat, "batch_size": batch_size, "on_step": on_step}
+    return talk(model, tokenizer, facts, [()] * len(facts), scores, long=False, **how).interview
+
+
+def talk(
+    model: nn.Module,
+    tokenizer: Any,
+    facts: Sequence[Fact],
+    probes: Sequence[Sequence[tuple[str, str]]],
+    scores: Mapping[Pair, Scored],
+    *,
+    long: bool,
+    chat: bool = False,
+    batch_size: int | None = None,
+    on_step: Callable[[int, int], None] | None = None,
+) -> Talk:
+    """All that is to be written about some facts, in one pass.
+
+    Args:
+        probes: per fact, portability prompts with their answers.
+        scores: of every fact's target at least.
+        long: go on with the edit prompts for MAX_NEW_TOKENS tokens, too.
+    """
+
+    def room(objects: Iterable[str], default: int) -> int:
+        """Tokens that the longest of these objects takes, and two."""
+        return (
+            max((len(tokenizer(" " + t, add_special_tokens=False)["input_ids"]) for t in objects), default=default) + 2
+        )
+
+    short, hop = room((t for f in facts for t in _objects(f)), 8), room((a for own in probes for _, a in own), 0)
+    questions = [
+        *(Question(f.prompt, short, Need.ANSWER, frozenset({f.target_new})) for f in facts),
+        *(Question(p, short, Need.SAYS, frozenset({f.target_new})) for f in facts for p in f.rephrase_prompts),
+        *(Question(p.prompt, short, Need.ANSWER, frozenset({p.answer or ""})) for f in facts for p in f.locality),
+        *(Question(prompt, hop, Need.SAYS, frozenset({answer})) for own in probes for prompt, answer in own),
+        *(Question(f.prompt, MAX_NEW_TOKENS) for f in facts if long),
+    ]
+    texts = iter(ask(model, tokenizer, questions, chat=chat, batch_size=batch_size, on_step=on_step))
     asked = [next(texts) for _ in facts]
     rephrased = tuple(tuple(next(texts) for _ in f.rephrase_prompts) for f in facts)
     local = tuple(tuple(next(texts) for _ in f.locality) for f in facts)
-    p = target_probabilities(model, tokenizer, facts, **how)
-    return Interview(tuple(map(FactAnswer, asked, p)), rephrased, local)
+    portable = tuple(tuple(next(texts) for _ in own) for own in probes)
+    answers = tuple(map(FactAnswer, asked, _probabilities(facts, scores)))
+    return Talk(Interview(answers, rephrased, local), portable, tuple(texts))
 
 
 def _objects(fact: Fact) -> list[str]:

@@ -21,21 +21,23 @@ from mosectl._version import __version__
 from mosectl.errors import UsageError
 from mosectl.facts.corpus import Corpus, read_corpus
 from mosectl.facts.records import Fact, as_facts
-from mosectl.measure.answers import interview, unseen
+from mosectl.measure.answers import talk, unseen
 from mosectl.measure.before_after import How, Subject, both_sides
 from mosectl.measure.bootstrap import RESAMPLES, SEED, Measure, Tally, measure
 from mosectl.measure.lm_harness import Ability, AbilityTasks, Side, ability_notes, ask_tasks, compare_abilities
 from mosectl.measure.perplexity import TextLoss, ngram_entropy, text_loss
 from mosectl.measure.protocols import METRICS, PROTOCOLS, Answers, portable_probes
-from mosectl.model.generation import MAX_NEW_TOKENS, answer, generate, says
+from mosectl.model.generation import answer, says
 from mosectl.model.loading import Loaded
 from mosectl.model.positions import fitted, window
-from mosectl.model.scoring import encode_pairs, score
+from mosectl.model.questions import MAX_NEW_TOKENS
+from mosectl.model.scoring import encode_pairs, paired, score
 from mosectl.patch.record import PatchFact
 from mosectl.storage.progress import OnStep
 from mosectl.text.shown import spreadsheet
 
 BINS = 20
+BATCH = 64  # prompts of the ability tasks asked together
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ def evaluate_edit(
     revision: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
-    batch_size: int = 64,
+    batch_size: int | None = None,
     force: bool = False,
     on_error: str = "fail",
     on_step: OnStep | None = None,
@@ -145,6 +147,7 @@ def evaluate_edit(
         text: held-out text for perplexity (.txt or .jsonl); default: the embedded corpus.
         protocols: names from :data:`mosectl.measure.protocols.PROTOCOLS`; default: all.
         abilities: tasks of lm-evaluation-harness, from :func:`mosectl.measure.lm_harness.load_tasks`.
+        batch_size: prompts asked together; default: as many as fit.
         force: skip the check that patch or base belong to the model.
         on_error: facts and probes that are longer than the model can read: "fail", or "skip" them.
         on_step: called with (phase, done, total) as the work goes on.
@@ -167,7 +170,7 @@ class _Asked:
 
     def __init__(
         self, facts: list[Fact], chosen: tuple[str, ...], corpus: Corpus, abilities: AbilityTasks | None, chat: bool,
-        batch_size: int, on_error: str, tell: OnStep,
+        batch_size: int | None, on_error: str, tell: OnStep,
     ) -> None:  # fmt: skip
         self.facts, self.chosen, self.corpus, self.abilities = facts, chosen, corpus, abilities
         self.chat, self.batch_size, self.on_error, self.tell = chat, batch_size, on_error, tell
@@ -184,7 +187,7 @@ class _Asked:
         found = _observe(loaded, self.facts, self.chosen, self.corpus, self.chat, self.batch_size, step)
         if self.abilities is None:
             return found
-        tasks = ask_tasks(self.abilities, loaded, chat=self.chat, batch_size=self.batch_size, step=step)
+        tasks = ask_tasks(self.abilities, loaded, chat=self.chat, batch_size=self.batch_size or BATCH, step=step)
         return replace(found, abilities=tasks)
 
 
@@ -239,30 +242,24 @@ def _observe(
     protocols: Sequence[str],
     corpus: Corpus,
     chat: bool,
-    batch_size: int,
+    batch_size: int | None,
     step: Callable[[str], Callable[[int, int], None]],
 ) -> Observation:
     """Ask everything; what cannot be encoded is told first."""
     model, tokenizer = loaded.model, loaded.tokenizer
     pairs = [pair for f in facts for name in protocols for pair in PROTOCOLS[name].needs(f)]
+    pairs += [paired(f, f.prompt, f.target_new) for f in facts]
     encoded = encode_pairs(tokenizer, pairs, chat)
-    how: dict[str, Any] = {"chat": chat, "batch_size": batch_size}
-    talk = interview(model, tokenizer, facts, on_step=step("answers"), **how)
-    probes = [probe for f in facts for probe in portable_probes(f)]
-    longest = max((len(tokenizer(" " + a, add_special_tokens=False)["input_ids"]) for _, a in probes), default=0)
-    prompts = [p for p, _ in probes]
-    hops = iter(generate(model, tokenizer, prompts, max_new_tokens=longest + 2, on_step=step("portability"), **how))
     scores = score(model, encoded, batch_size=batch_size, on_step=step("tokens"))
-    prompts = [f.prompt for f in facts]
-    long = generate(model, tokenizer, prompts, max_new_tokens=MAX_NEW_TOKENS, on_step=step("fluency"), **how)
-    answers = tuple(
-        Answers(said.text, rephrased, local, tuple(next(hops) for _ in portable_probes(fact)), scores)
-        for fact, said, rephrased, local in zip(facts, talk.answers, talk.rephrased, talk.local, strict=True)
-    )
+    probes = [portable_probes(f) for f in facts]
+    how: dict[str, Any] = {"chat": chat, "batch_size": batch_size, "on_step": step("answers")}
+    said = talk(model, tokenizer, facts, probes, scores, long=True, **how)
+    told = zip(said.interview.answers, said.interview.rephrased, said.interview.local, said.portable, strict=True)
+    answers = tuple(Answers(a.text, rephrased, local, portable, scores) for a, rephrased, local, portable in told)
     return Observation(
         facts=answers,
-        probabilities=tuple(a.probability for a in talk.answers),
-        entropy=tuple(map(ngram_entropy, long)),
+        probabilities=tuple(a.probability for a in said.interview.answers),
+        entropy=tuple(map(ngram_entropy, said.long)),
         text=text_loss(model, tokenizer, corpus.texts, on_step=step("perplexity")),
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
     )
