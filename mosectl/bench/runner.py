@@ -29,7 +29,7 @@ from mosectl.facts.corpus import read_corpus
 from mosectl.facts.records import Fact
 from mosectl.measure.answers import judge, unseen
 from mosectl.measure.bootstrap import Tally, measure
-from mosectl.measure.perplexity import text_loss
+from mosectl.measure.perplexity import TextLoss, text_loss
 from mosectl.model.generation import answer
 from mosectl.model.loading import Loaded, load
 from mosectl.model.positions import fitted
@@ -161,8 +161,8 @@ class _Asked:
         texts = ask(self.loaded.model, self.loaded.tokenizer, questions)
         return [answer(t) for t in texts]
 
-    def text(self) -> tuple[Tally, ...]:
-        return text_loss(self.loaded.model, self.loaded.tokenizer, self.texts).texts
+    def text(self, like: TextLoss | None = None) -> TextLoss:
+        return text_loss(self.loaded.model, self.loaded.tokenizer, self.texts, like=like)
 
     def before(self, key: Any, ask: Callable[[], Any]) -> Any:
         if key not in self._kept:
@@ -209,18 +209,19 @@ def _measured(cell: Cell, asked: _Asked, result: EditResult) -> Record:
         made_by_the_edit(),
         patched(asked.loaded.model, result.patch, force=True),
     ):  # made for this very model a moment ago
-        others_after, text_after = asked.answers(others), asked.text()
+        others_after, text_after = asked.answers(others), asked.text(text_before)
     judged = judge(facts, *result.interviews)
     scores = {name: measure(tallies) for name, tallies in judged.items()}
     values = [m.value for m in scores.values() if m]
     kept = measure([Tally(float(a == b), 1.0) for a, b in zip(others_before, others_after, strict=True)])
-    texts = {"before": text_before, "after": text_after}
+    texts = {"before": text_before.texts, "after": text_after.texts}
     return {
         "scores": {name: asdict(m) if m else None for name, m in scores.items()},
         "unseen": _measure(unseen(facts, result.interviews[1].rephrased, [r.wordings for r in result.facts])),
         "tallies": {name: [(t.total, t.weight) for t in ts] for name, ts in judged.items()},
         "harmonic": harmonic_mean(values),
         "kept": asdict(kept) if kept else None,
+        "text_tokens": text_before.tokens,
         "text_loss": {side: _measure(t) for side, t in texts.items()},
         "perplexity": {side: _measure(t, np.exp) for side, t in texts.items()},
     }

@@ -25,7 +25,7 @@ from mosectl.measure.answers import talk, unseen
 from mosectl.measure.before_after import How, Subject, both_sides
 from mosectl.measure.bootstrap import RESAMPLES, SEED, Measure, Tally, measure
 from mosectl.measure.lm_harness import Ability, AbilityTasks, Side, ability_notes, ask_tasks, compare_abilities
-from mosectl.measure.perplexity import TextLoss, ngram_entropy, text_loss
+from mosectl.measure.perplexity import BOUND, TextLoss, ngram_entropy, read_note, text_loss
 from mosectl.measure.protocols import METRICS, PROTOCOLS, Answers, portable_probes
 from mosectl.model.generation import answer, says
 from mosectl.model.loading import Loaded
@@ -127,6 +127,7 @@ def evaluate_edit(
     model: Any = None,
     base: Any = None,
     text: str | Path | None = None,
+    text_bound: float | None = BOUND,
     protocols: Sequence[str] = (),
     abilities: AbilityTasks | None = None,
     chat: bool = False,
@@ -145,6 +146,7 @@ def evaluate_edit(
         model: for a patch: the model it is for; default: the one it names.
         base: for an edited model: the unedited one; default: found by its journal.
         text: held-out text for perplexity (.txt or .jsonl); default: the embedded corpus.
+        text_bound: it is read until half the 95 % interval of its mean loss is no wider, nats a token; None: all of it.
         protocols: names from :data:`mosectl.measure.protocols.PROTOCOLS`; default: all.
         abilities: tasks of lm-evaluation-harness, from :func:`mosectl.measure.lm_harness.load_tasks`.
         batch_size: prompts asked together; default: as many as fit.
@@ -157,8 +159,8 @@ def evaluate_edit(
     start = time.perf_counter()
     tell = on_step or (lambda phase, done, total: None)
     asked = _Asked(
-        as_facts(facts, "evaluate"), choose_protocols(protocols), read_corpus(text), abilities, chat, batch_size, on_error,
-        tell,
+        as_facts(facts, "evaluate"), choose_protocols(protocols), read_corpus(text), text_bound, abilities, chat,
+        batch_size, on_error, tell,
     )  # fmt: skip
     tell("load", 0, 1)
     subject, before, after = both_sides(what, model, base, How(revision, device, dtype, force), asked.of)
@@ -169,12 +171,14 @@ class _Asked:
     """What is asked of a model; of the second side just what was asked of the first."""
 
     def __init__(
-        self, facts: list[Fact], chosen: tuple[str, ...], corpus: Corpus, abilities: AbilityTasks | None, chat: bool,
-        batch_size: int | None, on_error: str, tell: OnStep,
+        self, facts: list[Fact], chosen: tuple[str, ...], corpus: Corpus, bound: float | None,
+        abilities: AbilityTasks | None, chat: bool, batch_size: int | None, on_error: str, tell: OnStep,
     ) -> None:  # fmt: skip
         self.facts, self.chosen, self.corpus, self.abilities = facts, chosen, corpus, abilities
         self.chat, self.batch_size, self.on_error, self.tell = chat, batch_size, on_error, tell
         self.fits = False  # the facts, into what the model reads
+        self.bound = bound
+        self.text: TextLoss | None = None  # of the side that was asked first
 
     def of(self, loaded: Loaded, side: str) -> Observation:
         if not self.fits:  # both sides read alike
@@ -184,7 +188,12 @@ class _Asked:
         def step(name: str) -> Callable[[int, int], None]:
             return lambda done, total: self.tell(f"{side}: {name}", done, total)
 
-        found = _observe(loaded, self.facts, self.chosen, self.corpus, self.chat, self.batch_size, step)
+        def read() -> TextLoss:
+            which: dict[str, Any] = {"bound": self.bound, "like": self.text}
+            return text_loss(loaded.model, loaded.tokenizer, self.corpus.texts, on_step=step("perplexity"), **which)
+
+        found = _observe(loaded, self.facts, self.chosen, read, self.chat, self.batch_size, step)
+        self.text = self.text or found.text
         if self.abilities is None:
             return found
         tasks = ask_tasks(self.abilities, loaded, chat=self.chat, batch_size=self.batch_size or BATCH, step=step)
@@ -201,7 +210,7 @@ def _evaluation(
         "protocols": {name: PROTOCOLS[name].about for name in chosen}, "chat": chat, "dtype": after.dtype,
         "text": corpus.name, "window": after.text.window, "resamples": RESAMPLES, "seed": SEED, "mosectl": __version__,
     }  # fmt: skip
-    notes = _notes(checked, chosen, subject, after, corpus, chat, records)
+    notes = _notes(checked, chosen, subject, after, corpus, asked.bound, chat, records)
     if abilities is not None and after.abilities is not None:
         settings |= {
             "abilities": list(abilities.names),
@@ -240,7 +249,7 @@ def _observe(
     loaded: Loaded,
     facts: Sequence[Fact],
     protocols: Sequence[str],
-    corpus: Corpus,
+    read: Callable[[], TextLoss],
     chat: bool,
     batch_size: int | None,
     step: Callable[[str], Callable[[int, int], None]],
@@ -260,7 +269,7 @@ def _observe(
         facts=answers,
         probabilities=tuple(a.probability for a in said.interview.answers),
         entropy=tuple(map(ngram_entropy, said.long)),
-        text=text_loss(model, tokenizer, corpus.texts, on_step=step("perplexity")),
+        text=read(),
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
     )
 
@@ -390,6 +399,7 @@ def _notes(
     subject: Subject,
     after: Observation,
     corpus: Corpus,
+    bound: float | None,
     chat: bool,
     records: Sequence[PatchFact | None],
 ) -> list[str]:
@@ -410,8 +420,8 @@ def _notes(
         out.append(f"the perplexity text ({corpus.name}) also served the edit as statistics: it is not held out")
     elif corpus.name == "embedded":
         out.append("perplexity is on mosectl's small embedded corpus; --text measures it on yours")
-    if after.text.cut:
-        out.append(f"perplexity is on the first {after.text.tokens:,} tokens of the text")
+    if note := read_note(after.text, bound):
+        out.append(note)
     if subject.patches and subject.chat != chat:
         out.append(f"the patch was made {'with' if subject.chat else 'without'} --chat, and is asked otherwise here")
     own = [r.wordings if r else () for r in records]

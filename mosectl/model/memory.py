@@ -16,7 +16,7 @@ LEAST = 2e9  # bytes that an edit may always use beside the weights
 SHARE = 0.25  # of the weights' bytes that it may use where that is more: larger batches gain little
 MOST = 8e9
 FREE = 0.8  # of the memory that is free
-ROWS = {"cpu": 64}  # sequences read at once: more gain nothing there, and progress would be told seldom
+ROWS = {"cpu": 32}  # sequences read at once: more gain nothing there, and progress would be told seldom
 MOST_ROWS = 1024  # on any other device
 
 
