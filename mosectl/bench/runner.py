@@ -27,7 +27,7 @@ from mosectl.editing.plan import reader
 from mosectl.errors import EditFailed, OutputError
 from mosectl.facts.corpus import read_corpus
 from mosectl.facts.records import Fact
-from mosectl.measure.answers import judge, unseen
+from mosectl.measure.answers import Kept, judge, remembered, unseen
 from mosectl.measure.bootstrap import Tally, measure
 from mosectl.measure.perplexity import TextLoss, text_loss
 from mosectl.model.generation import answer
@@ -154,6 +154,7 @@ class _Asked:
     def __init__(self, loaded: Loaded, bench: Bench) -> None:
         self.loaded = loaded
         self.texts = read_corpus(bench.text).texts if bench.text else ()
+        self.interviews: Kept = {}
         self._kept: dict[Any, Any] = {}
 
     def answers(self, facts: tuple[Fact, ...]) -> list[str]:
@@ -180,7 +181,8 @@ def run_cell(cell: Cell, asked: _Asked, on_step: OnStep | None = None) -> Record
         "options": {**cell.options.to_record(), "corpus": Path(cell.options.corpus).name if cell.options.corpus else None},
     }  # fmt: skip
     try:
-        result = edit(cell.edited, asked.loaded, options=cell.options, refuse=False, on_step=on_step)
+        with remembered(asked.interviews):
+            result = edit(cell.edited, asked.loaded, options=cell.options, refuse=False, on_step=on_step)
         began = time.perf_counter()
         record |= _measured(cell, asked, result)
     except BREAKDOWNS as e:

@@ -7,7 +7,9 @@ counts when it starts with the expected object at a word boundary. Nothing of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +21,7 @@ from mosectl.measure.bootstrap import Tally
 from mosectl.model.generation import answer, says
 from mosectl.model.questions import MAX_NEW_TOKENS, Need, Question, ask
 from mosectl.model.scoring import Pair, Scored, encode_pairs, paired, score
+from mosectl.model.weights import digest
 
 
 @dataclass(frozen=True)
@@ -90,10 +93,36 @@ def interview(
     batch_size: int | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Interview:
-    """Ask the edit prompt, the rephrasings and the locality prompts of every fact."""
+    """Ask the edit prompt, the rephrasings and the locality prompts of every fact; within :func:`remembered`, once."""
+    kept, about = _KEPT.get(), (tuple(facts), chat)
+    weights = "" if kept is None else digest(model)
+    if kept is not None and about in kept and kept[about][0] == weights:
+        return kept[about][1]
     scores = score(model, encode_pairs(tokenizer, _targets(facts), chat), batch_size=batch_size)
     how: dict[str, Any] = {"chat": chat, "batch_size": batch_size, "on_step": on_step}
-    return talk(model, tokenizer, facts, [()] * len(facts), scores, long=False, **how).interview
+    found = talk(model, tokenizer, facts, [()] * len(facts), scores, long=False, **how).interview
+    if kept is not None:
+        kept.setdefault(about, (weights, found))
+    return found
+
+
+Kept = dict[
+    tuple[tuple[Fact, ...], bool], tuple[str, Interview]
+]  # by facts and chat: digest of the weights, and answers
+_KEPT: ContextVar[Kept | None] = ContextVar("kept", default=None)
+
+
+@contextmanager
+def remembered(kept: Kept) -> Iterator[None]:
+    """Inside the block the first interview about some facts is kept in ``kept``; the same weights are not asked it again.
+
+    For one model (and its tokenizer) that is edited again and again from the same weights.
+    """
+    token = _KEPT.set(kept)
+    try:
+        yield
+    finally:
+        _KEPT.reset(token)
 
 
 def talk(
