@@ -24,8 +24,11 @@ from mosectl.bench.report import svg_abilities, svg_norms, tables
 from mosectl.checkpoints.live import patched
 from mosectl.editing import methods
 from mosectl.errors import EditFailed, FactsError, MosectlError, UsageError
+from mosectl.facts.records import as_facts
+from mosectl.measure import answers
 from mosectl.measure.answers import interview, judge
 from mosectl.measure.bootstrap import measure
+from mosectl.model.weights import digest
 from mosectl.text.jsonable import jsonable
 from support.commands import run
 from support.facts import CORPUS, FACTS, few
@@ -442,6 +445,48 @@ def test_shares_agree_with_those_of_the_edit(tmp_path: Path) -> None:
     assert [n for n, _ in result.curve] == [0, 1, 2] and result.curve[0][1].norm.keys() == result.patch.changes.keys()
     (norm, *_), (moved, *_) = (result.curve[i][1].norm.values() for i in (0, 2))
     assert norm == pytest.approx(moved) and result.curve[0][1].loss != result.curve[2][1].loss
+
+
+def test_the_unedited_model_is_asked_once_for_all_cells(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    real = answers.talk
+
+    def spy(model: Any, *args: Any, **how: Any) -> Any:
+        asked.append(digest(model))
+        return real(model, *args, **how)
+
+    monkeypatch.setattr(answers, "talk", spy)
+    assert world.run() == 0
+    assert len(asked) == 3 == len({*asked}), "before, after the first method's edit, after the second's"
+    kept, plain = [world.record(i)["scores"] for i in (0, 1)], answers.remembered
+    monkeypatch.setattr(runner, "remembered", lambda _: plain({}))
+    world.out = world.folder / "again"
+    asked.clear()
+    assert world.run() == 0 and len(asked) == 4
+    assert kept == [world.record(i)["scores"] for i in (0, 1)]
+
+
+def test_what_is_remembered_is_of_these_weights_and_facts_only() -> None:
+    model, tokenizer = pico("llama"), make_tokenizer()
+    facts = as_facts(FACTS, "edit")
+    kept: answers.Kept = {}
+    with answers.remembered(kept):
+        first = interview(model, tokenizer, facts)
+        assert interview(model, tokenizer, facts) is first and interview(model, tokenizer, facts[:1]) is not first
+        weight, before = model.model.layers[1].mlp.down_proj.weight, digest(model)
+        old = weight.detach().clone()
+        with torch.no_grad():
+            weight[0, 0] += 1e-3
+        assert digest(model) != before and interview(model, tokenizer, facts) is not first
+        with torch.no_grad():
+            weight.copy_(old[[1, 0, *range(2, len(old))]])
+        assert digest(model) != before, "rows exchanged"
+        with torch.no_grad():
+            weight.copy_(old)
+        assert digest(model) == before and interview(model, tokenizer, facts) is first
+    with pytest.raises(ZeroDivisionError), answers.remembered(kept):
+        raise ZeroDivisionError
+    assert interview(model, tokenizer, facts) is not interview(model, tokenizer, facts), "not outside the block"
 
 
 def test_numbers_that_are_not_finite(world: World) -> None:

@@ -15,8 +15,9 @@ from mosectl.editing.contexts import build_contexts
 from mosectl.editing.edit import edit
 from mosectl.editing.ends import ends_asked, going_on, running_on
 from mosectl.facts.records import Fact
-from mosectl.model.generation import generate, says
+from mosectl.model.generation import says
 from mosectl.model.losses import ENDED, ENOUGH, NOTHING, leads, token_nll
+from mosectl.model.questions import generate
 from support.facts import CORPUS, FEW
 from support.models import make_tokenizer, pico
 

@@ -102,6 +102,8 @@ def test_parts_by_hand() -> None:
     assert both(Part("locality", "same_subject", own=True)) == (Tally(0, 1), Tally(0, 1)), (
         "one said the old object, one nothing"
     )
+    late = replace(BEFORE, own=(" large. Brin is", *BEFORE.own[1:]))
+    assert groups.own_counted(FACT, late) == [0], "what follows an answer does not count"
     assert both(Part("portability", "one_hop")) == (Tally(1, 1), Tally(1, 1))
     assert both(Part("portability", "other")) == (Tally(0, 1), Tally(0, 1))
     assert [p.own for p in parts([FACT], None)] == [False] * 4 and KNOWN not in [p.group for p in parts([FACT], None)]

@@ -21,7 +21,8 @@ from mosectl.measure.answers import target_probabilities
 from mosectl.measure.perplexity import text_loss
 from mosectl.model.architecture import resolve
 from mosectl.model.forward import finite
-from mosectl.model.generation import generate, own_text
+from mosectl.model.generation import own_text
+from mosectl.model.questions import generate
 from support.commands import EASY, run
 from support.facts import FACT
 from support.models import make_tokenizer, pico, save

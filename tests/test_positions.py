@@ -16,8 +16,9 @@ from mosectl.editing.paraphrases import own_wordings
 from mosectl.errors import FactsError, Notice, UsageError
 from mosectl.facts.records import Fact, Probe
 from mosectl.model.architecture import MIXTURES, TABLE
-from mosectl.model.generation import continuations, generate, own_text
+from mosectl.model.generation import continuations, own_text
 from mosectl.model.positions import Window, fit, fitted, window
+from mosectl.model.questions import generate
 from support.commands import EASY, run
 from support.models import make_tokenizer, pico, save
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,10 @@ import pytest
 import torch
 
 from mosectl.facts.records import Fact, Probe
-from mosectl.measure.bootstrap import Tally, measure, over_seeds, paired_lead
-from mosectl.measure.perplexity import ngram_entropy, text_loss
+from mosectl.measure.bootstrap import Tally, half_width, measure, over_seeds, paired_lead
+from mosectl.measure.perplexity import BOUND, LEAST, TextLoss, ngram_entropy, read_note, text_loss
 from mosectl.measure.protocols import METRICS, PROTOCOLS, Answers, portable_probes
-from mosectl.model.generation import generate
+from mosectl.model.questions import generate
 from mosectl.model.scoring import Scored, encode_pairs, score
 from support.models import make_tokenizer, pico
 
@@ -208,6 +209,53 @@ def test_perplexity_against_a_plain_loop(model_type: str) -> None:
     assert measure(found.texts, np.exp).value == pytest.approx(math.exp(total / n), rel=1e-4)  # type: ignore[union-attr]
     assert text_loss(model, tokenizer, texts).window == 128, "no longer than the model can read"
     assert text_loss(model, tokenizer, texts, max_tokens=5).cut
+
+
+def test_no_more_text_is_read_than_the_interval_needs() -> None:
+    model, tokenizer = pico("llama"), make_tokenizer()
+    texts = [
+        " ".join(["The capital of Avaland.", "Lower Quill"][(i + k) % 2] for k in range(i % 5 + 1)) for i in range(400)
+    ]
+    done: list[tuple[int, int]] = []
+    few = text_loss(model, tokenizer, texts, batch_tokens=400, on_step=lambda *at: done.append(at))
+    assert LEAST <= len(few.which) == len(few.texts) < 400 == few.of and not few.cut
+    assert half_width(few.texts) <= BOUND and done[-1] == (len(few.which),) * 2
+    assert few.which != tuple(range(len(few.which))), "drawn, not the first"
+    whole = text_loss(model, tokenizer, texts, bound=None)
+    assert whole.which == tuple(range(400)) and whole.tokens > few.tokens
+    assert [whole.texts[i].total for i in few.which] == pytest.approx([t.total for t in few.texts], rel=1e-4)
+    never = text_loss(model, tokenizer, texts[: LEAST - 1])
+    assert len(never.which) == LEAST - 1, "so few texts do not show how much they differ"
+    assert len(text_loss(model, tokenizer, texts, bound=1e-9).which) == 400
+
+
+def test_both_sides_read_the_same_texts() -> None:
+    model, other, tokenizer = pico("llama"), pico("gpt2"), make_tokenizer()
+    texts = [f"Tomas plays {n} cellos." * (n % 7 + 1) for n in range(300)]
+    first = text_loss(model, tokenizer, texts, batch_tokens=300)
+    again = text_loss(other, tokenizer, texts, batch_tokens=300, like=first)
+    assert again.which == first.which and again.tokens == first.tokens and again.texts != first.texts
+    cut = text_loss(model, tokenizer, texts, max_tokens=50, bound=None)
+    assert cut.cut and text_loss(other, tokenizer, texts, like=cut, max_tokens=1).which == cut.which
+
+
+def test_what_was_read_is_told() -> None:
+    some = TextLoss((Tally(1, 2),) * 2, 4000, 256, False, (1, 5), 9)
+    assert read_note(replace(some, of=2), BOUND) == "" == read_note(replace(some, of=2), None)
+    assert read_note(some, 0.15) == (
+        "perplexity is on 2 of 9 texts, drawn by chance, the same on both sides (4,000 tokens): "
+        "enough to know the mean loss within ±0.15 nats a token"
+    )
+    assert "enough" not in read_note(replace(some, cut=True), 0.15)
+    assert read_note(replace(some, cut=True), None) == "perplexity is on the first 4,000 tokens of the text"
+
+
+def test_half_width_is_that_of_the_bootstrap() -> None:
+    rng = np.random.default_rng(0)
+    tallies = [Tally(float(w * rng.normal(3, 0.5)), float(w)) for w in rng.integers(5, 90, 200)]
+    found = measure(tallies)
+    assert found and half_width(tallies) == pytest.approx((found.high - found.low) / 2, rel=0.1)
+    assert half_width([]) == half_width(tallies[:1]) == half_width([*tallies[:1], Tally(0, 0)]) == math.inf
 
 
 def test_interval_properties() -> None:

@@ -28,13 +28,14 @@ from mosectl.errors import EditFailed, OutputError
 from mosectl.facts.corpus import read_corpus
 from mosectl.facts.groups import NEIGHBOURS, SAME_SUBJECT
 from mosectl.facts.records import Fact
-from mosectl.measure.answers import judge, unseen
+from mosectl.measure.answers import Kept, judge, remembered, unseen
 from mosectl.measure.bootstrap import Measure, Tally, measure
 from mosectl.measure.groups import KNOWN, Part, answers_of, as_interviewed, parts, tallies
-from mosectl.measure.perplexity import text_loss
-from mosectl.model.generation import answer, generate
+from mosectl.measure.perplexity import TextLoss, text_loss
+from mosectl.model.generation import answer
 from mosectl.model.loading import Loaded, load
 from mosectl.model.positions import fitted
+from mosectl.model.questions import Need, Question, ask
 from mosectl.storage.atomic import append, output_errors
 from mosectl.storage.inputs import opened, parse_json
 from mosectl.storage.locks import locked
@@ -43,6 +44,7 @@ from mosectl.storage.schema import Misfit, anything, integer, listed, mapping, n
 from mosectl.text.jsonable import jsonable
 
 RESULTS = "results.jsonl"
+TOKENS = 12  # of an answer about other facts, at most
 MAX_RESULTS = 1_000_000_000  # bytes; a cell of thousands of edits one by one may have two million
 BREAKDOWNS = (EditFailed, torch.linalg.LinAlgError)  # type: ignore[attr-defined]  # a collapsed weight may not decompose
 Record = dict[str, Any]  # one cell as results.jsonl has it
@@ -155,14 +157,16 @@ class _Asked:
     def __init__(self, loaded: Loaded, bench: Bench) -> None:
         self.loaded = loaded
         self.texts = read_corpus(bench.text).texts if bench.text else ()
+        self.interviews: Kept = {}
         self._kept: dict[Any, Any] = {}
 
     def answers(self, facts: tuple[Fact, ...]) -> list[str]:
-        texts = generate(self.loaded.model, self.loaded.tokenizer, [f.prompt for f in facts])
+        questions = [Question(f.prompt, TOKENS, Need.ANSWER) for f in facts]
+        texts = ask(self.loaded.model, self.loaded.tokenizer, questions)
         return [answer(t) for t in texts]
 
-    def text(self) -> tuple[Tally, ...]:
-        return text_loss(self.loaded.model, self.loaded.tokenizer, self.texts).texts
+    def text(self, like: TextLoss | None = None) -> TextLoss:
+        return text_loss(self.loaded.model, self.loaded.tokenizer, self.texts, like=like)
 
     def before(self, key: Any, ask: Callable[[], Any]) -> Any:
         if key not in self._kept:
@@ -180,7 +184,8 @@ def run_cell(cell: Cell, asked: _Asked, on_step: OnStep | None = None) -> Record
         "options": {**cell.options.to_record(), "corpus": Path(cell.options.corpus).name if cell.options.corpus else None},
     }  # fmt: skip
     try:
-        result = edit(cell.edited, asked.loaded, options=cell.options, refuse=False, on_step=on_step)
+        with remembered(asked.interviews):
+            result = edit(cell.edited, asked.loaded, options=cell.options, refuse=False, on_step=on_step)
         began = time.perf_counter()
         record |= _measured(cell, asked, result)
     except BREAKDOWNS as e:
@@ -209,12 +214,12 @@ def _measured(cell: Cell, asked: _Asked, result: EditResult) -> Record:
         made_by_the_edit(),
         patched(asked.loaded.model, result.patch, force=True),
     ):  # made for this very model a moment ago
-        others_after, text_after = asked.answers(others), asked.text()
+        others_after, text_after = asked.answers(others), asked.text(text_before)
     judged = judge(facts, *result.interviews)
     scores = {name: measure(found) for name, found in judged.items()}
     values = [m.value for m in scores.values() if m]
     kept = measure([Tally(float(a == b), 1.0) for a, b in zip(others_before, others_after, strict=True)])
-    texts = {"before": text_before, "after": text_after}
+    texts = {"before": text_before.texts, "after": text_after.texts}
     return {
         **_groups(facts, result),
         "scores": {name: asdict(m) if m else None for name, m in scores.items()},
@@ -222,6 +227,7 @@ def _measured(cell: Cell, asked: _Asked, result: EditResult) -> Record:
         "tallies": {name: [(t.total, t.weight) for t in ts] for name, ts in judged.items()},
         "harmonic": harmonic_mean(values),
         "kept": asdict(kept) if kept else None,
+        "text_tokens": text_before.tokens,
         "text_loss": {side: _measure(t) for side, t in texts.items()},
         "perplexity": {side: _measure(t, np.exp) for side, t in texts.items()},
     }

@@ -15,8 +15,9 @@ from mosectl.checkpoints.base_tensors import KEPT_BASE, BaseTensors, out_of_reac
 from mosectl.checkpoints.journal import Journal, read_journal
 from mosectl.errors import BaseMismatch, ModelError, MosectlError, Notice, PatchError
 from mosectl.model.architecture import disk_names, resolve
-from mosectl.model.generation import answer, generate
+from mosectl.model.generation import answer
 from mosectl.model.loading import load
+from mosectl.model.questions import generate
 from mosectl.model.weights import weights_of
 from mosectl.patch.change import changed
 from mosectl.patch.compose import Conflict, conflict_table, conflicts

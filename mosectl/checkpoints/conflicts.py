@@ -8,8 +8,9 @@ from pathlib import Path
 from mosectl.checkpoints.apply import check_stack
 from mosectl.checkpoints.base import stored_patches
 from mosectl.checkpoints.live import patched
-from mosectl.model.generation import answer, generate, says
+from mosectl.model.generation import answer, says
 from mosectl.model.loading import load
+from mosectl.model.questions import generate
 from mosectl.patch.compose import Conflict, conflicts
 from mosectl.patch.file import Patch
 from mosectl.storage.checkpoint import open_checkpoint

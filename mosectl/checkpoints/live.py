@@ -16,9 +16,9 @@ from mosectl.errors import BaseMismatch, Notice
 from mosectl.hub.place import local
 from mosectl.model.architecture import resolve
 from mosectl.model.edit_site import Projection
-from mosectl.model.generation import generate
 from mosectl.model.loading import load
 from mosectl.model.positions import note_prompts
+from mosectl.model.questions import generate
 from mosectl.model.weights import exchanged, weights_of
 from mosectl.patch.change import Change, changed
 from mosectl.patch.file import Patch

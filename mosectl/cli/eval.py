@@ -62,7 +62,7 @@ Html = Annotated[
     Path | None, typer.Option(help="Write a report, one file that needs nothing else.", **file_option("--html"))
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing output files.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Prompts asked together.")]
+BatchSize = Annotated[int | None, typer.Option(min=1, help="Prompts asked together; default: as many as fit.")]
 
 
 def evaluate(
@@ -83,7 +83,7 @@ def evaluate(
     revision: Revision = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    batch_size: BatchSize = 64,
+    batch_size: BatchSize = None,
     limit: Limit = None,
     on_error: OnError = "fail",
     chat: Chat = False,

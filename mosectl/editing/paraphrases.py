@@ -14,12 +14,15 @@ from typing import Any
 
 from mosectl.facts.records import Fact
 from mosectl.facts.words import is_word
-from mosectl.model.generation import BATCH, continuations, ends, seeded
+from mosectl.model.generation import continuations, ends, seeded
 from mosectl.model.positions import window
 from mosectl.model.scoring import encode_pairs, paired, score
 from mosectl.model.tokens import encode
 
-SAMPLES = 32  # texts written about a subject
+SAMPLES = 32  # texts written about a subject, at most
+ROUND = 8  # of them at a time: who has enough wordings gets no more
+PATIENCE = 16  # texts without a single wording after which a subject is given up
+AT_ONCE = 16  # subjects
 TOKENS = 16  # each, at most
 LONGEST = 40  # characters of an old object: a longer one is a sentence, which no other wording would end in
 
@@ -39,28 +42,57 @@ def own_wordings(
     Args:
         answers: what the model answers to each prompt now; it is the old object where a fact does not name one.
     """
+    olds = [f.ground_truth or a for f, a in zip(facts, answers, strict=False)]
     found: list[tuple[str, ...]] = []
-    at_once, seen = max(1, BATCH // SAMPLES), window(model)
     with seeded(model, seed):
-        for start in range(0, len(facts), at_once):
-            part = facts[start : start + at_once]
-            olds = [f.ground_truth or a for f, a in zip(part, answers[start:], strict=False)]
-            asked = [encode(tokenizer, f.subject, None, None).input_ids for f in part for _ in range(SAMPLES)]
-            texts = continuations(model, tokenizer, asked, TOKENS, sampled=True)
-            counted = [
-                _wordings(fact, old, texts[i * SAMPLES : (i + 1) * SAMPLES])
-                for i, (fact, old) in enumerate(zip(part, olds, strict=True))
-            ]
-            pairs = [paired(f, w, old) for f, c, old in zip(part, counted, olds, strict=True) for w in c]
-            encoded = encode_pairs(tokenizer, pairs)
-            known = score(model, {pair: e for pair, e in encoded.items() if not seen.refuses(e.input_ids)})
-            sure_of = {pair for pair, scored in known.items() if scored.hits == len(scored.target)}
-            for f, c, old in zip(part, counted, olds, strict=True):
-                sure = [w for w, _ in c.most_common() if paired(f, w, old) in sure_of]
-                found.append(tuple(sure[:most]))
+        for start in range(0, len(facts), AT_ONCE):
+            end = start + AT_ONCE
+            found += _sure(model, tokenizer, facts[start:end], olds[start:end], most)
             if on_step:
                 on_step(len(found), len(facts))
     return found
+
+
+def _sure(model: Any, tokenizer: Any, facts: Sequence[Fact], olds: Sequence[str], most: int) -> list[tuple[str, ...]]:
+    """:func:`own_wordings` of some facts: rounds of samples, each only for the facts that still lack wordings."""
+    counted: list[Counter[str]] = [Counter() for _ in facts]
+    sure: list[list[str]] = [[] for _ in facts]
+    tried: list[set[str]] = [set() for _ in facts]
+    for done in range(0, SAMPLES, ROUND):
+        hopeful = [i for i, old in enumerate(olds) if 0 < len(old) <= LONGEST and (counted[i] or done < PATIENCE)]
+        lacking = [i for i in hopeful if len(sure[i]) < most]
+        if not lacking:
+            break
+        for i, texts in zip(lacking, _written(model, tokenizer, [facts[i] for i in lacking]), strict=True):
+            counted[i] += _wordings(facts[i], olds[i], texts)
+        new = {i: [w for w in counted[i] if w not in tried[i]] for i in lacking}
+        held = _held(model, tokenizer, [(facts[i], w, olds[i]) for i in lacking for w in new[i]])
+        for i in lacking:
+            tried[i] |= {*new[i]}
+            sure[i] += [w for w in new[i] if (facts[i], w, olds[i]) in held]
+    found = []
+    for own, c in zip(sure, counted, strict=True):
+        likely = [w for w, _ in c.most_common() if w in own]
+        found.append(tuple(likely[:most]))
+    return found
+
+
+def _written(model: Any, tokenizer: Any, facts: Sequence[Fact]) -> list[list[str]]:
+    """ROUND texts about each fact's subject."""
+    subjects = [encode(tokenizer, f.subject, None, None).input_ids for f in facts]
+    texts = continuations(model, tokenizer, [ids for ids in subjects for _ in range(ROUND)], TOKENS, sampled=True)
+    return [texts[i : i + ROUND] for i in range(0, len(texts), ROUND)]
+
+
+def _held(model: Any, tokenizer: Any, asked: Sequence[tuple[Fact, str, str]]) -> set[tuple[Fact, str, str]]:
+    """Those of (fact, wording, old object) that the model goes on with as said."""
+    if not asked:
+        return set()
+    seen, pairs = window(model), {one: paired(*one) for one in asked}
+    encoded = encode_pairs(tokenizer, list(pairs.values()))
+    known = score(model, {pair: e for pair, e in encoded.items() if not seen.refuses(e.input_ids)})
+    sure = {pair for pair, scored in known.items() if scored.hits == len(scored.target)}
+    return {one for one, pair in pairs.items() if pair in sure}
 
 
 def _wordings(fact: Fact, old: str, texts: Sequence[str]) -> Counter[str]:

@@ -7,7 +7,9 @@ counts when it starts with the expected object at a word boundary. Nothing of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,9 +19,11 @@ from torch import nn
 from mosectl.facts.records import Fact, Probe
 from mosectl.measure.bootstrap import Tally
 from mosectl.measure.next_tokens import NextTokens, next_tokens, places
-from mosectl.measure.own_probes import ask_own
-from mosectl.model.generation import answer, generate, says
-from mosectl.model.scoring import encode_pairs, paired, score
+from mosectl.measure.own_probes import TOKENS, readable
+from mosectl.model.generation import answer, says
+from mosectl.model.questions import MAX_NEW_TOKENS, Need, Question, ask
+from mosectl.model.scoring import Pair, Scored, encode_pairs, paired, score
+from mosectl.model.weights import digest
 
 
 @dataclass(frozen=True)
@@ -48,12 +52,19 @@ class Scores:
 
 
 def target_probabilities(
-    model: nn.Module, tokenizer: Any, facts: Sequence[Fact], *, chat: bool = False, batch_size: int = 64
+    model: nn.Module, tokenizer: Any, facts: Sequence[Fact], *, chat: bool = False, batch_size: int | None = None
 ) -> list[float]:
     """P(target_new | prompt) of each fact, the product over its tokens."""
-    pairs = [paired(f, f.prompt, f.target_new) for f in facts]
-    scores = score(model, encode_pairs(tokenizer, pairs, chat), batch_size=batch_size)
-    return [float(torch.tensor(scores[pair].logprobs).sum().exp()) for pair in pairs]  # float32, as the logits
+    return _probabilities(facts, score(model, encode_pairs(tokenizer, _targets(facts), chat), batch_size=batch_size))
+
+
+def _targets(facts: Sequence[Fact]) -> list[Pair]:
+    return [paired(f, f.prompt, f.target_new) for f in facts]
+
+
+def _probabilities(facts: Sequence[Fact], scores: Mapping[Pair, Scored]) -> list[float]:
+    logs = [scores[pair].logprobs for pair in _targets(facts)]
+    return [float(torch.tensor(log).sum().exp()) for log in logs]  # float32, as the logits
 
 
 @dataclass(frozen=True)
@@ -61,11 +72,21 @@ class Interview:
     """Everything asked of one model about some facts: compare two of them with :func:`compare`."""
 
     answers: tuple[FactAnswer, ...]
-    rephrased: tuple[tuple[str, ...], ...]  # per fact, one continuation a rephrasing
-    local: tuple[tuple[str, ...], ...]  # per fact, one continuation a locality prompt
+    # Per fact, one continuation a rephrasing, as long as it takes to tell whether it says the new object, or the old one.
+    rephrased: tuple[tuple[str, ...], ...]
+    local: tuple[tuple[str, ...], ...]  # per fact, one continuation a locality prompt, to the end of its answer
     probes: tuple[tuple[Probe, ...], ...] = ()  # per fact, locality prompts of mosectl's own
-    own: tuple[tuple[str, ...], ...] = ()  # per fact, one continuation each
+    own: tuple[tuple[str, ...], ...] = ()  # per fact, one continuation each, to the end of its answer
     next: NextTokens | None = field(default=None, compare=False)  # what comes next, at the ends of some prompts
+
+
+@dataclass(frozen=True)
+class Talk:
+    """All that one model wrote about some facts."""
+
+    interview: Interview
+    portable: tuple[tuple[str, ...], ...]  # per fact, one continuation a probe, as long as it takes to judge it
+    long: tuple[str, ...]  # per fact, what follows the edit prompt for MAX_NEW_TOKENS tokens; empty if not asked for
 
 
 def interview(
@@ -74,33 +95,112 @@ def interview(
     facts: Sequence[Fact],
     *,
     chat: bool = False,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     on_step: Callable[[int, int], None] | None = None,
     probes: Sequence[Sequence[Probe]] = (),
     texts: Sequence[str] = (),
 ) -> Interview:
-    """Ask the edit prompt, the rephrasings and the locality prompts of every fact.
+    """Ask the edit prompt, the rephrasings and the locality prompts of every fact; within :func:`remembered`, once.
 
     Args:
         probes: per fact, locality prompts of mosectl's own: :func:`mosectl.measure.own_probes.own_probes`.
         texts: ordinary text, for what comes next in it.
     """
-    prompts = [f.prompt for f in facts]
-    prompts += [p for f in facts for p in f.rephrase_prompts]
-    prompts += [probe.prompt for f in facts for probe in f.locality]
-    longest = max(
-        (len(tokenizer(" " + t, add_special_tokens=False)["input_ids"]) for f in facts for t in _objects(f)),
-        default=8,
-    )
+    kept, about = _KEPT.get(), (tuple(facts), chat, tuple(map(tuple, probes)), tuple(texts))
+    weights = "" if kept is None else digest(model)
+    if kept is not None and about in kept and kept[about][0] == weights:
+        return kept[about][1]
+    scores = score(model, encode_pairs(tokenizer, _targets(facts), chat), batch_size=batch_size)
+    how: dict[str, Any] = {"chat": chat, "batch_size": batch_size, "on_step": on_step, "probes": probes, "texts": texts}
+    found = talk(model, tokenizer, facts, [()] * len(facts), scores, long=False, **how).interview
+    if kept is not None:
+        kept.setdefault(about, (weights, found))
+    return found
+
+
+# By facts, chat, probes and texts: digest of the weights, and answers.
+Kept = dict[tuple[tuple[Fact, ...], bool, tuple[tuple[Probe, ...], ...], tuple[str, ...]], tuple[str, Interview]]
+_KEPT: ContextVar[Kept | None] = ContextVar("kept", default=None)
+
+
+@contextmanager
+def remembered(kept: Kept) -> Iterator[None]:
+    """Inside the block the first interview about some facts is kept in ``kept``; the same weights are not asked it again.
+
+    For one model (and its tokenizer) that is edited again and again from the same weights.
+    """
+    token = _KEPT.set(kept)
+    try:
+        yield
+    finally:
+        _KEPT.reset(token)
+
+
+def talk(
+    model: nn.Module,
+    tokenizer: Any,
+    facts: Sequence[Fact],
+    hops: Sequence[Sequence[tuple[str, str]]],
+    scores: Mapping[Pair, Scored],
+    *,
+    long: bool,
+    chat: bool = False,
+    batch_size: int | None = None,
+    on_step: Callable[[int, int], None] | None = None,
+    probes: Sequence[Sequence[Probe]] = (),
+    texts: Sequence[str] = (),
+) -> Talk:
+    """All that is to be written about some facts, in one pass; and what comes next at some places.
+
+    Args:
+        hops: per fact, portability prompts with their answers.
+        scores: of every fact's target at least.
+        long: go on with the edit prompts for MAX_NEW_TOKENS tokens, too.
+        probes, texts: as of :func:`interview`.
+    """
     how: dict[str, Any] = {"chat": chat, "batch_size": batch_size}
-    said = iter(generate(model, tokenizer, prompts, max_new_tokens=longest + 2, on_step=on_step, **how))
+    read = readable(model, tokenizer, probes, chat)
+    questions = [*_of_facts(tokenizer, facts), *_of_hops(tokenizer, hops)]
+    questions += [Question(p.prompt, TOKENS, Need.ANSWER) for own in read for p in own]
+    questions += [Question(f.prompt, MAX_NEW_TOKENS) for f in facts if long]
+    said = iter(ask(model, tokenizer, questions, on_step=on_step, **how))
     asked = [next(said) for _ in facts]
     rephrased = tuple(tuple(next(said) for _ in f.rephrase_prompts) for f in facts)
     local = tuple(tuple(next(said) for _ in f.locality) for f in facts)
-    p = target_probabilities(model, tokenizer, facts, **how)
-    read, own = ask_own(model, tokenizer, probes, **how)
+    portable = tuple(tuple(next(said) for _ in of) for of in hops)
+    own = tuple(tuple(next(said) for _ in of) for of in read)
+    answers = tuple(map(FactAnswer, asked, _probabilities(facts, scores)))
     follows = next_tokens(model, tokenizer, places(facts, read, texts), **how)
-    return Interview(tuple(map(FactAnswer, asked, p)), rephrased, local, read, own, follows)
+    return Talk(Interview(answers, rephrased, local, read, own, follows), portable, tuple(said))
+
+
+def _of_facts(tokenizer: Any, facts: Sequence[Fact]) -> Iterator[Question]:
+    """The edit prompts, then the rephrasings, then the locality prompts."""
+    tokens = _room(tokenizer, (t for f in facts for t in _objects(f)), 8)
+    for f in facts:
+        yield Question(f.prompt, tokens, Need.ANSWER, _both(f))
+    for f in facts:
+        # Without an old object the answer to the edit prompt counts as one, which is not known yet.
+        need = Need.SAYS if f.ground_truth else Need.ALL
+        yield from (Question(p, tokens, need, _both(f)) for p in f.rephrase_prompts)
+    for f in facts:
+        yield from (Question(p.prompt, tokens, Need.ANSWER, frozenset({p.answer or ""})) for p in f.locality)
+
+
+def _of_hops(tokenizer: Any, hops: Sequence[Sequence[tuple[str, str]]]) -> Iterator[Question]:
+    tokens = _room(tokenizer, (known for of in hops for _, known in of), 0)
+    return (Question(prompt, tokens, Need.SAYS, frozenset({known})) for of in hops for prompt, known in of)
+
+
+def _room(tokenizer: Any, objects: Iterable[str], default: int) -> int:
+    """Tokens that the longest of these objects takes, and two."""
+    lengths = (len(tokenizer(" " + t, add_special_tokens=False)["input_ids"]) for t in objects)
+    return max(lengths, default=default) + 2
+
+
+def _both(fact: Fact) -> frozenset[str]:
+    """The new object and the old."""
+    return frozenset(t for t in (fact.target_new, fact.ground_truth) if t)
 
 
 def _objects(fact: Fact) -> list[str]:

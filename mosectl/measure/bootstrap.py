@@ -6,6 +6,7 @@ was never seen: a share of 0 % or 100 % gets Wilson's interval instead (JASA 192
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
@@ -84,6 +85,16 @@ def measure(
         width = Z95**2 / (n + Z95**2)
         low, high = (0.0, width) if value == 0 else (1 - width, 1.0)
     return Measure(value, low, high, n)
+
+
+def half_width(tallies: Sequence[Tally]) -> float:
+    """Half the width of the ratio's 95 % interval by linearisation: cheap enough to ask while measuring; inf if unknown."""
+    total, weight = np.array([(t.total, t.weight) for t in tallies if t.weight > 0], dtype=np.float64).reshape(-1, 2).T
+    n = len(weight)
+    if n < 2:
+        return math.inf
+    off = total - weight * (total.sum() / weight.sum())
+    return float(Z95 * np.sqrt(n / (n - 1) * (off**2).sum()) / weight.sum())
 
 
 def paired_lead(ours: Sequence[Tallies], theirs: Sequence[Tallies]) -> tuple[float, float, float]:

@@ -21,7 +21,7 @@ from mosectl._version import __version__
 from mosectl.errors import UsageError
 from mosectl.facts.corpus import Corpus, read_corpus
 from mosectl.facts.records import Fact, as_facts
-from mosectl.measure.answers import interview
+from mosectl.measure.answers import talk
 from mosectl.measure.before_after import How, Subject, both_sides
 from mosectl.measure.bootstrap import RESAMPLES, SEED, Measure, Tally, measure
 from mosectl.measure.groups import answers_of, counted_by, unedited_neighbours
@@ -30,17 +30,19 @@ from mosectl.measure.metrics import Judged, Metric, Sides, held, metrics
 from mosectl.measure.next_tokens import NextToken, NextTokens, compare_next
 from mosectl.measure.notes import notes_of, own_notes
 from mosectl.measure.own_probes import own_probes
-from mosectl.measure.perplexity import TextLoss, ngram_entropy, text_loss
+from mosectl.measure.perplexity import BOUND, TextLoss, ngram_entropy, text_loss
 from mosectl.measure.protocols import METRICS, PROTOCOLS, Answers, portable_probes
-from mosectl.model.generation import MAX_NEW_TOKENS, answer, generate, says
+from mosectl.model.generation import answer, says
 from mosectl.model.loading import Loaded
 from mosectl.model.positions import fitted, window
-from mosectl.model.scoring import encode_pairs, score
+from mosectl.model.questions import MAX_NEW_TOKENS
+from mosectl.model.scoring import encode_pairs, paired, score
 from mosectl.patch.record import PatchFact
 from mosectl.storage.progress import OnStep
 from mosectl.text.shown import spreadsheet
 
 BINS = 20
+BATCH = 64  # prompts of the ability tasks asked together
 
 
 @dataclass(frozen=True)
@@ -121,13 +123,14 @@ def evaluate_edit(
     model: Any = None,
     base: Any = None,
     text: str | Path | None = None,
+    text_bound: float | None = BOUND,
     protocols: Sequence[str] = (),
     abilities: AbilityTasks | None = None,
     chat: bool = False,
     revision: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
-    batch_size: int = 64,
+    batch_size: int | None = None,
     force: bool = False,
     on_error: str = "fail",
     on_step: OnStep | None = None,
@@ -139,8 +142,10 @@ def evaluate_edit(
         model: for a patch: the model it is for; default: the one it names.
         base: for an edited model: the unedited one; default: found by its journal.
         text: held-out text for perplexity (.txt or .jsonl); default: the embedded corpus.
+        text_bound: it is read until half the 95 % interval of its mean loss is no wider, nats a token; None: all of it.
         protocols: names from :data:`mosectl.measure.protocols.PROTOCOLS`; default: all.
         abilities: tasks of lm-evaluation-harness, from :func:`mosectl.measure.lm_harness.load_tasks`.
+        batch_size: prompts asked together; default: as many as fit.
         force: skip the check that patch or base belong to the model.
         on_error: facts and probes that are longer than the model can read: "fail", or "skip" them.
         on_step: called with (phase, done, total) as the work goes on.
@@ -150,8 +155,8 @@ def evaluate_edit(
     start = time.perf_counter()
     tell = on_step or (lambda phase, done, total: None)
     asked = _Asked(
-        as_facts(facts, "evaluate"), choose_protocols(protocols), read_corpus(text), abilities, chat, batch_size, on_error,
-        tell,
+        as_facts(facts, "evaluate"), choose_protocols(protocols), read_corpus(text), text_bound, abilities, chat,
+        batch_size, on_error, tell,
     )  # fmt: skip
     tell("load", 0, 1)
     subject, before, after = both_sides(what, model, base, How(revision, device, dtype, force), asked.of)
@@ -162,12 +167,14 @@ class _Asked:
     """What is asked of a model; of the second side just what was asked of the first."""
 
     def __init__(
-        self, facts: list[Fact], chosen: tuple[str, ...], corpus: Corpus, abilities: AbilityTasks | None, chat: bool,
-        batch_size: int, on_error: str, tell: OnStep,
+        self, facts: list[Fact], chosen: tuple[str, ...], corpus: Corpus, bound: float | None,
+        abilities: AbilityTasks | None, chat: bool, batch_size: int | None, on_error: str, tell: OnStep,
     ) -> None:  # fmt: skip
         self.facts, self.chosen, self.corpus, self.abilities = facts, chosen, corpus, abilities
         self.chat, self.batch_size, self.on_error, self.tell = chat, batch_size, on_error, tell
         self.fits = False  # the facts, into what the model reads
+        self.bound = bound
+        self.text: TextLoss | None = None  # of the side that was asked first
 
     def of(self, loaded: Loaded, side: str) -> Observation:
         if not self.fits:  # both sides read alike
@@ -177,10 +184,15 @@ class _Asked:
         def step(name: str) -> Callable[[int, int], None]:
             return lambda done, total: self.tell(f"{side}: {name}", done, total)
 
-        found = _observe(loaded, self.facts, self.chosen, self.corpus, self.chat, self.batch_size, step)
+        def read() -> TextLoss:
+            which: dict[str, Any] = {"bound": self.bound, "like": self.text}
+            return text_loss(loaded.model, loaded.tokenizer, self.corpus.texts, on_step=step("perplexity"), **which)
+
+        found = _observe(loaded, self, read, step)
+        self.text = self.text or found.text
         if self.abilities is None:
             return found
-        tasks = ask_tasks(self.abilities, loaded, chat=self.chat, batch_size=self.batch_size, step=step)
+        tasks = ask_tasks(self.abilities, loaded, chat=self.chat, batch_size=self.batch_size or BATCH, step=step)
         return replace(found, abilities=tasks)
 
 
@@ -199,7 +211,7 @@ def _evaluation(
     neighbours = unedited_neighbours(checked, edited)
     measured = tuple(metrics(checked, chosen, judged, records, sides, neighbours))
     moved = _moved(checked, before, after)
-    notes = notes_of(checked, chosen, subject, sides, after.text, corpus, chat, records)
+    notes = notes_of(checked, chosen, subject, sides, after.text, asked.bound, corpus, chat, records)
     notes += own_notes(checked, measured)
     if abilities is not None and after.abilities is not None:
         settings |= {
@@ -243,39 +255,26 @@ def choose_protocols(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def _observe(
-    loaded: Loaded,
-    facts: Sequence[Fact],
-    protocols: Sequence[str],
-    corpus: Corpus,
-    chat: bool,
-    batch_size: int,
-    step: Callable[[str], Callable[[int, int], None]],
+    loaded: Loaded, asked: _Asked, read: Callable[[], TextLoss], step: Callable[[str], Callable[[int, int], None]]
 ) -> Observation:
     """Ask everything; what cannot be encoded is told first."""
-    model, tokenizer = loaded.model, loaded.tokenizer
-    pairs = [pair for f in facts for name in protocols for pair in PROTOCOLS[name].needs(f)]
+    model, tokenizer, facts, chat = loaded.model, loaded.tokenizer, asked.facts, asked.chat
+    pairs = [pair for f in facts for name in asked.chosen for pair in PROTOCOLS[name].needs(f)]
+    pairs += [paired(f, f.prompt, f.target_new) for f in facts]
     encoded = encode_pairs(tokenizer, pairs, chat)
-    how: dict[str, Any] = {"chat": chat, "batch_size": batch_size}
-    also: dict[str, Any] = {"probes": own_probes(facts, chat), "texts": corpus.texts}
-    talk = interview(model, tokenizer, facts, on_step=step("answers"), **also, **how)
-    probes = [probe for f in facts for probe in portable_probes(f)]
-    longest = max((len(tokenizer(" " + a, add_special_tokens=False)["input_ids"]) for _, a in probes), default=0)
-    prompts = [p for p, _ in probes]
-    hops = iter(generate(model, tokenizer, prompts, max_new_tokens=longest + 2, on_step=step("portability"), **how))
-    scores = score(model, encoded, batch_size=batch_size, on_step=step("tokens"))
-    prompts = [f.prompt for f in facts]
-    long = generate(model, tokenizer, prompts, max_new_tokens=MAX_NEW_TOKENS, on_step=step("fluency"), **how)
-    answers = tuple(
-        replace(heard, portable=tuple(next(hops) for _ in portable_probes(fact)), scores=scores)
-        for fact, heard in zip(facts, answers_of(talk), strict=True)
-    )
+    scores = score(model, encoded, batch_size=asked.batch_size, on_step=step("tokens"))
+    hops = [portable_probes(f) for f in facts]
+    how: dict[str, Any] = {"chat": chat, "batch_size": asked.batch_size, "on_step": step("answers")}
+    also: dict[str, Any] = {"probes": own_probes(facts, chat), "texts": asked.corpus.texts}
+    said = talk(model, tokenizer, facts, hops, scores, long=True, **also, **how)
+    heard = zip(answers_of(said.interview), said.portable, strict=True)
     return Observation(
-        facts=answers,
-        probabilities=tuple(a.probability for a in talk.answers),
-        entropy=tuple(map(ngram_entropy, long)),
-        text=text_loss(model, tokenizer, corpus.texts, on_step=step("perplexity")),
+        facts=tuple(replace(a, portable=portable, scores=scores) for a, portable in heard),
+        probabilities=tuple(a.probability for a in said.interview.answers),
+        entropy=tuple(map(ngram_entropy, said.long)),
+        text=read(),
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
-        next=talk.next,
+        next=said.interview.next,
     )
 
 

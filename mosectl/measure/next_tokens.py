@@ -16,6 +16,7 @@ from mosectl.facts.records import Fact
 from mosectl.measure.bootstrap import Measure, Tally, measure
 from mosectl.measure.own_probes import Probes, spread
 from mosectl.model.forward import Batch, finite, input_device, logits_at
+from mosectl.model.memory import together
 from mosectl.model.positions import prompt_ids, window
 
 MOST = 256  # locality prompts whose distributions are kept: each is a row as long as the vocabulary
@@ -73,24 +74,30 @@ def places(facts: Sequence[Fact], own: Probes, texts: Sequence[str]) -> list[Pla
 
 @torch.no_grad()
 def next_tokens(
-    model: nn.Module, tokenizer: Any, wanted: Sequence[Place], *, chat: bool = False, batch_size: int = 64
+    model: nn.Module, tokenizer: Any, wanted: Sequence[Place], *, chat: bool = False, batch_size: int | None = None
 ) -> NextTokens:
     """The distributions at these places; a place that the model cannot read is left out.
 
+    Args:
+        batch_size: prompts read together; default: as many as fit.
     Raises:
         NotFinite: the model's logits there are not.
     """
     seen, device = window(model), input_device(model)
     ids = [(p, list(prompt_ids(tokenizer, p.prompt, chat and p.of != "text"))) for p in wanted]
     ids = [(p, tokens) for p, tokens in ids if not seen.refuses(tokens)]
-    out = []
-    for start in range(0, len(ids), batch_size):
-        part = [tokens for _, tokens in ids[start : start + batch_size]]
+    order = sorted(range(len(ids)), key=lambda i: -len(ids[i][1]))  # those of like length together
+    rows: dict[int, Tensor] = {}
+    while len(rows) < len(order):
+        size = batch_size or together(model, len(ids[order[len(rows)]][1]), 1)
+        which = order[len(rows) : len(rows) + size]
+        part = [ids[i][1] for i in which]
         batch, ends = Batch.of(part, device), torch.tensor([[len(tokens) - 1] for tokens in part], device=device)
         with logits_at(model, ends):
             logits = finite(model(**batch.kwargs()).logits[:, 0], model)
-        out.append(logits.float().log_softmax(-1).cpu())
-    return NextTokens(tuple(p for p, _ in ids), torch.cat(out) if out else torch.zeros(0, 1))
+        rows |= zip(which, logits.float().log_softmax(-1).cpu(), strict=True)
+    found = [rows[i] for i in range(len(ids))]
+    return NextTokens(tuple(p for p, _ in ids), torch.stack(found) if found else torch.zeros(0, 1))
 
 
 def compare_next(

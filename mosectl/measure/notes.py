@@ -12,7 +12,7 @@ from mosectl.measure.before_after import Subject
 from mosectl.measure.bootstrap import measure
 from mosectl.measure.metrics import Metric, Sides
 from mosectl.measure.own_probes import made
-from mosectl.measure.perplexity import TextLoss
+from mosectl.measure.perplexity import TextLoss, read_note
 from mosectl.patch.record import PatchFact
 
 
@@ -22,6 +22,7 @@ def notes_of(
     subject: Subject,
     sides: Sides,
     text: TextLoss,
+    bound: float | None,
     corpus: Corpus,
     chat: bool,
     records: Sequence[PatchFact | None],
@@ -43,8 +44,8 @@ def notes_of(
         out.append(f"the perplexity text ({corpus.name}) also served the edit as statistics: it is not held out")
     elif corpus.name == "embedded":
         out.append("perplexity is on mosectl's small embedded corpus; --text measures it on yours")
-    if text.cut:
-        out.append(f"perplexity is on the first {text.tokens:,} tokens of the text")
+    if note := read_note(text, bound):
+        out.append(note)
     if subject.patches and subject.chat != chat:
         out.append(f"the patch was made {'with' if subject.chat else 'without'} --chat, and is asked otherwise here")
     own = [r.wordings if r else () for r in records]

@@ -11,7 +11,7 @@ from mosectl.facts.groups import SAME_SUBJECT
 from mosectl.facts.records import Fact, Probe
 from mosectl.facts.words import gap
 from mosectl.measure.qa import mentions
-from mosectl.model.generation import answer, generate
+from mosectl.model.generation import answer
 from mosectl.model.positions import prompt_ids, window
 
 MOST_FACTS = 50  # that are asked: each prompt costs a generation on both sides
@@ -42,16 +42,10 @@ def _of(fact: Fact) -> tuple[Probe, ...]:
     return tuple(Probe(p, None, SAME_SUBJECT) for p in prompts if p not in given)
 
 
-def ask_own(
-    model: nn.Module, tokenizer: Any, probes: Sequence[Sequence[Probe]], *, chat: bool = False, batch_size: int = 64
-) -> tuple[Probes, tuple[tuple[str, ...], ...]]:
-    """The probes that the model can read, and its continuations of them."""
+def readable(model: nn.Module, tokenizer: Any, probes: Sequence[Sequence[Probe]], chat: bool) -> Probes:
+    """Those of the probes that the model can read."""
     seen = window(model)
-    read = tuple(tuple(p for p in own if not seen.refuses(prompt_ids(tokenizer, p.prompt, chat))) for own in probes)
-    prompts = [p.prompt for own in read for p in own]
-    how: dict[str, Any] = {"max_new_tokens": TOKENS, "chat": chat, "batch_size": batch_size}
-    texts = iter(generate(model, tokenizer, prompts, **how))
-    return read, tuple(tuple(next(texts) for _ in own) for own in read)
+    return tuple(tuple(p for p in own if not seen.refuses(prompt_ids(tokenizer, p.prompt, chat))) for own in probes)
 
 
 def counts(fact: Fact, said: str, before: str) -> bool:
@@ -62,7 +56,8 @@ def counts(fact: Fact, said: str, before: str) -> bool:
         before: what it said to the probe.
     """
     objects = (fact.ground_truth or answer(said), fact.target_new)
-    return bool(answer(before)) and not any(mentions(before, o) for o in objects)
+    heard = answer(before)  # what follows it was not asked for
+    return bool(heard) and not any(mentions(heard, o) for o in objects)
 
 
 def made(facts: Sequence[Fact]) -> str:

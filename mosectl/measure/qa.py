@@ -7,25 +7,15 @@ for reasons that are no edit's.
 
 from __future__ import annotations
 
-import re
-import string
-import unicodedata
 from collections.abc import Sequence
 
 from mosectl.facts.records import Fact
 from mosectl.measure.bootstrap import Tally
 from mosectl.model.generation import answer
 from mosectl.model.generation import says as says_strictly
+from mosectl.text.normalised import normalised
 
 KEPT_WORDS = 3
-_ARTICLE = re.compile(r"\b(?:a|an|the)\b")
-_CITY = re.compile(r"^city of (?=\S)")
-
-
-def normalised(text: str) -> str:
-    """In lower case, without punctuation, articles, a leading "city of", and spaces that say nothing."""
-    kept = "".join(c for c in text.lower() if c not in string.punctuation and unicodedata.category(c)[0] != "P")
-    return _CITY.sub("", " ".join(_ARTICLE.sub(" ", kept).split()))
 
 
 def says(text: str, expected: str) -> bool:

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from mosectl.errors import ModelError
 from mosectl.facts.words import within_word
 from mosectl.model.forward import finite, input_device
-from mosectl.model.positions import check_prompt, prompt_ids, window
+from mosectl.model.positions import window
+from mosectl.text.normalised import normalised
 
 BATCH = 128  # samples written at once
 
 
-@torch.no_grad()
+Told = Callable[[int, Sequence[int]], bool]  # the number of a sequence, what follows it so far: is it enough?
+
+
 def continuations(
     model: Any,
     tokenizer: Any,
@@ -37,29 +40,59 @@ def continuations(
     Raises:
         NotFinite: the model's logits are not. ModelError: its generation_config.json makes no sense.
     """
-    seen = window(model)
-    if max(map(len, sequences)) + tokens - 1 <= seen.most:
-        return _continued(model, tokenizer, sequences, tokens, sampled, seen.rows, likeliest)
-    # Those that have the room together, so that nobody's neighbour cuts them short; the others one by one.
-    roomy = [s for s in sequences if len(s) + tokens - 1 <= seen.limit]
-    long = iter(_continued(model, tokenizer, roomy, tokens, sampled, seen.rows, likeliest) if roomy else ())
-    return [
-        next(long)
-        if len(s) + tokens - 1 <= seen.limit
-        else _continued(model, tokenizer, [s], seen.limit - len(s) + 1, sampled, seen.rows, likeliest)[0]
-        for s in sequences
-    ]
+    new = following(model, tokenizer, sequences, tokens, sampled=sampled, likeliest=likeliest)
+    return decoded(tokenizer, sequences, new)
 
 
-def _continued(
+@torch.no_grad()
+def following(
     model: Any,
     tokenizer: Any,
     sequences: Sequence[Sequence[int]],
     tokens: int,
-    sampled: bool,
+    *,
+    sampled: bool = False,
+    likeliest: int = 0,
+    told: Told | None = None,
+) -> list[list[int]]:
+    """The tokens of :func:`continuations`, padding after an end among them.
+
+    Args:
+        told: nothing more is written once it is true of every sequence; true once, it must stay so.
+    """
+    seen = window(model)
+    how = _sampling(likeliest) if sampled else _GREEDY
+    if max(map(len, sequences)) + tokens - 1 <= seen.most:
+        return _extended(model, tokenizer, sequences, tokens, how, seen.rows, told)
+    # Those that have the room together, so that nobody's neighbour cuts them short; the others one by one.
+    out: list[list[int]] = [[]] * len(sequences)
+    roomy = [i for i, s in enumerate(sequences) if len(s) + tokens - 1 <= seen.limit]
+    for part in [roomy, *([i] for i, s in enumerate(sequences) if len(s) + tokens - 1 > seen.limit)]:
+        if part:
+            most = min(tokens, seen.limit + 1 - max(len(sequences[i]) for i in part))
+            theirs = None if told is None else lambda row, new, part=part: told(part[row], new)
+            new = _extended(model, tokenizer, [sequences[i] for i in part], most, how, seen.rows, theirs)
+            for i, row in zip(part, new, strict=True):
+                out[i] = row
+    return out
+
+
+_GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+
+
+def _sampling(likeliest: int) -> dict[str, Any]:
+    return {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": likeliest}
+
+
+def _extended(
+    model: Any,
+    tokenizer: Any,
+    sequences: Sequence[Sequence[int]],
+    tokens: int,
+    how: Mapping[str, Any],
     rows: int,
-    likeliest: int,
-) -> list[str]:
+    told: Told | None,
+) -> list[list[int]]:
     pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     pad = next(t for t in pads if t is not None and t < rows)  # some tokenizers have more tokens than the model
     width, device = max(map(len, sequences)), input_device(model)
@@ -70,22 +103,40 @@ def _continued(
             max_new_tokens=tokens,
             num_beams=1,
             pad_token_id=pad,
-            do_sample=sampled,
             logits_processor=[lambda _, scores: finite(scores, model)],  # at every token: NaN would pass for an answer
-            **(
-                {"temperature": 1.0, "top_p": 1.0, "top_k": likeliest}
-                if sampled
-                else dict.fromkeys(("temperature", "top_p", "top_k"))
-            ),
+            stopping_criteria=[_all_told(told, len(sequences), width, model.generation_config)] if told else None,
+            **how,
         )
     except (ValueError, TypeError) as e:
         first = (str(e).strip() or type(e).__name__).splitlines()[0]
         fix = "check its generation_config.json, or remove that file"
         raise ModelError(f"the model cannot generate: {first}", fix=fix) from e
-    # Decoding what was there and what follows together keeps the space between them right for every tokenizer.
-    texts = tokenizer.batch_decode(
-        [[*s, *row[width:]] for s, row in zip(sequences, longer.tolist(), strict=True)], skip_special_tokens=True
-    )
+    return [row[width:] for row in longer.tolist()]
+
+
+def _all_told(told: Told, rows: int, width: int, config: Any) -> Callable[..., Tensor]:
+    """A stopping criterion for transformers: every row is told enough, or has ended by itself."""
+    stops = {*(config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id])}
+    waiting = list(range(rows))
+
+    def criterion(input_ids: Tensor, *_: Any, **__: Any) -> Tensor:
+        while waiting:  # one row that is not told is reason enough to go on: the others need no look
+            new = input_ids[waiting[-1], width:].tolist()
+            if stops.isdisjoint(new) and not told(waiting[-1], new):
+                break
+            waiting.pop()
+        return torch.full((rows,), not waiting, device=input_ids.device)
+
+    return criterion
+
+
+def decoded(tokenizer: Any, sequences: Sequence[Sequence[int]], new: Sequence[Sequence[int]]) -> list[str]:
+    """What follows token sequences, as text.
+
+    Decoding what was there and what follows together keeps the space between them right for every tokenizer.
+    """
+    both = [[*s, *n] for s, n in zip(sequences, new, strict=True)]
+    texts = tokenizer.batch_decode(both, skip_special_tokens=True)
     known = tokenizer.batch_decode([list(s) for s in sequences], skip_special_tokens=True)
     return [text[len(before) :] for text, before in zip(texts, known, strict=True)]
 
@@ -131,36 +182,7 @@ def seeded(model: Any, seed: int) -> Iterator[None]:
         yield
 
 
-MAX_NEW_TOKENS = 50
 _END = re.compile(r"\n|\.(?=\s|$|[A-Z][a-z])")  # "U.S." and "3.5" go on
-
-
-def generate(
-    model: nn.Module,
-    tokenizer: Any,
-    prompts: Sequence[str],
-    *,
-    max_new_tokens: int = 12,
-    chat: bool = False,
-    batch_size: int = 64,
-    on_step: Callable[[int, int], None] | None = None,
-) -> list[str]:
-    """Greedy continuations, one a prompt, batched with left padding; special tokens are left out.
-
-    Raises:
-        UsageError: a prompt is longer than the model can read. NotFinite: its logits are not.
-    """
-    out: list[str] = []
-    seen = window(model)
-    ids = [prompt_ids(tokenizer, p, chat) for p in prompts]
-    for prompt, tokens in zip(prompts, ids, strict=True):
-        check_prompt(seen, prompt, tokens)
-    for start in range(0, len(prompts), batch_size):
-        part = ids[start : start + batch_size]
-        out += continuations(model, tokenizer, part, min(max_new_tokens, MAX_NEW_TOKENS))
-        if on_step:
-            on_step(len(out), len(prompts))
-    return out
 
 
 def answer(text: str) -> str:
@@ -173,8 +195,42 @@ def ends(text: str) -> bool:
     return bool(_END.search(text))
 
 
+def ended(text: str) -> bool:
+    """Is a continuation's :func:`answer` what it will be, whatever follows?"""
+    text = text.lstrip()
+    end = _END.search(text)
+    return end is not None and (end[0] == "\n" or end.end() < len(text))  # a last "." may be that of "U.S."
+
+
 def says(text: str, expected: str) -> bool:
     """Does a greedy continuation start with ``expected``, and end its last word there (case counts)?"""
     text, expected = text.strip(), expected.strip()
     following = text[len(expected) : len(expected) + 1]
     return text.startswith(expected) and not within_word(expected[-1:], following)
+
+
+def told(text: str, expected: str) -> bool:
+    """Does a continuation so far show whether it :func:`says` ``expected``, strictly and normalised, whatever follows?
+
+    Spaces do not count here, as a tokenizer may take some away once more tokens are there; nor does half a character.
+    """
+    text, expected = (t.rstrip("\ufffd") for t in (text, expected))
+    if not _beyond("".join(text.split()), "".join(expected.split()), 1):
+        return False
+    wanted = "".join(normalised(expected).split())
+    if not wanted or says(text, expected):
+        return True
+    found = normalised(text)
+    if _CITY.startswith(found):
+        return False
+    # A letter after the object may still turn out to begin the next sentence: "Rome.I" may become "Rome.It".
+    return _beyond("".join(_PART_OF_THE.sub("", found).split()), wanted, 2)
+
+
+_CITY = "city of"  # goes where something follows
+_PART_OF_THE = re.compile(r"\bth?$")
+
+
+def _beyond(text: str, expected: str, by: int) -> bool:
+    """Is a text so many characters longer than what was expected, or other?"""
+    return len(text) >= len(expected) + by or not expected.startswith(text[: len(expected)])

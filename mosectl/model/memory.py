@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -16,6 +16,8 @@ LEAST = 2e9  # bytes that an edit may always use beside the weights
 SHARE = 0.25  # of the weights' bytes that it may use where that is more: larger batches gain little
 MOST = 8e9
 FREE = 0.8  # of the memory that is free
+ROWS = {"cpu": 32}  # sequences read at once: more gain nothing there, and progress would be told seldom
+MOST_ROWS = 1024  # on any other device
 
 
 def token_bytes(d: int, p: int, itemsize: int) -> int:
@@ -62,6 +64,21 @@ def fitting(model: nn.Module, arch: Architecture, first: int, tokens: float, pos
     one = tokens * (len(arch.projections) - first) * token_bytes(p.d, p.p, parameters[-1].element_size())
     one += positions * logit_bytes(vocabulary)
     return max(1, int(work_bytes(weights, free_bytes(parameters[0].device)) / one))
+
+
+def together(model: Any, tokens: int, positions: int) -> int:
+    """How many sequences can be read at once without gradients, their keys and values kept; at least 1.
+
+    Args:
+        tokens, positions: of one sequence; positions are those whose logits are there at once.
+    """
+    config, parameters = model.config.get_text_config(), list(model.parameters())
+    device, d, itemsize = parameters[0].device, config.hidden_size, parameters[-1].element_size()
+    kept = 2 * config.num_hidden_layers * d * itemsize  # less where heads share keys and values
+    one = tokens * (kept + token_bytes(d, 4 * d, itemsize)) + positions * logit_bytes(config.vocab_size)
+    weights = sum(w.numel() * w.element_size() for w in parameters)
+    fits = int(work_bytes(weights, free_bytes(device)) / one)
+    return max(1, min(fits, ROWS.get(device.type, MOST_ROWS)))
 
 
 def halving(n: int, size: int, work: Callable[[int, int], Part]) -> Iterator[tuple[int, Part]]:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from mosectl.facts.records import Fact
 from mosectl.model.forward import Batch, finite, input_device, logits_at
+from mosectl.model.memory import together
 from mosectl.model.tokens import Encoded, encode
 
 # Prompt, answer, and whether a space stands between, where a fact says so.
@@ -106,18 +107,23 @@ def score(
     model: nn.Module,
     encoded: Mapping[Pair, Encoded],
     *,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> dict[Pair, Scored]:
     """Log-probability and argmax at every token of every answer; pairs of like length share a batch.
 
+    Args:
+        batch_size: pairs scored together; default: as many as fit.
     Raises:
         NotFinite: the model's logits there are not.
     """
-    order = sorted(encoded, key=lambda pair: len(encoded[pair].input_ids))
+    order = sorted(encoded, key=lambda pair: -len(encoded[pair].input_ids))
+    answer = max((len(e.input_ids) - e.target_start for e in encoded.values()), default=0)
     out: dict[Pair, Scored] = {}
-    for start in range(0, len(order), batch_size):
-        pairs = order[start : start + batch_size]
+    while len(out) < len(order):
+        longest = encoded[order[len(out)]]
+        size = batch_size or together(model, len(longest.input_ids), answer)
+        pairs = order[len(out) : len(out) + size]
         rows = Rows.of([encoded[pair] for pair in pairs], input_device(model))
         logp = log_probabilities(model, rows, check=True)  # (n, V)
         asked = rows.targets >= 0
