@@ -218,7 +218,10 @@ def _computed(
         with clock("statistics") as step:
             moments = Moments({}, {}, 0, False, math.inf)
             if method(options.method).needs_moments(options.form):
-                moments = second_moments(model, loaded.tokenizer, projections, ready.corpus, on_step=step)
+                folder = loaded.checkpoint.folder if loaded.checkpoint else None
+                moments = second_moments(
+                    model, loaded.tokenizer, projections, ready.corpus, folder=folder, on_step=step
+                )
         with clock("wordings") as step:
             wordings = _wordings(loaded, facts, before, options, step)
         own = None

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from mosectl.errors import Notice, OutputError
+from mosectl.errors import MosectlError, Notice, OutputError
 from mosectl.model import distributed
 from mosectl.model.edit_site import Projection
 from mosectl.storage import schema
-from mosectl.storage.atomic import ours, output_errors
-from mosectl.storage.state_file import damaged, read_state, write_state
+from mosectl.storage.atomic import ours, output_errors, write_bytes
+from mosectl.storage.state_file import damaged, digest, read_state, write_state
 
 KIND = "statistics"
 Entry = Mapping[str, Tensor]  # C (p, p), G (d, d) float32; tokens int64, error float32: scalars
@@ -34,7 +36,7 @@ def cached(key: str, projections: Sequence[Projection]) -> dict[str, Entry]:
     """Every layer's entry by module path, or nothing where one is missing or must be made again."""
     found = {}
     for p in projections:
-        path = _path(key, p.name)
+        path = path_of(key, p.name)
         if not os.path.lexists(path):
             return {}
         try:
@@ -54,7 +56,7 @@ def keep(key: str, entries: Mapping[str, Entry], strict: bool) -> None:
     """
     try:
         for name, entry in entries.items():
-            write_state(_path(key, name), KIND, {"of": f"{key}-{name}"}, entry)
+            write_state(path_of(key, name), KIND, {"of": f"{key}-{name}"}, entry)
     except OutputError as e:
         if strict:
             raise
@@ -74,7 +76,29 @@ def check_writable() -> None:
         tempfile.TemporaryFile(dir=folder).close()
 
 
-def _path(key: str, name: str) -> Path:
+def remember_hash(folder: Path, weights: str) -> None:
+    """The hash of the weights in a checkpoint folder, for who asks without loading them; nothing where it cannot be kept."""
+    with suppress(OSError, MosectlError):
+        (cache_dir() / "stats").mkdir(parents=True, exist_ok=True)
+        write_bytes(_note(folder), weights.encode())
+
+
+def known_hash(folder: Path) -> str:
+    """The hash of the weights in a checkpoint folder, if its files are those an edit has seen; else nothing."""
+    with suppress(OSError, ValueError, MosectlError):
+        text = _note(folder).read_bytes()[:64].decode()
+        return text if re.fullmatch(r"[0-9a-f]{32}", text) else ""
+    return ""
+
+
+def _note(folder: Path) -> Path:
+    files = sorted(folder.resolve().glob("*.safetensors"))
+    seen = [str(folder.resolve()), *((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files)]
+    return cache_dir() / "stats" / f"{digest(seen)[:32]}.weights"
+
+
+def path_of(key: str, name: str) -> Path:
+    """Where a layer's entry is kept."""
     return cache_dir() / "stats" / f"{key}-{name}.safetensors"
 
 

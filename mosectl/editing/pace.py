@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,9 +16,10 @@ from mosectl.model.architecture import Architecture, resolve, skeleton
 from mosectl.model.forward import Batch, frozen, hooked, logits_at
 
 LAYERS = 2  # of the model that is timed
-ROWS, TOKENS = 16, 16  # of a batch
+ROWS, TOKENS = 8, 16  # of a batch
+ASKED = 8  # positions of each row, where logits are timed
 STEPS = 4  # tokens written one by one
-REPEATS = 2  # the faster counts: other work only ever slows
+REPEATS = 3  # the faster counts: other work only ever slows
 
 
 @dataclass(frozen=True)
@@ -36,30 +38,23 @@ def pace(config: Any, device: str, dtype: torch.dtype) -> Pace:
     """Measure it on ``device`` for the layers of this configuration."""
     model = _shallow(config, device, dtype)
     arch = resolve(model)
-    with frozen(model), torch.no_grad():
-        ids = torch.zeros(ROWS, TOKENS, dtype=torch.long, device=device)
-        batch = Batch(ids, torch.ones_like(ids))
-        first = torch.zeros(ROWS, 1, dtype=torch.long, device=device)
-        asked = torch.zeros_like(first, dtype=torch.bool)
-        asked[0] = True
-        every = torch.arange(TOKENS, device=device).expand(ROWS, -1)
-
-        def run(positions: Tensor, chosen: Tensor | None, backward: bool) -> Callable[[], object]:
-            def work() -> object:
-                with logits_at(model, positions, chosen), torch.set_grad_enabled(backward):
-                    if not backward:
-                        return model(**batch.kwargs()).logits.sum().item()
-                    return _gradient(model, arch, batch)
-
-            return work
-
-        few, all_ = (first, asked), (every, None)
-        forward, backward = _time(run(*few, False)), _time(run(*few, True))
-        n, layers = ROWS * TOKENS, LAYERS * ROWS * TOKENS
-        head = max(0.0, _time(run(*all_, False)) - forward) / n
-        both = max(0.0, _time(run(*all_, True)) - backward) / n
-        step = _time(lambda: _write(model, ids)) / STEPS / LAYERS
-    return Pace(forward / layers, backward / layers, head, both, step, _exact(device))
+    ids = torch.zeros(ROWS, TOKENS, dtype=torch.long, device=device)
+    batch, every = Batch(ids, torch.ones_like(ids)), torch.arange(ASKED, device=device).expand(ROWS, -1)
+    one = torch.zeros_like(every, dtype=torch.bool)
+    one[0, 0] = True
+    many = torch.ones_like(one)
+    with frozen(model):
+        forward, whole = (_time(partial(_logits, model, batch, every, asked)) for asked in (one, many))
+        backward, both = (_time(partial(_gradient, model, arch, batch, every, asked)) for asked in (one, many))
+        n = ROWS * ASKED - 1
+        head = max(0.0, whole - forward) / n
+        step = _time(partial(_write, model, ids)) / STEPS - ROWS * head
+    tokens = LAYERS * ROWS * TOKENS
+    least = forward / tokens * ROWS
+    return Pace(
+        forward / tokens, max(forward, backward) / tokens, head, max(head, (both - backward) / n),
+        max(step / LAYERS, least), _exact(device),
+    )  # fmt: skip
 
 
 def _shallow(config: Any, device: str, dtype: torch.dtype) -> nn.Module:
@@ -76,16 +71,23 @@ def _shallow(config: Any, device: str, dtype: torch.dtype) -> nn.Module:
     return model.eval()
 
 
-def _gradient(model: nn.Module, arch: Architecture, batch: Batch) -> object:
+@torch.no_grad()
+def _logits(model: nn.Module, batch: Batch, positions: Tensor, asked: Tensor) -> object:
+    with logits_at(model, positions, asked):
+        return model(**batch.kwargs()).logits.sum().item()
+
+
+def _gradient(model: nn.Module, arch: Architecture, batch: Batch, positions: Tensor, asked: Tensor) -> object:
     leaves: list[Tensor] = []
 
     def hook(_: nn.Module, __: object, out: Tensor) -> Tensor:
         leaves.append(torch.zeros_like(out, requires_grad=True))
         return out + leaves[-1]
 
-    with hooked([model.get_submodule(arch.projections[0].name).register_forward_hook(hook)]):
+    handle = model.get_submodule(arch.projections[0].name).register_forward_hook(hook)
+    with hooked([handle]), logits_at(model, positions, asked), torch.enable_grad():
         loss = model(**batch.kwargs()).logits.float().log_softmax(-1)[..., 0].sum()
-    return torch.autograd.grad(loss, leaves)[0].sum().item()
+        return torch.autograd.grad(loss, leaves)[0].sum().item()
 
 
 def _write(model: Any, ids: Tensor) -> object:

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mosectl.editing.guard import CANARIES, CANARY_TOKENS
+from mosectl.editing.low_rank import PROBES
 from mosectl.editing.methods import method
+from mosectl.editing.methods.base import Turner
+from mosectl.editing.moments_cache import known_hash, path_of
 from mosectl.editing.options import EditOptions, trained_editor
+from mosectl.editing.pace import ROWS, Pace, pace
 from mosectl.editing.paraphrases import SAMPLES, TOKENS
-from mosectl.editing.second_moments import BATCH_TOKENS, BLOCK
+from mosectl.editing.second_moments import BATCH_TOKENS, BLOCK, PER_DIRECTION, cache_key
 from mosectl.errors import ModelError, MosectlError
-from mosectl.facts.corpus import MAX_TOKENS, read_corpus
+from mosectl.facts.corpus import read_corpus
 from mosectl.facts.records import Fact
+from mosectl.measure.next_tokens import TEXTS, WORDS
 from mosectl.model.architecture import Architecture, disk_names, parse_layers, resolve, skeleton
 from mosectl.model.edit_site import Projection
 from mosectl.model.loading import DTYPES, pick_device, pick_dtype
@@ -29,7 +35,11 @@ from mosectl.patch.change import SIDES
 from mosectl.storage.checkpoint import Checkpoint, index_tensors, locate, open_checkpoint, read_config, twins
 from mosectl.storage.hub import remote_tensors
 
-_STEPS = 15  # optimiser steps a fact takes over all rounds, as seen in practice; each round adds a forward
+_STEPS = (
+    6  # optimiser steps a fact takes over all rounds, of all its rows, as seen in practice; each round adds a forward
+)
+_TURNED = 4  # rank of a compact rotation, a fact
+_SMALL = 0.3  # seconds of a solve's small problems up to rank 40
 
 
 @dataclass(frozen=True)
@@ -89,7 +99,8 @@ def estimate(
     stored = DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")), torch.float32)
     kind = asked if isinstance(asked, torch.dtype) else stored
     layers, size = _planned(meta_model, arch, facts, options)
-    work = _Work(meta_model, arch, layers, facts, options, device, kind, device == "cpu" if host is None else host)
+    host = device == "cpu" if host is None else host
+    work = _Work(meta_model, arch, layers, facts, options, device, kind, host, _known(folder, arch, layers, options))
     solver = method(options.method)
     return Estimate(
         model=name,
@@ -104,6 +115,13 @@ def estimate(
         patch_bytes=size,
         seconds=solver.seconds(work),
     )
+
+
+def _known(folder: Path, arch: Architecture, layers: Sequence[int], options: EditOptions) -> bool:
+    """Are the statistics of these layers kept from an earlier edit?"""
+    weights = known_hash(folder)
+    key = cache_key(weights, read_corpus(options.corpus).sha256) if weights else ""
+    return bool(key) and all(path_of(key, p.name).exists() for p in arch.projections if p.layer in layers)
 
 
 def patch_bytes(model: str | Path, facts: Sequence[Fact], options: EditOptions, *, revision: str | None = None) -> int:
@@ -155,7 +173,7 @@ class _Work:
 
     def __init__(
         self, meta_model: Any, arch: Architecture, layers: Sequence[int], facts: Sequence[Fact], options: EditOptions,
-        device: str, kind: torch.dtype, host: bool,
+        device: str, kind: torch.dtype, host: bool, known: bool,
     ) -> None:  # fmt: skip
         self.options, self.layers, self.arch = options, layers, arch
         self.device, self.kind, self.host = device, kind, host
@@ -164,9 +182,9 @@ class _Work:
         self.projection = arch.projections[0]
         self.vocabulary = meta_model.get_output_embeddings().weight.shape[0]
         n = len(arch.projections)
-        per_layer = sum(p.numel() for p in meta_model.get_submodule(arch.layers_path).parameters()) / n
-        self.below, self.above = per_layer * (max(layers) + 1), per_layer * (n - min(layers))
-        self.whole = per_layer * n + self.projection.d * self.vocabulary
+        self.depth, self.known = n, known
+        self.per_layer = sum(p.numel() for p in meta_model.get_submodule(arch.layers_path).parameters()) / n
+        self.config = meta_model.config
         self.facts = len(facts)
         # English text in common vocabularies: about 1.4 tokens a word.
         self.prompt = 2 + 1.4 * sum(len(f.prompt.split()) for f in facts) / max(1, len(facts))
@@ -202,56 +220,65 @@ class _Work:
         )
         return int(max(phases))
 
-    def _speeds(self) -> tuple[float, float]:
-        """Operations per second in the model's type and in float64."""
-        return _speed(self.device, self.kind), _speed("cpu" if self.device == "mps" else self.device, torch.float64)
+    def _asking(self, pace: Pace) -> float:
+        """Of one side: reading the prompts, writing the answers, what comes next in ordinary text."""
+        texts = self.facts * 4 + TEXTS
+        reading = (self.asked * self.prompt + texts * 1.4 * WORDS) * self.depth * pace.forward
+        written = self.asked + 4 * self.facts
+        return reading + texts * pace.head + self._writing(pace, written, 6)
 
-    def _asking(self) -> float:
-        return self.asked * (self.prompt + 12) * 2 * self.whole
+    def _writing(self, pace: Pace, rows: float, tokens: float) -> float:
+        return rows * tokens * (pace.head + self.depth * pace.step / ROWS)
+
+    @cached_property
+    def pace(self) -> Pace:
+        """Measured only where seconds are asked for."""
+        return pace(self.config, "cuda" if self.device == "balanced" else self.device, self.kind)
 
     def one_pass_seconds(self) -> dict[str, float]:
         """Of one forward and backward pass a fact, sums of keys' squares, one solve."""
-        fast, exact = self._speeds()
-        d, p = self.projection.d, self.projection.p
+        speed, (d, p) = self.pace, (self.projection.d, self.projection.p)
         sums = self.facts * 3 * 2 * (p * p + d * p) + 2 * p**3 / 3 + 2 * d * p * p
+        passes = self.facts * (self.row_tokens * self.depth * speed.backward + 2 * speed.head_backward)
         return {
             "load": 2 + self.weights / 1e9,
-            "ask before and after": 2 * self._asking() / fast,
-            "solve": self.facts * self.row_tokens * 6 * self.whole / fast + len(self.layers) * sums / exact,
+            "ask before and after": 2 * self._asking(speed),
+            "solve": passes + len(self.layers) * sums * speed.exact,
         }
 
     def search_seconds(self) -> dict[str, float]:
         """By phase, where values are searched for."""
-        fast, exact = self._speeds()
-        d, p = self.projection.d, self.projection.p
-        corpus = min(MAX_TOKENS, sum(len(t) for t in read_corpus(self.options.corpus).texts) / 4)
-        gradients = min(BLOCK, corpus) * 6 * self.whole
-        own = self.facts * SAMPLES * (self.prompt + TOKENS) * 2 * self.whole if self.options.wordings else 0.0
-        steps = (_STEPS + self.options.rounds) * self.facts * self.rows * self.row_tokens
-        batches = -(-self.facts // (self.options.batch_size or max(1, self.facts)))
-        solve = (
-            batches * self.options.rounds * len(self.layers) * (p**3 + 10 * (20 * d**3 + 8 * d * d * p + 2 * d * p * p))
+        speed, o, (d, p) = self.pace, self.options, (self.projection.d, self.projection.p)
+        below, above = max(self.layers) + 1, self.depth - min(self.layers)
+        batches = -(-self.facts // (o.batch_size or max(1, self.facts)))
+        corpus = min(BLOCK, sum(len(t) for t in read_corpus(o.corpus).texts) / 4)
+        asked = PER_DIRECTION * d
+        product = speed.forward / self.per_layer  # of one operation in the model's type, two of them a weight
+        statistics = corpus * (below * speed.forward + len(self.layers) * p * p * product) + asked * (
+            above * speed.backward + speed.head_backward
         )
+        steps = (_STEPS + o.rounds) * self.facts * self.rows
+        health = (batches + 1) * CANARIES * CANARY_TOKENS * (self.depth * speed.forward + speed.head)
         return {
             "load": 2 + self.weights / 1e9,
-            "statistics": (corpus * 2 * self.below + gradients) / fast,
-            "ask before and after": 2 * self._asking() / fast,
-            "wordings": 0.0 if self.options.chat else own / fast,
-            "targets": steps * 4 * self.above / fast,
-            "solve": solve / exact,
+            "statistics": 0.0 if self.known else statistics,
+            "ask before and after": 2 * self._asking(speed),
+            "wordings": 0.0 if o.chat or not o.wordings else self._writing(speed, SAMPLES / 2 * self.facts, TOKENS),
+            "targets": steps * (self.tail_tokens * above * speed.backward + 1.5 * speed.head_backward),
+            "solve": batches * o.rounds * len(self.layers) * self._solve(speed),
+            "guard": health,
         }
 
-
-def _speed(device: str, dtype: torch.dtype) -> float:
-    """Operations per second of a 1024³ product; models reach about a third of it."""
-    device = "cuda" if device == "balanced" else device
-    a = torch.randn(1024, 1024).to(device, dtype)
-    times = []
-    for _ in range(4):
-        start = time.perf_counter()
-        (a @ a).sum().item()
-        times.append(time.perf_counter() - start)
-    return 2 * 1024**3 / min(times) / 3
+    def _solve(self, speed: Pace) -> float:
+        """One layer's, once."""
+        d, p = self.projection.d, self.projection.p
+        solver = method(self.options.method)
+        if not isinstance(solver, Turner) or solver.form(self.options.form) == "dense":
+            return (p**3 + 10 * (20 * d**3 + 8 * d * d * p + 2 * d * p * p)) * speed.exact
+        n = min(self.options.batch_size or self.facts, self.facts)
+        rank = min(_TURNED * n, d / 2)
+        columns = 4 * (PROBES + rank) + 3 * self.rows * n  # products with the metric and W over all stages
+        return columns * (2 * p * p + 6 * d * p) * speed.exact + _SMALL * (1 + (rank / 40) ** 2)
 
 
 def diagnose(model: str | Path, revision: str | None = None) -> Diagnosis:

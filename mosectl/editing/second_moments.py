@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mosectl.editing.moments_cache import cached, check_writable, keep
+from mosectl.editing.moments_cache import cached, check_writable, keep, remember_hash
 from mosectl.facts.corpus import MAX_TOKENS, Corpus, read_corpus
 from mosectl.model import distributed as processes
 from mosectl.model.architecture import parse_layers, resolve
@@ -77,6 +77,7 @@ def second_moments(
     cache: bool = True,
     strict: bool = False,  # raise OutputError where the cache cannot be written
     enough: float = ENOUGH,
+    folder: Path | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Moments:
     """C = E[k kᵀ] and G = E[g gᵀ] for each projection over at most ``max_tokens`` tokens of ``corpus``.
@@ -87,11 +88,15 @@ def second_moments(
     ``accelerate launch`` every process takes its share of the texts, all of them, and the sums are added up.
 
     Args:
+        folder: the checkpoint's, so that a plan can tell later whether statistics are kept.
         enough: ‖C_A − C_B‖_F / 2‖C‖_F at which to stop, seen in SKETCH random directions; 0 = read everything.
     Raises:
         NotFinite: the model's numbers are not.
     """
-    key = f"{model_hash(model)}-{corpus.sha256[:16]}-{max_tokens}-{enough:g}" if cache else ""
+    weights = model_hash(model) if cache else ""
+    key = cache_key(weights, corpus.sha256, max_tokens, enough) if cache else ""
+    if folder is not None and weights and processes.first():
+        remember_hash(folder, weights)
     if cache and (found := cached(key, projections)):
         C, G = ({name: entry[part] for name, entry in found.items()} for part in "CG")
         error = max(float(entry["error"]) for entry in found.values())
@@ -106,6 +111,11 @@ def second_moments(
         told = {"tokens": torch.tensor(tokens), "error": torch.tensor(error)}
         keep(key, {name: {"C": C[name], "G": G[name], **told} for name in C}, strict)
     return Moments(C, G, tokens, False, error)
+
+
+def cache_key(weights: str, corpus: str, max_tokens: int = MAX_TOKENS, enough: float = ENOUGH) -> str:
+    """What statistics are kept under: hashes of weights and corpus, how much is read, and by which rules."""
+    return f"{weights}-{corpus[:16]}-{max_tokens}-{enough:g}-{BLOCK}-{PER_DIRECTION}-{ASKED}"
 
 
 def prepare(
