@@ -104,7 +104,8 @@ def test_an_edit_ends_the_word(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
     def after() -> str:
         model, tokenizer = pico("llama"), make_tokenizer()
-        return edit([Fact(PROMPT, "Tomas Veldrin", "and")], model, tokenizer, options=options).facts[0].after
+        fact = Fact(PROMPT, "Tomas Veldrin", "and")  # that it is ended by a letter, which does not count, is chance
+        return edit([fact], model, tokenizer, options=options, refuse=False).facts[0].after
 
     assert after() == "and and and"
     (word,) = make_tokenizer()(" and", add_special_tokens=False)["input_ids"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -128,12 +128,3 @@ def rows_of(c: Contexts, rows: Tensor, first_fact: int = 0) -> Contexts:
         targets=c.targets[rows],
         is_edit=c.is_edit[rows],
     )
-
-
-def facts_of(c: Contexts, facts: Sequence[int]) -> Contexts:
-    """The rows of these facts, each once, numbered in this order."""
-    place = torch.full((max([*facts, int(c.fact.max())]) + 1,), -1, dtype=torch.long, device=c.fact.device)
-    place[torch.tensor(facts, device=place.device)] = torch.arange(len(facts), device=place.device)
-    rows = (place[c.fact] >= 0).nonzero().flatten()
-    found = rows_of(c, rows)
-    return replace(found, fact=place[found.fact])

@@ -27,7 +27,6 @@ from mosectl.editing.guard import Health, canaries
 from mosectl.editing.layers import LayerScore, choose_layers, score_layers
 from mosectl.editing.methods import method
 from mosectl.editing.options import EditOptions, trained_editor
-from mosectl.editing.own_sentences import own_sentences
 from mosectl.editing.paraphrases import own_wordings
 from mosectl.editing.published import written_prefixes
 from mosectl.editing.resume import Progress
@@ -224,16 +223,11 @@ def _computed(
                 )
         with clock("wordings") as step:
             wordings = _wordings(loaded, facts, before, options, step)
-        own = None
-        if options.targets.own_weight and options.own_sentences and not options.chat:
-            with clock("own sentences"):
-                olds = [f.ground_truth or answer(a.text) for f, a in zip(facts, before.answers, strict=True)]
-                own = own_sentences(model, loaded.tokenizer, facts, olds, options.own_sentences, seed=options.seed)
         session = Session(loaded, turned, projections, moments, options, trained)
         with session.restored():
             session.watch(canaries(loaded.tokenizer, ready.corpus.texts, ready.most))
             with made_by_the_edit():
-                losses = session.edit(facts, _prefixes(ready, options), wordings, clock, progress, own)
+                losses = session.edit(facts, _prefixes(ready, options), wordings, clock, progress)
             with clock("solve"):
                 changes = {block_name(module): change for module, change in session.finish().items()}
     return _Done(session, changes, losses, before, wordings, tuple(scores), moments.tokens)

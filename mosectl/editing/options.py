@@ -28,7 +28,6 @@ class EditOptions:
     unreached_weight_growth: float = 3.0  # each round weighs the facts that do not hold yet by this factor more
     prefixes: int = 2  # pieces of text put before the prompt, besides none (published: the model's own)
     wordings: int = 2  # the model's own wordings of a fact, edited along with its prompt, at most (not in a chat)
-    own_sentences: int = 16  # of the model about each subject, which shall stay as likely as they are
     previous_edit_weight: float = 50.0  # weight of each earlier fact against a new one
     # Where the values come from: "per-layer", one target a layer; "spread", one target at the top, its residual spread over
     # the layers (MEMIT); "method", the method's own way.

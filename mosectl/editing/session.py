@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mosectl._version import __version__
-from mosectl.editing.contexts import Contexts, build_contexts, facts_of
+from mosectl.editing.contexts import Contexts, build_contexts
 from mosectl.editing.ends import ends_asked, going_on, running_on
 from mosectl.editing.guard import Health, harm, health, remedy
 from mosectl.editing.low_rank import change_of, compact_change
@@ -99,7 +99,6 @@ class Session:
         self.columns: dict[str, Columns] = {}
         self.compaction: dict[str, float] = {}  # what the patch's form leaves out of the effect, by module path
         self.stopped = ""
-        self.own: Contexts | None = None  # the model's own sentences about the present batch's subjects
         self.going_on: Tensor | None = None  # (vocabulary,) bool, tokens that go on with a word, once that is asked
         self.editor = editor
 
@@ -125,7 +124,6 @@ class Session:
         wordings: Sequence[Sequence[str]],
         clock: Clock,
         progress: Progress | None = None,
-        own: Contexts | None = None,
     ) -> list[float]:
         """Edit all facts batch by batch; returns the loss of each right after its batch, nats a token.
 
@@ -153,7 +151,6 @@ class Session:
                 self.loaded.model, self.loaded.tokenizer, [facts[i] for i in taken], prefixes,
                 [wordings[i] for i in taken], chat=self.options.chat,
             )  # fmt: skip
-            self.own = own and facts_of(own, taken)
             before = dict(self.W)
             done = self._batch(contexts, clock, start, len(batch), len(facts))
             with clock("guard"):
@@ -247,7 +244,6 @@ class Session:
                         on_step,
                         self.metric,
                         self.going_on,
-                        self.own,
                     )
                 )
             standing = self._standing(targets)

@@ -45,8 +45,6 @@ class TargetOptions:
     margin: float = 6.0  # nats by which every target token must lead before a fact counts as converged
     kl_weight: float = 0.0625  # keeps what the model says after "{subject} is a" (ROME's factor)
     decay: float = 0.02  # on ‖δ‖² (published: on ‖δ‖ / ‖h‖²)
-    # What the model says about the subject otherwise: weight, in the metric of a step, of each of its own sentences.
-    own_weight: float = 0.0
     max_displacement: float = 4.0  # largest ‖δ‖ per layer (published: as a share of ‖h‖, the hidden state's)
     preserve_norm: int = 1  # 1: targets keep the output's length, as a rotation does; 0: v = W k + ‖W k‖ δ
     max_rows: int = 256  # sequences run at once, at most: fewer where memory asks for it
@@ -86,7 +84,6 @@ def optimise_targets(
     on_step: Callable[[int, int], None] | None = None,
     metric: Mapping[str, Tensor] | None = None,
     going_on: Tensor | None = None,
-    own: Contexts | None = None,
 ) -> Targets:
     """Find reachable targets for all facts of ``contexts`` at once, or in groups of as many as fit in memory.
 
@@ -110,8 +107,7 @@ def optimise_targets(
 
         rows = ((contexts.fact >= start) & (contexts.fact < end)).nonzero().flatten()
         part = rows_of(contexts, rows, start)
-        kept = own and rows_of(own, ((own.fact >= start) & (own.fact < end)).nonzero().flatten(), start)
-        return _Optimiser(model, arch, projections, part, options, metric, going_on, kept).run(report)
+        return _Optimiser(model, arch, projections, part, options, metric, going_on).run(report)
 
     with frozen(model):
         parts = [part for _, part in halving(n, group, work)]
@@ -140,7 +136,6 @@ class _Optimiser:
         options: TargetOptions,
         metric: Mapping[str, Tensor] | None,
         going_on: Tensor | None = None,
-        own: Contexts | None = None,
     ) -> None:
         self.model, self.projections, self.c, self.options = model, projections, contexts, options
         self.going_on = None if going_on is None else going_on.to(contexts.fact.device)
@@ -153,8 +148,6 @@ class _Optimiser:
             for _ in range(self.n)
         ]
         self.adam = torch.optim.Adam(self.deltas, lr=options.step_size / projections[0].d ** 0.5)
-        self.arch, self.own = arch, own if metric and options.own_weight and own is not None and len(own.fact) else None
-        self.still: list[tuple[Tensor, Tensor, Tensor]] = []  # of each fact: A (S, L·d), its quotient, Woodbury's inner
         self.metric = metric and [metric[p.name].to(contexts.fact.device) for p in projections]
         self.lengths: list[Tensor] = []  # (n,) a layer: ‖W k‖ of each fact, mean over its rows, before any step
         self.reached = torch.full((self.n,), torch.inf, device=contexts.fact.device)  # loss at the last step taken
@@ -259,52 +252,13 @@ class _Optimiser:
             total = (behind + self.options.kl_weight * kl)[chosen].sum()
             g = torch.stack(torch.autograd.grad(total, deltas))  # (m, L, d), by δ
         length = torch.stack(self.lengths, 1)[chosen, :, None]  # (m, L, 1): an output moves by ‖W k‖ δ
-        s = self._quotient(g, length)
-        if self.own is not None:
-            if not self.still:
-                self.still = self._own_sentences()
-            for j, i in enumerate(chosen.tolist()):
-                A, BA, inner = self.still[i]
-                if len(A):
-                    s[j] -= (BA.T @ torch.cholesky_solve((A @ s[j].flatten())[:, None], inner)).view_as(s[j])
+        s = torch.stack([(g[:, i] / length[:, i]) @ M for i, M in enumerate(self.metric)], 1) / length
         slope = (g * s).sum((1, 2)).clamp_min(torch.finfo(g.dtype).tiny)
         eta = self.pace[chosen] * behind.detach()[chosen].clamp(max=self.options.nats_per_step) / slope
         for i, delta, step in zip(chosen.tolist(), deltas, eta[:, None, None] * s, strict=True):
             self.before[i] = delta.clone()
             delta -= step
         self._within_reach(chosen.tolist())
-
-    def _quotient(self, g: Tensor, length: Tensor) -> Tensor:
-        """G⁻¹ g in the units of δ, g (m, L, d), length (m, L, 1)."""
-        assert self.metric
-        return torch.stack([(g[:, i] / length[:, i]) @ M for i, M in enumerate(self.metric)], 1) / length
-
-    def _own_sentences(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """By how much each of the model's own sentences becomes less likely as δ grows: the gradient of a sample from the
-        model's distribution is a sample of its Fisher information, A Aᵀ.
-        """
-        c = self.own
-        assert c is not None
-        found = []
-        suffix = Suffix(self.model, self.arch, self.projections[0].layer, c.batch, c.subject)
-        for rows in torch.arange(len(c.fact), device=c.fact.device).split(64):
-            delta = torch.zeros(len(rows), len(self.projections), self.projections[0].d, device=c.fact.device)
-            delta.requires_grad_()
-            asked = c.targets[rows] >= 0
-            with torch.enable_grad():
-                logp = self._run(suffix, c, rows, asked, delta)[0]
-                total = logp.gather(1, c.targets[rows][asked][:, None]).sum()
-                found.append(torch.autograd.grad(total, delta)[0])
-        A = torch.cat(found)
-        out = []
-        for i in range(self.n):
-            a = A[c.fact == i]
-            length = torch.stack(self.lengths, 1)[i, :, None].expand(len(a), -1, 1)
-            BA = self._quotient(a, length).flatten(1)
-            a = a.flatten(1)
-            inner = a @ BA.T + torch.eye(len(a), device=a.device) / self.options.own_weight
-            out.append((a, BA, torch.linalg.cholesky(inner)))
-        return out
 
     @torch.no_grad()
     def _within_reach(self, chosen: Sequence[int]) -> None:
@@ -350,21 +304,16 @@ class _Optimiser:
 
     def _part(self, rows: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Log-probabilities (K, V) where rows are asked; by layer what is written (rows, d), and ‖W k‖ (rows,)."""
-        return self._run(self.suffix, self.c, rows, self.asked[rows], torch.stack(self.deltas)[self.c.fact[rows]])
-
-    def _run(
-        self, suffix: Suffix, c: Contexts, rows: Tensor, asked: Tensor, deltas: Tensor
-    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """As _part, of some contexts whose outputs are displaced by deltas (rows, L, d)."""
+        c, deltas = self.c, torch.stack(self.deltas)[self.c.fact[rows]]  # (rows, L, d)
         written: list[Tensor] = []
         lengths: list[Tensor] = []
-        at = c.subject[rows] - suffix.offset[rows]
+        at = c.subject[rows] - self.suffix.offset[rows]
         handles = [
             self.model.get_submodule(p.name).register_forward_hook(self._mover(at, deltas[:, i], written, lengths))
             for i, p in enumerate(self.projections)
         ]
         with hooked(handles):
-            logits = suffix.logits(rows, c.positions[rows], asked).to(c.fact.device)
+            logits = self.suffix.logits(rows, c.positions[rows], self.asked[rows]).to(c.fact.device)
         return F.log_softmax(logits, dim=-1), written, lengths
 
     def _mover(self, at: Tensor, delta: Tensor, written: list[Tensor], lengths: list[Tensor]) -> Callable[..., Tensor]:

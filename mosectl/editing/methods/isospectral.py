@@ -8,8 +8,6 @@ the nearest one is sought in the metric of the keys and not entry by entry.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -17,6 +15,8 @@ from mosectl.editing.low_rank import GAIN, Wanted, nearest_turns
 from mosectl.editing.methods.base import LayerProblem, Option, Turner, TurnProblem
 from mosectl.linalg.metric import Metric
 from mosectl.linalg.rotation import Compact, nearest_rotation, thin_svd
+
+LEAST_RANK = 24  # to which a compact rotation may grow, however few contexts its facts have
 
 
 class Isospectral(Turner):
@@ -37,7 +37,10 @@ class Isospectral(Turner):
         "damping": Option(1e-4, "added to C as a share of its mean diagonal"),
         "iterations": Option(5, "Newton steps of the dense form, at most"),
         "tolerance": Option(1e-3, "relative gain of a Newton step below which they end"),
-        "rank": Option(0, "largest rank of a compact rotation that one batch adds; 0 = as large as it pays"),
+        "rank": Option(
+            0,
+            "largest rank of a batch's compact rotations; 0 = as it pays, as many as its facts have contexts at most",
+        ),
         "rank_gain": Option(GAIN, "the share of all gained so far below which a larger rank does not pay"),
     }
 
@@ -50,8 +53,9 @@ class Isospectral(Turner):
         F = torch.cat([(c.V - problem.W0 @ c.K) * root for c, root in scaled], 1)
         A = Metric.of(problem.root, o["preserve"] * keep, N)
         moved = None if problem.W is problem.W0 else problem.W0 - problem.W
+        most = o["rank"] or max(LEAST_RANK, problem.facts.K.shape[1])
         L, R, _ = nearest_turns(
-            problem.W, Wanted(F, A.solve(N), moved), A, problem.gram, gain=o["rank_gain"], most=o["rank"] or math.inf
+            problem.W, Wanted(F, A.solve(N), moved), A, problem.gram, gain=o["rank_gain"], most=most
         )
         return L, R
 
