@@ -32,6 +32,8 @@ types: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/speed.py
+	$(BIN)/python benchmarks/turns.py
+	$(BIN)/python benchmarks/real.py $(REAL:%=--on %)
 
 picture: $(VENV)/.ready
 	$(BIN)/python examples/make_picture.py

@@ -42,3 +42,14 @@ def test_the_plan_of_a_large_model_needs_none_of_its_memory() -> None:
 def test_the_solve_benchmark() -> None:
     rows = [json.loads(line) for line in run("speed.py", "solve", "--sizes", 32, "--device", "cpu").splitlines()]
     assert [row["what"].split(":")[0] for row in rows] == ["d = 32"] * 3 and rows[0]["ratio"] == "1"
+
+
+def test_the_solve_against_the_dense_form() -> None:
+    factors, compact, dense = (json.loads(line) for line in run("turns.py", "--facts", 2).splitlines())
+    assert factors["d"] == 576 and max(compact["compact"]["ranks"]) <= 24
+    assert compact["compact"]["missing of what is asked"] < 1 and dense["ratio"] > 1
+
+
+def test_real_models_are_skipped_with_a_reason() -> None:
+    assert "give --on" in json.loads(run("real.py"))["skipped"]
+    assert "no facts file" in json.loads(run("real.py", "--on", "model=nowhere.jsonl"))["skipped"]
