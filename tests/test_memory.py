@@ -149,7 +149,7 @@ def test_the_plan_counts_the_host_on_a_cpu_only(tmp_path: Path) -> None:
     """Layers so wide that what waits for the solve is most of it: C (p, p) float32 and two (d, p) float64 a layer."""
     model = pico("llama", intermediate_size=16384)
     model.save_pretrained(tmp_path)
-    facts, options = as_facts(FACTS[:1], "edit"), replace(default_options(), layers="0-2")
+    facts, options = as_facts(FACTS[:1], "edit"), replace(default_options(), layers="0-2", form="dense")
     cpu, gpu = (estimate(tmp_path, facts, options, device="cpu", host=host).peak_bytes for host in (True, False))
     d, p = 32, 16384
     assert cpu - gpu >= 3 * (4 * p * p + 8 * d * p)

@@ -23,6 +23,7 @@ from mosectl.editing.second_moments import BATCH_TOKENS, BLOCK, PER_DIRECTION, c
 from mosectl.errors import ModelError, MosectlError
 from mosectl.facts.corpus import read_corpus
 from mosectl.facts.records import Fact
+from mosectl.linalg.metric import EXACT
 from mosectl.measure.next_tokens import TEXTS, WORDS
 from mosectl.model.architecture import Architecture, disk_names, parse_layers, resolve, skeleton
 from mosectl.model.edit_site import Projection
@@ -216,9 +217,22 @@ class _Work:
         phases = (
             n * 4 * (p * p + d * d) + 4 * BATCH_TOKENS * (p + d) * n + min(work, gradients),
             held + min(work, steps),
-            held + 8 * max((2 + host) * p * p + 3 * d * p, (1 + host) * p * p + 10 * d * p),
+            self._compact_bytes()
+            if self._compact()
+            else held + 8 * max((2 + host) * p * p + 3 * d * p, (1 + host) * p * p + 10 * d * p),
         )
         return int(max(phases))
+
+    def _compact(self) -> bool:
+        """Compact rotations are sought from the start."""
+        solver = method(self.options.method)
+        return isinstance(solver, Turner) and solver.form(self.options.form) != "dense"
+
+    def _compact_bytes(self) -> int:
+        """Of a solve by compact rotations: each layer's factor and weights, one layer's C and products with W."""
+        d, p, n = self.projection.d, self.projection.p, len(self.layers)
+        layer = p * p * (8 if p <= EXACT else 4) + 16 * d * p
+        return n * layer + self.host * n * (8 + self.kind.itemsize) * d * p + 4 * p * p + 24 * d * p
 
     def _asking(self, pace: Pace) -> float:
         """Of one side: reading the prompts, writing the answers, what comes next in ordinary text."""
@@ -272,8 +286,7 @@ class _Work:
     def _solve(self, speed: Pace) -> float:
         """One layer's, once."""
         d, p = self.projection.d, self.projection.p
-        solver = method(self.options.method)
-        if not isinstance(solver, Turner) or solver.form(self.options.form) == "dense":
+        if not self._compact():
             return (p**3 + 10 * (20 * d**3 + 8 * d * d * p + 2 * d * p * p)) * speed.exact
         n = min(self.options.batch_size or self.facts, self.facts)
         rank = min(_TURNED * n, d / 2)
