@@ -15,6 +15,7 @@ import mosectl
 from mosectl.editing import second_moments as stats
 from mosectl.editing.contexts import Contexts, build_contexts
 from mosectl.editing.guard import canaries, harm, health
+from mosectl.editing.layers import LayerScore, choose_layers
 from mosectl.editing.methods import method, names
 from mosectl.editing.methods.base import Columns
 from mosectl.editing.options import EditOptions, default_options, options_from
@@ -419,3 +420,13 @@ def test_every_setting_is_documented() -> None:
         f.name for f in fields(EditOptions) if f.type in ("int", "float") and f.name not in ("batch_size", "seed")
     }
     assert [n for n in sorted(known) if f"`{n}`" not in text and f"`--{n}`" not in text] == []
+
+
+def test_layers_between_a_tenth_and_two_thirds_of_the_depth_are_chosen() -> None:
+    def chosen(scores: list[float]) -> tuple[int, ...]:
+        return choose_layers([LayerScore(i, 0.0, 0.0, s) for i, s in enumerate(scores)])
+
+    assert chosen([9, 8, 7, *range(27)]) == (18, 19, 20), "20 is the best of the lower two thirds"
+    assert chosen([9.0 - i for i in range(30)]) == (3, 4, 5), "the lowest tenth is left out"
+    assert chosen([9.0 - i for i in range(8)]) == (0, 1, 2), "a tenth of 8 is none"
+    assert chosen([1.0, 2.0]) == (0,)

@@ -67,13 +67,16 @@ def score_layers(model: nn.Module, arch: Architecture, batch: Batch, subject: Te
 
 
 def choose_layers(scores: Sequence[LayerScore], width: int = 3) -> tuple[int, ...]:
-    """l* and its neighbours, lowest first: ``width`` layers around the best score in the lower two thirds.
+    """l* and its neighbours, lowest first: ``width`` layers around the best score between a tenth and two thirds of the depth.
 
-    A layer near the top is never chosen: what it writes at the subject must still be read by attention above it.
+    A layer near the top is never chosen: what it writes at the subject must still be read by attention above it. Nor are the
+    lowest of a deep model: their keys know little but the subject's last token, so that whatever is said about anything
+    that ends in it changes along (docs/LOG.md).
     """
     n = len(scores)
-    usable = scores[: max(1, (2 * n) // 3)]
+    lowest = n // 10
+    usable = scores[lowest : max(lowest + 1, (2 * n) // 3)]
     best = max(usable, key=lambda s: s.score).layer
     width = min(width, max(1, n - 1))
-    first = min(max(best - width // 2, 0), n - width)
+    first = min(max(best - width // 2, lowest), n - width)
     return tuple(range(first, first + width))
