@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from mosectl._version import __version__
-from mosectl.editing.methods import method
-from mosectl.editing.methods.base import Turner
 from mosectl.editing.options import EditOptions, options_from, trained_editor
 from mosectl.errors import MosectlError, UsageError
 from mosectl.facts.corpus import read_corpus
@@ -118,10 +116,7 @@ def cells(bench: Bench, dtype: str = "auto") -> list[Cell]:
             for run in bench.runs:
                 for seed in bench.seeds:
                     for m in bench.methods:
-                        # The method is measured, not what is left of it when a dense form is cut down.
-                        native = isinstance(method(m.options.method), Turner)
-                        form = m.options.form if native else "dense"
-                        options = replace(m.options, batch_size=run.batch_size, seed=seed, form=form)
+                        options = replace(m.options, batch_size=run.batch_size, seed=seed)
                         out.append(
                             Cell(
                                 _key(bench, model, dataset, run, options, m.editor, dtype),

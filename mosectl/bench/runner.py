@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import harmonic_mean
 from typing import Any
@@ -23,6 +23,9 @@ from mosectl.bench.config import Bench, Cell, cells
 from mosectl.checkpoints.live import patched
 from mosectl.editing.edit import EditResult, edit, made_by_the_edit
 from mosectl.editing.guard import Health
+from mosectl.editing.methods import method
+from mosectl.editing.methods.base import seeks_compact
+from mosectl.editing.options import EditOptions
 from mosectl.editing.plan import reader
 from mosectl.errors import EditFailed, OutputError
 from mosectl.facts.corpus import read_corpus
@@ -32,6 +35,7 @@ from mosectl.measure.answers import Kept, judge, remembered, unseen
 from mosectl.measure.bootstrap import Measure, Tally, measure
 from mosectl.measure.groups import KNOWN, Part, answers_of, as_interviewed, parts, tallies
 from mosectl.measure.perplexity import TextLoss, text_loss
+from mosectl.model.architecture import resolve
 from mosectl.model.generation import answer
 from mosectl.model.loading import Loaded, load
 from mosectl.model.positions import fitted
@@ -185,7 +189,8 @@ def run_cell(cell: Cell, asked: _Asked, on_step: OnStep | None = None) -> Record
     }  # fmt: skip
     try:
         with remembered(asked.interviews):
-            result = edit(cell.edited, asked.loaded, options=cell.options, refuse=False, on_step=on_step)
+            options = _solved_as_edit_does(cell.options, asked.loaded)
+            result = edit(cell.edited, asked.loaded, options=options, refuse=False, on_step=on_step)
         began = time.perf_counter()
         record |= _measured(cell, asked, result)
     except BREAKDOWNS as e:
@@ -203,6 +208,13 @@ def run_cell(cell: Cell, asked: _Asked, on_step: OnStep | None = None) -> Record
     }
     seconds = {**result.seconds, "evaluate": time.perf_counter() - began, "all": time.perf_counter() - start}
     return jsonable({**record, "seconds": seconds})
+
+
+def _solved_as_edit_does(options: EditOptions, loaded: Loaded) -> EditOptions:
+    """The method is measured, not what is left of it when a dense form is cut down for its patch."""
+    d = max(p.d for p in resolve(loaded.model).projections)
+    compact = seeks_compact(method(options.method), options.form, d)
+    return replace(options, form="compact" if compact else "dense")
 
 
 def _measured(cell: Cell, asked: _Asked, result: EditResult) -> Record:

@@ -14,7 +14,7 @@ import torch
 from mosectl.editing.guard import CANARIES, CANARY_TOKENS
 from mosectl.editing.low_rank import PROBES
 from mosectl.editing.methods import method
-from mosectl.editing.methods.base import Turner
+from mosectl.editing.methods.base import seeks_compact
 from mosectl.editing.moments_cache import known_hash, path_of
 from mosectl.editing.options import EditOptions, trained_editor
 from mosectl.editing.pace import ROWS, Pace, pace
@@ -225,8 +225,7 @@ class _Work:
 
     def _compact(self) -> bool:
         """Compact rotations are sought from the start."""
-        solver = method(self.options.method)
-        return isinstance(solver, Turner) and solver.form(self.options.form) != "dense"
+        return seeks_compact(method(self.options.method), self.options.form, self.projection.d)
 
     def _compact_bytes(self) -> int:
         """Of a solve by compact rotations: each layer's factor and weights, one layer's C and products with W."""

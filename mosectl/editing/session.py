@@ -25,6 +25,7 @@ from mosectl.editing.methods.base import (
     Solver,
     Trainer,
     Turner,
+    seeks_compact,
 )
 from mosectl.editing.options import EditOptions
 from mosectl.editing.previous_edits import Earlier
@@ -88,7 +89,7 @@ class Session:
         self.W = {name: W0.to(place) for name, W0 in self.W0.items()}
         self.C = dict(moments.C)  # (p, p) float32
         # By module path, where compact rotations are sought from the start.
-        compact = isinstance(self.solver, Turner) and self.solver.form(options.form) != "dense"
+        compact = seeks_compact(self.solver, options.form, max(len(W0) for W0 in self.W0.values()))
         self.turns = {name: LayerTurns(name, W0.to(place)) for name, W0 in self.W0.items()} if compact else {}
         self.metric = None
         if options.targets.optimizer == "natural-gradient" and self.solver.searches:

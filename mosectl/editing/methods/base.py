@@ -230,6 +230,15 @@ class Turner(Solver):
         """L and R with W' = L W R, W being the weight before this batch."""
 
 
+SMALL = 512  # hidden size up to which a dense solve takes a second, reaches more and can be cut down afterwards
+
+
+def seeks_compact(solver: Method, form: str, d: int) -> bool:
+    """Are compact rotations sought from the start, by this method in this form (of options.FORMS) at hidden size ``d``?"""
+    wanted = solver.form(form)
+    return isinstance(solver, Turner) and (wanted == "compact" or (wanted == "auto" and d > SMALL))
+
+
 class Trainer(Method):
     """A method that trains on the model itself."""
 
