@@ -67,7 +67,7 @@ def score_layers(model: nn.Module, arch: Architecture, batch: Batch, subject: Te
 
 
 def choose_layers(scores: Sequence[LayerScore], width: int = 3) -> tuple[int, ...]:
-    """l* and its neighbours, lowest first: ``width`` layers around the best score between a tenth and two thirds of the depth.
+    """l* and its neighbours, lowest first: ``width`` layers around the best score from a tenth to two thirds of the depth.
 
     A layer near the top is never chosen: what it writes at the subject must still be read by attention above it. Nor are the
     lowest of a deep model: their keys know little but the subject's last token, so that whatever is said about anything
