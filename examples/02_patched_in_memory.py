@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import mosectl
-from mosectl.model.generation import generate
+from mosectl.model.questions import generate
 
 HERE = Path(__file__).parent
 
