@@ -4,19 +4,19 @@
     python benchmarks/turns.py --shape llama3-8b --facts 10  # the factor of the second moments counts as kept; no dense form
 
 One layer, random numbers: each fact has five contexts whose keys differ a little, and asks for an output displaced by its
-own length. CPU seconds of this process; memory is its peak.
+own length. CPU seconds of this process; memory is what it holds at most during the solve, the factor and Python included.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
 import torch
+from llama3_8b_shape import _peak, _reset
 
 from mosectl.editing.low_rank import Gram, change_of
 from mosectl.editing.methods import method
@@ -51,12 +51,13 @@ def main() -> None:
     print(json.dumps({**told, "factors, once a layer and base": {"C": round(factor, 2), "W": round(gram_took, 2)}}))
     if p > DENSE:
         del C
+    _reset(args.device)
     took, (L, R) = _seconds(lambda: solver.turns(TurnProblem(W, W, root, gram, facts, None, options)))
     size = change_of(L, R).nbytes
-    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = _peak(args.device, 0)
     reached = _missed(R.right(L.left(W)), facts) / _missed(W, facts)
     row = {"seconds": round(took, 2), "ranks": [L.rank, R.rank], "megabytes of the patch": round(size / 1e6, 2)}
-    memory = {"peak, p × p float32": round(peak / (4 * p * p), 2)} if p > DENSE else {}
+    memory = {"memory of the process, in p × p float32": round(peak / (4 * p * p), 2)} if p > DENSE else {}
     print(json.dumps({"compact": {**row, "missing of what is asked": round(reached, 4), **memory}}))
     if p <= DENSE:
         nothing = torch.zeros(1, dtype=torch.float64)
