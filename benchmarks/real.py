@@ -38,9 +38,13 @@ def main() -> None:
 
 def _measure(model: str, lines: list[str], options: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        solve = 0.0
+        solve, same = 0.0, []
         for what, n, form in RUNS:
-            row = _edit(model, lines[:n], [*form, *options], Path(folder))
+            row = _edit(model, lines[:n], [*form, *same, *options], Path(folder))
+            same = same or [
+                "--layers",
+                ",".join(map(str, row["layers"])),
+            ]  # the first edit's: their statistics are kept
             row = {"part": "real", "model": Path(model).name, "what": what, **row}
             solve = solve or (row["seconds"]["solve"] if n > 1 else 0.0)
             ratio = {"dense against compact": round(row["seconds"]["solve"] / solve, 1)} if form else {}
@@ -63,6 +67,7 @@ def _edit(model: str, lines: list[str], options: list[str], folder: Path) -> dic
     told = json.loads(done.stdout)
     return {
         "facts": len(lines),
+        "layers": told["edited_layers"],
         "cpu": round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1),
         "seconds": {k: round(v, 1) for k, v in told["seconds"].items()},
         "scores": {k: told["scores"][k] for k in ("reliability", "generalization", "locality")},
