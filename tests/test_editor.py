@@ -422,11 +422,12 @@ def test_every_setting_is_documented() -> None:
     assert [n for n in sorted(known) if f"`{n}`" not in text and f"`--{n}`" not in text] == []
 
 
-def test_layers_between_a_tenth_and_two_thirds_of_the_depth_are_chosen() -> None:
+def test_layers_of_a_deep_model_lie_between_a_tenth_and_a_fifth_of_its_depth() -> None:
     def chosen(scores: list[float]) -> tuple[int, ...]:
         return choose_layers([LayerScore(i, 0.0, 0.0, s) for i, s in enumerate(scores)])
 
-    assert chosen([9, 8, 7, *range(27)]) == (18, 19, 20), "20 is the best of the lower two thirds"
-    assert chosen([9.0 - i for i in range(30)]) == (3, 4, 5), "the lowest tenth is left out"
-    assert chosen([9.0 - i for i in range(8)]) == (0, 1, 2), "a tenth of 8 is none"
-    assert chosen([1.0, 2.0]) == (0,)
+    assert chosen([9, 8, 7, *range(27)]) == (4, 5, 6), "5 is the best there"
+    assert chosen([9.0 - i for i in range(30)]) == (3, 4, 5)
+    assert chosen([9.0 - i for i in range(18)]) == (1, 2, 3) and chosen(list(map(float, range(12)))) == (1, 2, 3)
+    assert chosen([9.0 - i for i in range(8)]) == (0, 1, 2), "of eight layers the lower two thirds are open"
+    assert chosen(list(map(float, range(8)))) == (3, 4, 5) and chosen([1.0, 2.0]) == (0,)

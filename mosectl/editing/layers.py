@@ -67,15 +67,15 @@ def score_layers(model: nn.Module, arch: Architecture, batch: Batch, subject: Te
 
 
 def choose_layers(scores: Sequence[LayerScore], width: int = 3) -> tuple[int, ...]:
-    """l* and its neighbours, lowest first: ``width`` layers around the best score from a tenth to two thirds of the depth.
+    """l* and its neighbours, lowest first: ``width`` layers around the best score.
 
-    A layer near the top is never chosen: what it writes at the subject must still be read by attention above it. Nor are the
-    lowest of a deep model: their keys know little but the subject's last token, so that whatever is said about anything
-    that ends in it changes along (docs/LOG.md).
+    A layer near the top is never chosen: what it writes at the subject must still be read by attention above it. In a model
+    of ten layers or more l* lies between a tenth and a fifth of the depth: the keys of the lowest layers know little but the
+    subject's last token, and edits further up change more of what else is said (docs/LOG.md).
     """
     n = len(scores)
-    lowest = n // 10
-    usable = scores[lowest : max(lowest + 1, (2 * n) // 3)]
+    lowest, end = (n // 10, max(n // 10 + 1, n // 5)) if n >= 10 else (0, max(1, (2 * n) // 3))
+    usable = scores[lowest:end]
     best = max(usable, key=lambda s: s.score).layer
     width = min(width, max(1, n - 1))
     first = min(max(best - width // 2, lowest), n - width)
