@@ -19,7 +19,7 @@ from mosectl.editing.moments_cache import known_hash, path_of
 from mosectl.editing.options import EditOptions, trained_editor
 from mosectl.editing.pace import ROWS, Pace, pace
 from mosectl.editing.paraphrases import SAMPLES, TOKENS
-from mosectl.editing.second_moments import BATCH_TOKENS, BLOCK, PER_DIRECTION, cache_key
+from mosectl.editing.second_moments import BATCH_TOKENS, BLOCK, cache_key, gradient_tokens
 from mosectl.errors import ModelError, MosectlError
 from mosectl.facts.corpus import read_corpus
 from mosectl.facts.records import Fact
@@ -265,7 +265,7 @@ class _Work:
         below, above = max(self.layers) + 1, self.depth - min(self.layers)
         batches = -(-self.facts // (o.batch_size or max(1, self.facts)))
         corpus = min(BLOCK, sum(len(t) for t in read_corpus(o.corpus).texts) / 4)
-        asked = PER_DIRECTION * d
+        asked = min(corpus, gradient_tokens(d))
         product = speed.forward / self.per_layer  # of one operation in the model's type, two of them a weight
         statistics = corpus * (below * speed.forward + len(self.layers) * p * p * product) + asked * (
             above * speed.backward + speed.head_backward

@@ -49,7 +49,8 @@ BATCH_TOKENS = 4096  # run at once; fewer where gradients would not fit in memor
 BLOCK = 8192  # tokens of texts taken at random, in which those of like length then go together
 # G is taken over a part of the first block: it is damped anyway, a gradient costs three forwards, and the logits of
 # a large vocabulary cost more than all layers (docs/LOG.md).
-PER_DIRECTION = 2  # tokens for each of G's d directions
+PER_DIRECTION = 2  # tokens for each of G's d directions, and
+LEAST = 1536  # tokens at least: a small model's cost little
 ASKED = 1  # one in so many of these tokens has its logits asked; which ones is drawn anew in each text
 ENOUGH = 0.1  # relative error of C at which no more text is read
 SKETCH = 64  # directions in which that error is judged
@@ -115,7 +116,7 @@ def second_moments(
 
 def cache_key(weights: str, corpus: str, max_tokens: int = MAX_TOKENS, enough: float = ENOUGH) -> str:
     """What statistics are kept under: hashes of weights and corpus, how much is read, and by which rules."""
-    return f"{weights}-{corpus[:16]}-{max_tokens}-{enough:g}-{BLOCK}-{PER_DIRECTION}-{ASKED}"
+    return f"{weights}-{corpus[:16]}-{max_tokens}-{enough:g}-{BLOCK}-{PER_DIRECTION}-{LEAST}-{ASKED}"
 
 
 def prepare(
@@ -175,10 +176,15 @@ def _accumulate(
     return (*sums.moments(), int(sums.tokens[0]), error)
 
 
+def gradient_tokens(d: int) -> int:
+    """How many tokens G (d, d) is taken over, where there are as many."""
+    return max(PER_DIRECTION * d, LEAST)
+
+
 def _gradient_share(projections: Sequence[Projection], first: list[list[list[int]]]) -> float:
     """The share of the first block's texts that G is taken over."""
     tokens = sum(len(ids) for batch in first for ids in batch)
-    return min(1.0, PER_DIRECTION * max(p.d for p in projections) / max(1, tokens))
+    return min(1.0, gradient_tokens(max(p.d for p in projections)) / max(1, tokens))
 
 
 def _with_gradients(first: list[list[list[int]]], share: float) -> list[list[bool]]:
