@@ -80,3 +80,9 @@ def choose_layers(scores: Sequence[LayerScore], width: int = 3) -> tuple[int, ..
     width = min(width, max(1, n - 1))
     first = min(max(best - width // 2, lowest), n - width)
     return tuple(range(first, first + width))
+
+
+def likely_layers(n: int, width: int = 3) -> tuple[int, ...]:
+    """Where :func:`choose_layers` would go in a model of n layers, as far as one can tell without running it."""
+    first = n // 10 if n >= 10 else max(0, n // 2 - 1)
+    return tuple(range(first, min(n, first + width)))

@@ -17,8 +17,8 @@ from mosectl.editing.methods import method
 from mosectl.editing.methods.base import seeks_compact
 from mosectl.editing.moments_cache import known_hash, path_of
 from mosectl.editing.options import EditOptions, trained_editor
-from mosectl.editing.pace import ROWS, Pace, pace
-from mosectl.editing.paraphrases import SAMPLES, TOKENS
+from mosectl.editing.pace import Pace, pace
+from mosectl.editing.paraphrases import ROUND, TOKENS
 from mosectl.editing.second_moments import BATCH_TOKENS, BLOCK, cache_key, gradient_tokens
 from mosectl.errors import ModelError, MosectlError
 from mosectl.facts.corpus import read_corpus
@@ -52,7 +52,7 @@ class Estimate:
     parameters: int
     device: str
     dtype: str
-    layers: tuple[int, ...]  # "auto" is counted as the middle three
+    layers: tuple[int, ...]  # "auto": likely ones
     auto: bool
     model_bytes: int
     peak_bytes: int
@@ -136,7 +136,7 @@ def patch_bytes(model: str | Path, facts: Sequence[Fact], options: EditOptions, 
 def _planned(
     meta_model: Any, arch: Architecture, facts: Sequence[Fact], options: EditOptions
 ) -> tuple[tuple[int, ...], int]:
-    """The layers that will be edited ("auto" is counted as the middle three), and the patch's bytes."""
+    """The layers that will be edited ("auto": likely ones), and the patch's bytes."""
     solver, n = method(options.method), len(arch.projections)
     usual = (
         solver.published.edited(arch.model_type, n) if options.published else range(n)[max(0, n // 2 - 1) : n // 2 + 2]
@@ -147,9 +147,13 @@ def _planned(
         layers = tuple(p.layer for p in arch.projections if p.name in editor.modules)
     edited = [p for p in arch.projections if p.layer in layers]
     side, form, written = solver.side_on(edited), solver.form(options.form), solver.columns(facts)
+    if seeks_compact(solver, options.form, max(p.d for p in edited)):
+        rank = int(options.solver.get("rank", 0)) or max(8, round(_TURNED * len(facts)))
+        return layers, sum(4 * min(rank, n) * (n + rank) for p in edited for n in (p.d, p.p))
     return layers, sum(_patch_bytes(p, side, form, written) for p in edited)
 
 
+TOGETHER = 32  # rows written at once on a CPU
 RANK = {
     "both": 20,
     "output": 5,
@@ -237,11 +241,11 @@ class _Work:
         """Of one side: reading the prompts, writing the answers, what comes next in ordinary text."""
         texts = self.facts * 4 + TEXTS
         reading = (self.asked * self.prompt + texts * 1.4 * WORDS) * self.depth * pace.forward
-        written = self.asked + 4 * self.facts
-        return reading + texts * pace.head + self._writing(pace, written, 6)
+        return reading + texts * pace.head + self._writing(pace, self.asked + 4 * self.facts, 6)
 
     def _writing(self, pace: Pace, rows: float, tokens: float) -> float:
-        return rows * tokens * (pace.head + self.depth * pace.step / ROWS)
+        """A step reads the weights: it takes the same for any number of rows up to TOGETHER."""
+        return tokens * (rows * pace.head + -(-rows // TOGETHER) * self.depth * pace.step)
 
     @cached_property
     def pace(self) -> Pace:
@@ -254,7 +258,7 @@ class _Work:
         sums = self.facts * 3 * 2 * (p * p + d * p) + 2 * p**3 / 3 + 2 * d * p * p
         passes = self.facts * (self.row_tokens * self.depth * speed.backward + 2 * speed.head_backward)
         return {
-            "load": 2 + self.weights / 1e9,
+            "load": 0.5 + self.weights / 1e9,
             "ask before and after": 2 * self._asking(speed),
             "solve": passes + len(self.layers) * sums * speed.exact,
         }
@@ -271,12 +275,12 @@ class _Work:
             above * speed.backward + speed.head_backward
         )
         steps = (_STEPS + o.rounds) * self.facts * self.rows
-        health = (batches + 1) * CANARIES * CANARY_TOKENS * (self.depth * speed.forward + speed.head)
+        health = (batches + 1) * CANARIES * CANARY_TOKENS / 2 * (self.depth * speed.forward + speed.head)
         return {
-            "load": 2 + self.weights / 1e9,
+            "load": 0.5 + self.weights / 1e9,
             "statistics": 0.0 if self.known else statistics,
             "ask before and after": 2 * self._asking(speed),
-            "wordings": 0.0 if o.chat or not o.wordings else self._writing(speed, SAMPLES / 2 * self.facts, TOKENS),
+            "wordings": 0.0 if o.chat or not o.wordings else self._writing(speed, ROUND * self.facts, TOKENS),
             "targets": steps * (self.tail_tokens * above * speed.backward + 1.5 * speed.head_backward),
             "solve": batches * o.rounds * len(self.layers) * self._solve(speed),
             "guard": health,
