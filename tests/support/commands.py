@@ -26,6 +26,8 @@ EASY = [
     "prefixes=0",
     "--set",
     "max_displacement=4",
+    "--form",
+    "compact",  # what models of real size begin with
 ]
 EASY += [x for s in ("step_size=0.3", "margin=3", "decay=0", "kl_weight=0") for x in ("--set", s)]
 # What accelerate launch calls for several GPUs; for CPUs alone it starts one process, whatever it is asked for.
