@@ -18,10 +18,11 @@ from typing import TypeVar
 import torch
 from llama3_8b_shape import _peak, _reset
 
-from mosectl.editing.low_rank import Gram, change_of
+from mosectl.editing.low_rank import Gram
 from mosectl.editing.methods import method
 from mosectl.editing.methods.base import Columns, LayerProblem, Turner, TurnProblem
 from mosectl.linalg.metric import root_of
+from mosectl.patch.change import of_rotations
 
 SHAPES = {"smollm2": (576, 1536), "llama3-1b": (2048, 8192), "llama3-8b": (4096, 14336)}
 CONTEXTS = 5
@@ -53,7 +54,7 @@ def main() -> None:
         del C
     _reset(args.device)
     took, (L, R) = _seconds(lambda: solver.turns(TurnProblem(W, W, root, gram, facts, None, options)))
-    size = change_of(L, R).nbytes
+    size = of_rotations(L, R).nbytes
     peak = _peak(args.device, 0)
     reached = _missed(R.right(L.left(W)), facts) / _missed(W, facts)
     row = {"seconds": round(took, 2), "ranks": [L.rank, R.rank], "megabytes of the patch": round(size / 1e6, 2)}

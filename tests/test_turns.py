@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mosectl.editing.low_rank import Gram, Wanted, change_of, nearest_turns
+from mosectl.editing.low_rank import Gram, Wanted, nearest_turns
 from mosectl.editing.methods import method
 from mosectl.editing.methods.base import Columns, LayerProblem, Turner, TurnProblem
 from mosectl.editing.turns import LayerTurns, from_tensors
@@ -17,6 +17,7 @@ from mosectl.linalg import metric
 from mosectl.linalg.metric import Metric, root_of
 from mosectl.linalg.rotation import Compact, is_rotation
 from mosectl.linalg.small_turns import SmallTurns, coordinates
+from mosectl.patch.change import of_rotations
 from support.problems import problem, random
 
 OPTIONS = method("isospectral").defaults
@@ -164,7 +165,7 @@ def test_batches_add_up_to_one_pair_of_rotations() -> None:
     assert not torch.equal(dropped, kept) and torch.equal(run.drop(), kept)
     run.solve(solver, C, columns(20, 50, 30), first, 1.0, OPTIONS)
     W = run.keep()
-    made = change_of(*run.factors("both")).apply(W0)
+    made = of_rotations(*run.factors("both")).apply(W0)
     assert torch.allclose(made, W, atol=1e-5) and torch.allclose(
         torch.linalg.svdvals(W), torch.linalg.svdvals(W0), rtol=1e-10
     )
@@ -188,7 +189,7 @@ def test_earlier_facts_keep_still_more_the_more_they_weigh() -> None:
 
 def test_an_identity_has_a_patch_form() -> None:
     W0 = random(6, 9)
-    change = change_of(*LayerTurns("layer", W0).factors("both"))
+    change = of_rotations(*LayerTurns("layer", W0).factors("both"))
     assert change.side() == "both" and torch.equal(change.apply(W0), W0)
 
 
@@ -198,5 +199,5 @@ def test_on_the_output_side_both_rotations_are_one() -> None:
     assert isinstance(solver, Turner)
     W = run.solve(solver, {"layer": second_moment(12)}, columns(12, 12, 3), None, 1.0, OPTIONS)
     run.keep()
-    change = change_of(*run.factors("output"))
+    change = of_rotations(*run.factors("output"))
     assert change.side() == "output" and torch.allclose(change.apply(run.W0), W, atol=1e-5)

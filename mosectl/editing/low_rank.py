@@ -19,7 +19,7 @@ from torch import Tensor
 from mosectl.linalg.metric import EXACT, Metric
 from mosectl.linalg.rotation import Compact, as_compact, compressed, left_factor, widened
 from mosectl.linalg.small_turns import SmallTurns, coordinates
-from mosectl.patch.change import Change
+from mosectl.patch.change import Change, of_rotations
 
 HELD = 0.98  # of the wanted change: half of the directions that hold as much of it are where the first stage begins
 SHARE = 0.25  # of its rank that a later stage takes, for either side of a pair
@@ -177,15 +177,6 @@ def _embedded(Q: Tensor, n: int) -> Tensor:
     return torch.block_diag(Q, torch.eye(n - len(Q)).to(Q))
 
 
-def change_of(left: Compact | Tensor | None, right: Compact | Tensor | None) -> Change:
-    """These rotations (of either form) as a patch holds them, float32."""
-    factors: dict[str, Tensor] = {}
-    for R, dense, U, Q in ((left, "R", "U", "Q"), (right, "R_in", "U_in", "Q_in")):
-        if R is not None:
-            factors |= {U: R.U, Q: R.Q} if isinstance(R, Compact) else {dense: R}
-    return Change({name: f.float().cpu().contiguous() for name, f in factors.items()})
-
-
 def compact_change(W0: Tensor, W: Tensor, A: Tensor, side: str, tolerance: float) -> tuple[Change, float] | None:
     """Low-rank rotations that do what leads from W0 to W, both (d, p) float64, and what is left over.
 
@@ -206,7 +197,7 @@ def compact_change(W0: Tensor, W: Tensor, A: Tensor, side: str, tolerance: float
     held = [c for c in (left, right) if c]
     if error > tolerance or sum(c.rank * (len(c.U) + c.rank) for c in held) >= sum(len(c.U) ** 2 for c in held):
         return None
-    return change_of(left, right), error
+    return of_rotations(left, right), error
 
 
 def _fitted(W0: Tensor, W: Tensor, A: Tensor, both: bool, tolerance: float) -> tuple[Compact | None, Compact, float]:

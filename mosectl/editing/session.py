@@ -13,7 +13,7 @@ from mosectl._version import __version__
 from mosectl.editing.contexts import Contexts, build_contexts
 from mosectl.editing.ends import ends_asked, going_on, running_on
 from mosectl.editing.guard import Health, harm, health, remedy
-from mosectl.editing.low_rank import change_of, compact_change
+from mosectl.editing.low_rank import compact_change
 from mosectl.editing.methods import method
 from mosectl.editing.methods.base import (
     NONE,
@@ -42,7 +42,7 @@ from mosectl.model.edit_site import Projection
 from mosectl.model.forward import hidden_at, input_device, keys_at
 from mosectl.model.loading import Loaded
 from mosectl.model.weights import set_weight, solve_device, weight_of
-from mosectl.patch.change import Change, change_between, changed
+from mosectl.patch.change import Change, change_between, changed, of_rotations
 from mosectl.patch.fingerprint import sha256
 from mosectl.storage.progress import Clock
 from mosectl.storage.state_file import digest
@@ -402,7 +402,7 @@ class Session:
     def finish(self) -> dict[str, Change]:
         """What the edit comes to, as a patch holds it."""
         if self.turns:
-            return {name: change_of(*turns.factors(self.side)) for name, turns in self.turns.items()}
+            return {name: of_rotations(*turns.factors(self.side)) for name, turns in self.turns.items()}
         for p in self.projections:
             W = self.solver.finish(self._base(p), self.W[p.name], self.solver_options)
             if W is not self.W[p.name]:

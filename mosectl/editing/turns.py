@@ -10,7 +10,7 @@ from torch import Tensor
 from mosectl.editing.low_rank import Gram
 from mosectl.editing.methods.base import Columns, Turner, TurnProblem
 from mosectl.linalg.metric import root_of
-from mosectl.linalg.rotation import Compact, as_compact, product, times
+from mosectl.linalg.rotation import Compact, times
 
 Rotation = Tensor | Compact
 Pair = tuple[Compact, Compact]
@@ -83,10 +83,7 @@ class LayerTurns:
         right = self.right if self.right is not None else _nothing(self.W0.T)
         if side == "both":
             return left, right
-        if isinstance(left, Compact) and isinstance(right, Compact):
-            return product(left, right), None
-        dense = [R.dense() if isinstance(R, Compact) else R for R in (left, right)]
-        return as_compact(dense[0] @ dense[1]).Q, None
+        return times(left, right), None
 
     def tensors(self) -> dict[str, Tensor]:
         """Of the whole run, float64, by names that :func:`from_tensors` knows."""

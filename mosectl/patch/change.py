@@ -123,15 +123,21 @@ def combined(changes: Sequence[Change]) -> Change:
         return Change({"A": A.float().contiguous(), "B": B.float().contiguous()})
     left = [R for c in changes if (R := c.rotation("R")) is not None]
     right = [R for c in changes if (R := c.rotation("R_in")) is not None]
+    wholes = (
+        reduce(times, rotations) if rotations else None for rotations in (left[::-1], right)
+    )  # … R₂ R₁ W R₁' R₂' …
+    return of_rotations(*wholes)
+
+
+def of_rotations(left: Tensor | Compact | None, right: Tensor | Compact | None) -> Change:
+    """R and R_in, each in the form it has, as a patch holds them; None: there is none."""
     factors: dict[str, Tensor] = {}
-    for name, rotations in (("R", left[::-1]), ("R_in", right)):  # … R₂ R₁ W R₁' R₂' …
-        if not rotations:
-            continue
-        whole = reduce(times, rotations)
-        parts = (whole.U, whole.Q) if isinstance(whole, Compact) else (whole,)
-        names = COMPACT[name] if isinstance(whole, Compact) else (name,)
-        factors |= {n: f.float().contiguous() for n, f in zip(names, parts, strict=True)}
-    return Change(factors)
+    for name, whole in (("R", left), ("R_in", right)):
+        if isinstance(whole, Compact):
+            factors |= dict(zip(COMPACT[name], (whole.U, whole.Q), strict=True))
+        elif whole is not None:
+            factors[name] = whole
+    return Change({name: f.float().cpu().contiguous() for name, f in factors.items()})
 
 
 def restored(changes: Sequence[Change], W: Tensor) -> Tensor:
