@@ -24,7 +24,7 @@ KINDS = ["llama", "gpt2", "gemma3_text", "mixtral", "opt"]
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_layers_of_every_kind_are_timed(kind: str) -> None:
-    found = pace(pico(kind).config, "cpu", torch.float32)
+    found = pace(pico(kind), "cpu", torch.float32)
     assert all(0 <= getattr(found, f.name) < 1 for f in fields(Pace))
     assert found.backward >= found.forward > 0 and found.step > 0 and found.exact > 0
 
@@ -32,7 +32,7 @@ def test_layers_of_every_kind_are_timed(kind: str) -> None:
 def test_layers_that_would_take_minutes_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paces, "LARGEST", 1000)
     monkeypatch.setattr(paces, "_shallow", lambda *_: pytest.fail("built"))
-    found = pace(pico("llama").config, "cpu", torch.bfloat16)
+    found = pace(pico("llama"), "cpu", torch.bfloat16)
     assert found.backward == 2 * found.forward > 0 and found.head > 0
 
 

@@ -35,12 +35,11 @@ class Pace:
     exact: float  # one float64 operation of a product of matrices
 
 
-def pace(config: Any, device: str, dtype: torch.dtype) -> Pace:
-    """Measure it on ``device`` for the layers of this configuration."""
-    skeletal: Any = skeleton(config)
-    if sum(p.numel() for p in skeletal.parameters()) > LARGEST:
-        return _derived(skeletal, device, dtype)
-    model = _shallow(skeletal.config, device, dtype)
+def pace(whole: Any, device: str, dtype: torch.dtype) -> Pace:
+    """Measure it on ``device`` for the layers of a model, of which only configuration and shapes are looked at."""
+    if sum(p.numel() for p in whole.parameters()) > LARGEST:
+        return _derived(whole, device, dtype)
+    model = _shallow(whole.config, device, dtype)
     arch = resolve(model)
     ids = torch.zeros(ROWS, TOKENS, dtype=torch.long, device=device)
     batch, every = Batch(ids, torch.ones_like(ids)), torch.arange(ASKED, device=device).expand(ROWS, -1)

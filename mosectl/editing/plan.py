@@ -148,9 +148,14 @@ def _planned(
     edited = [p for p in arch.projections if p.layer in layers]
     side, form, written = solver.side_on(edited), solver.form(options.form), solver.columns(facts)
     if seeks_compact(solver, options.form, max(p.d for p in edited)):
-        rank = int(options.solver.get("rank", 0)) or max(8, round(_TURNED * len(facts)))
+        rank = _rank(len(facts), options)
         return layers, sum(4 * min(rank, n) * (n + rank) for p in edited for n in (p.d, p.p))
     return layers, sum(_patch_bytes(p, side, form, written) for p in edited)
+
+
+def _rank(facts: int, options: EditOptions) -> int:
+    """Of the compact rotations of one batch, where they are sought from the start."""
+    return int(options.solver.get("rank", 0)) or max(8, _TURNED * facts)
 
 
 TOGETHER = 32  # rows written at once on a CPU
@@ -189,7 +194,7 @@ class _Work:
         n = len(arch.projections)
         self.depth, self.known = n, known
         self.per_layer = sum(p.numel() for p in meta_model.get_submodule(arch.layers_path).parameters()) / n
-        self.config = meta_model.config
+        self.model = meta_model
         self.facts = len(facts)
         # English text in common vocabularies: about 1.4 tokens a word.
         self.prompt = 2 + 1.4 * sum(len(f.prompt.split()) for f in facts) / max(1, len(facts))
@@ -250,7 +255,7 @@ class _Work:
     @cached_property
     def pace(self) -> Pace:
         """Measured only where seconds are asked for."""
-        return pace(self.config, "cuda" if self.device == "balanced" else self.device, self.kind)
+        return pace(self.model, "cuda" if self.device == "balanced" else self.device, self.kind)
 
     def one_pass_seconds(self) -> dict[str, float]:
         """Of one forward and backward pass a fact, sums of keys' squares, one solve."""
@@ -292,7 +297,7 @@ class _Work:
         if not self._compact():
             return (p**3 + 10 * (20 * d**3 + 8 * d * d * p + 2 * d * p * p)) * speed.exact
         n = min(self.options.batch_size or self.facts, self.facts)
-        rank = min(_TURNED * n, d / 2)
+        rank = min(_rank(n, self.options), d / 2)
         columns = 4 * (PROBES + rank) + 3 * self.rows * n  # products with the metric and W over all stages
         return columns * (2 * p * p + 6 * d * p) * speed.exact + _SMALL * (1 + (rank / 40) ** 2)
 
