@@ -174,9 +174,9 @@ class _Optimiser:
         for step in range(o.steps + 1):
             self.seen.zero_()
             objective, behind, kl = self._forward(self._wanted(active))
-            leading = self._by_fact(self.lead, "amin") >= o.margin
+            leading = self._least_lead() >= o.margin
             self._look(active & (leading | (step == o.steps)))
-            nll, lead = self._by_fact(self.nll, "mean"), self._by_fact(self.lead, "amin")
+            nll, lead = _mean_by_fact(self.nll[c.is_edit], c.fact[c.is_edit], self.n), self._least_lead()
             finite = torch.isfinite(nll) & torch.isfinite(kl.detach())
             # Facts with a non-finite loss keep the last finite target and are reported by their infinite loss.
             usable = active & finite
@@ -214,11 +214,11 @@ class _Optimiser:
             with torch.no_grad():
                 self._forward(rows, gradients=False)
 
-    def _by_fact(self, values: Tensor, how: str) -> Tensor:
-        """Of each fact's rows that ask for the new object, (n,): their mean or least; infinite where there are none."""
-        fact, values = self.c.fact[self.c.is_edit], values[self.c.is_edit]
-        start = torch.full((self.n,), torch.inf, device=values.device)
-        return start.scatter_reduce(0, fact, values, how, include_self=how == "amin")
+    def _least_lead(self) -> Tensor:
+        """Of each fact's rows that ask for the new object, (n,); infinite where there are none."""
+        edit = self.c.is_edit
+        start = torch.full((self.n,), torch.inf, device=self.lead.device)
+        return start.scatter_reduce(0, self.c.fact[edit], self.lead[edit], "amin")
 
     def _step(self, objective: Tensor, active: Tensor) -> None:
         chosen = active.nonzero().flatten().tolist()

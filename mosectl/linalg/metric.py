@@ -23,7 +23,7 @@ def root_of(C: Tensor, damping: float) -> Tensor:
     """
     kind = torch.float64 if len(C) <= EXACT else torch.float32
     least = max(damping, 10 * len(C) * torch.finfo(kind).eps)
-    for raised in (damping or least, least, 10 * least, 100 * least, 1000 * least):
+    for raised in sorted({damping or least, least, 10 * least, 100 * least, 1000 * least}):
         S = C.to(kind, copy=True)
         S.diagonal().add_(raised * S.diagonal().mean().clamp_min(1e-30))
         info = torch.empty((), dtype=torch.int32, device=S.device)
