@@ -117,7 +117,7 @@ def test_facts_do_not_know_of_each_other(monkeypatch: pytest.MonkeyPatch) -> Non
     model = pico("llama")
     arch, c = resolve(model), contexts(model)
     together = published_targets(model, arch, arch.projections[0], c, HOW, BLOCK)
-    monkeypatch.setattr("mosectl.editing.published.fitting", lambda *_: 1)
+    monkeypatch.setattr("mosectl.editing.targets.fitting", lambda *_: 1)
     alone = published_targets(model, arch, arch.projections[0], c, HOW, BLOCK)
     assert torch.allclose(together.V[0], alone.V[0], atol=1e-4)
 

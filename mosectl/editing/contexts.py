@@ -128,3 +128,8 @@ def rows_of(c: Contexts, rows: Tensor, first_fact: int = 0) -> Contexts:
         targets=c.targets[rows],
         is_edit=c.is_edit[rows],
     )
+
+
+def first_rows(fact: Tensor) -> Tensor:
+    """Numbers of the rows with which the facts begin, of rows (rows,) in the order of their facts: the bare prompts'."""
+    return torch.cat([fact.new_ones(1, dtype=torch.bool), fact[1:] != fact[:-1]]).nonzero().flatten()

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from mosectl.editing.contexts import Contexts, rows_of
+from mosectl.editing.contexts import Contexts, first_rows, rows_of
 from mosectl.editing.methods.base import Columns
 from mosectl.model.edit_site import Projection
 from mosectl.model.forward import keys_at
@@ -61,8 +61,7 @@ class Earlier:
         c = self.contexts
         if c is None or below <= 0:
             return []
-        bare = torch.cat([torch.tensor([True], device=c.fact.device), c.fact[1:] != c.fact[:-1]]).nonzero().flatten()
-        found = self._leads(bare)
+        found = self._leads(first_rows(c.fact))
         order = found.argsort().tolist()
         return [i for i in order if found[i] < below and self.failures[i] < GIVEN_UP][:REHEARSED]
 

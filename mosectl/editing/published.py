@@ -22,15 +22,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mosectl.editing.contexts import Contexts, rows_of
+from mosectl.editing.contexts import Contexts, first_rows
 from mosectl.editing.methods.base import FFN
-from mosectl.editing.targets import TargetOptions, Targets
+from mosectl.editing.targets import TargetOptions, Targets, in_groups, least_by_fact, mean_by_fact
 from mosectl.model.architecture import Architecture
 from mosectl.model.edit_site import Projection
-from mosectl.model.forward import by_row, frozen, hooked, output_at
+from mosectl.model.forward import by_row, hooked, output_at
 from mosectl.model.generation import continuations, seeded
 from mosectl.model.losses import leads, token_nll
-from mosectl.model.memory import fitting, halving
 from mosectl.model.partial_forward import Suffix
 
 OPENINGS = ("The", "Therefore", "Because", "I", "You")
@@ -59,7 +58,7 @@ def averages(fact: Tensor, bare: float) -> Tensor:
         fact: (rows,) fact of each row, 0 … n − 1, in order. bare: 0: every row has the same share.
     """
     n = int(fact.max()) + 1
-    first = _first(fact)
+    first = first_rows(fact)
     count = torch.bincount(fact).double()
     mean = torch.zeros(n, len(fact), dtype=torch.float64, device=fact.device)
     share = (1 - bare) / (count - 1) if bare else 1 / count
@@ -69,15 +68,10 @@ def averages(fact: Tensor, bare: float) -> Tensor:
     return mean
 
 
-def _first(fact: Tensor) -> Tensor:
-    """Numbers of the rows with which the facts begin."""
-    return torch.cat([fact.new_ones(1, dtype=torch.bool), fact[1:] != fact[:-1]]).nonzero().flatten()
-
-
 def bare_rows(contexts: Contexts) -> Tensor:
     """Numbers (n,) of the rows that are the facts' bare prompts."""
     edit = contexts.edit_rows
-    return edit[_first(contexts.fact[edit])]
+    return edit[first_rows(contexts.fact[edit])]
 
 
 def published_targets(
@@ -94,24 +88,11 @@ def published_targets(
     Args:
         site: whose output moves: the layer's (BLOCK) or its FFN's (FFN).
     """
-    n = int(contexts.fact.max()) + 1
-    tokens = float((contexts.batch.attention_mask.sum(1) - contexts.subject).float().mean())
-    rows = min(options.max_rows, fitting(model, arch, top.layer, tokens, contexts.targets.shape[1]))
 
-    def work(start: int, end: int) -> Targets:
-        def report(finished: int) -> None:
-            if on_step:
-                on_step(start + finished, n)
+    def search(part: Contexts, report: Callable[[int], None]) -> Targets:
+        return _Search(model, arch, top, part, options, site).run(report)
 
-        chosen = ((contexts.fact >= start) & (contexts.fact < end)).nonzero().flatten()
-        return _Search(model, arch, top, rows_of(contexts, chosen, start), options, site).run(report)
-
-    with frozen(model):
-        parts = [part for _, part in halving(n, max(1, rows * n // len(contexts.fact)), work)]
-    rest = ("loss", "margin", "converged", "steps", "loss_before", "margin_before")
-    return Targets(
-        [torch.cat([p.V[0] for p in parts])], **{name: torch.cat([getattr(p, name) for p in parts]) for name in rest}
-    )
+    return in_groups(model, arch, top.layer, contexts, options, search, on_step)
 
 
 class _Search:
@@ -186,15 +167,8 @@ class _Search:
             self.reference[fact[~edit]] = now.detach()
         row_kl = (now.exp() * (now - self.reference[fact[~edit]])).sum(-1)
         nll = token_nll(logp, c.targets[rows], asked)
-        lead = torch.full((self.n,), torch.inf, device=logp.device)
-        row_lead = leads(logp.detach(), c.targets[rows], asked)
-        lead = lead.scatter_reduce(0, fact[edit], row_lead[edit], "amin")
-        return self._by_fact(nll[edit], fact[edit]), lead, self._by_fact(row_kl, fact[~edit])
-
-    def _by_fact(self, values: Tensor, fact: Tensor) -> Tensor:
-        total = torch.zeros(self.n, device=values.device).index_add(0, fact, values)
-        count = torch.bincount(fact, minlength=self.n)
-        return torch.where(count > 0, total / count.clamp_min(1), torch.inf)
+        lead = least_by_fact(leads(logp.detach(), c.targets[rows], asked)[edit], fact[edit], self.n)
+        return mean_by_fact(nll[edit], fact[edit], self.n), lead, mean_by_fact(row_kl, fact[~edit], self.n)
 
     def _part(self, rows: Tensor) -> Tensor:
         """Log-probabilities (K, V) where some rows are asked, with δ at their subjects."""

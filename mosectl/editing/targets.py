@@ -95,33 +95,42 @@ def optimise_targets(
     Returns:
         Targets; a fact that already leads by the margin converges at step 0 and keeps v = W k.
     """
+
+    def search(part: Contexts, report: Callable[[int], None]) -> Targets:
+        return _Optimiser(model, arch, projections, part, options, metric, going_on).run(report)
+
+    return in_groups(model, arch, projections[0].layer, contexts, options, search, on_step)
+
+
+def in_groups(
+    model: nn.Module,
+    arch: Architecture,
+    layer: int,
+    contexts: Contexts,
+    options: TargetOptions,
+    search: Callable[[Contexts, Callable[[int], None]], Targets],
+    on_step: Callable[[int, int], None] | None = None,
+) -> Targets:
+    """What ``search`` finds for groups of as many facts as fit in memory, from ``layer`` upward; it reports facts done."""
     n = int(contexts.fact.max()) + 1
     tokens = float((contexts.batch.attention_mask.sum(1) - contexts.subject).float().mean())
-    rows = min(options.max_rows, fitting(model, arch, projections[0].layer, tokens, contexts.targets.shape[1]))
-    group = max(1, rows * n // len(contexts.fact))
+    rows = min(options.max_rows, fitting(model, arch, layer, tokens, contexts.targets.shape[1]))
 
     def work(start: int, end: int) -> Targets:
         def report(finished: int) -> None:
             if on_step:
                 on_step(start + finished, n)
 
-        rows = ((contexts.fact >= start) & (contexts.fact < end)).nonzero().flatten()
-        part = rows_of(contexts, rows, start)
-        return _Optimiser(model, arch, projections, part, options, metric, going_on).run(report)
+        chosen = ((contexts.fact >= start) & (contexts.fact < end)).nonzero().flatten()
+        return search(rows_of(contexts, chosen, start), report)
 
     with frozen(model):
-        parts = [part for _, part in halving(n, group, work)]
+        parts = [part for _, part in halving(n, max(1, rows * n // len(contexts.fact)), work)]
     if len(parts) == 1:
         return parts[0]
-    return Targets(
-        V=[torch.cat([p.V[i] for p in parts]) for i in range(len(projections))],
-        loss=torch.cat([p.loss for p in parts]),
-        margin=torch.cat([p.margin for p in parts]),
-        converged=torch.cat([p.converged for p in parts]),
-        steps=torch.cat([p.steps for p in parts]),
-        loss_before=torch.cat([p.loss_before for p in parts]),
-        margin_before=torch.cat([p.margin_before for p in parts]),
-    )
+    rest = ("loss", "margin", "converged", "steps", "loss_before", "margin_before")
+    V = [torch.cat(layer_V) for layer_V in zip(*(p.V for p in parts), strict=True)]
+    return Targets(V, **{name: torch.cat([getattr(p, name) for p in parts]) for name in rest})
 
 
 class _Optimiser:
@@ -176,7 +185,7 @@ class _Optimiser:
             objective, behind, kl = self._forward(self._wanted(active))
             leading = self._least_lead() >= o.margin
             self._look(active & (leading | (step == o.steps)))
-            nll, lead = _mean_by_fact(self.nll[c.is_edit], c.fact[c.is_edit], self.n), self._least_lead()
+            nll, lead = mean_by_fact(self.nll[c.is_edit], c.fact[c.is_edit], self.n), self._least_lead()
             finite = torch.isfinite(nll) & torch.isfinite(kl.detach())
             # Facts with a non-finite loss keep the last finite target and are reported by their infinite loss.
             usable = active & finite
@@ -216,9 +225,7 @@ class _Optimiser:
 
     def _least_lead(self) -> Tensor:
         """Of each fact's rows that ask for the new object, (n,); infinite where there are none."""
-        edit = self.c.is_edit
-        start = torch.full((self.n,), torch.inf, device=self.lead.device)
-        return start.scatter_reduce(0, self.c.fact[edit], self.lead[edit], "amin")
+        return least_by_fact(self.lead[self.c.is_edit], self.c.fact[self.c.is_edit], self.n)
 
     def _step(self, objective: Tensor, active: Tensor) -> None:
         chosen = active.nonzero().flatten().tolist()
@@ -281,18 +288,18 @@ class _Optimiser:
             [torch.cat(layer) for layer in zip(*kind, strict=True)] for kind in list(zip(*found, strict=True))[1:]
         )
         if not self.lengths:
-            self.lengths = [_mean_by_fact(x, c.fact[rows], self.n).clamp_min(1e-30) for x in lengths]
+            self.lengths = [mean_by_fact(x, c.fact[rows], self.n).clamp_min(1e-30) for x in lengths]
         targets, edit, fact, asked = c.targets[rows], c.is_edit[rows], c.fact[rows], self.asked[rows]
         row_nll = token_nll(logp, targets, asked, self.going_on)
         self.lead[rows[edit]] = leads(logp.detach(), targets, asked, self.going_on)[edit]
         self.nll[rows[edit]] = row_nll.detach()[edit]
         self.seen[rows] = True
-        nll = _mean_by_fact(row_nll[edit], fact[edit], self.n)
+        nll = mean_by_fact(row_nll[edit], fact[edit], self.n)
         kl = self._divergence(logp[(~edit)[asked.nonzero()[:, 0]]], fact[~edit])
         for now, new in zip(self.written, written, strict=True):
             now[rows] = new
         late = edit & (self.lead[rows] < self.options.margin)
-        return nll, _mean_by_fact(row_nll[late], fact[late], self.n), kl
+        return nll, mean_by_fact(row_nll[late], fact[late], self.n), kl
 
     def _divergence(self, logp: Tensor, fact: Tensor) -> Tensor:
         """KL (n,) of what is said about the subjects, log-probabilities (rows, V), from what was said before any step."""
@@ -300,7 +307,7 @@ class _Optimiser:
             self.reference = torch.zeros(self.n, logp.shape[-1], device=logp.device)
             self.reference[fact] = logp.detach()
         before = self.reference[fact]
-        return _mean_by_fact((before.exp() * (before - logp)).sum(-1), fact, self.n)
+        return mean_by_fact((before.exp() * (before - logp)).sum(-1), fact, self.n)
 
     def _part(self, rows: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Log-probabilities (K, V) where rows are asked; by layer what is written (rows, d), and ‖W k‖ (rows,)."""
@@ -330,8 +337,13 @@ class _Optimiser:
         return hook
 
 
-def _mean_by_fact(values: Tensor, fact: Tensor, n: int) -> Tensor:
+def mean_by_fact(values: Tensor, fact: Tensor, n: int) -> Tensor:
     """Mean of row values (rows,) over each fact's rows, (n,); infinite where a fact has none."""
     total = torch.zeros(n, device=values.device).index_add(0, fact, values)
     count = torch.zeros(n, device=values.device).index_add(0, fact, torch.ones_like(values))
     return torch.where(count > 0, total / count.clamp_min(1), torch.inf)
+
+
+def least_by_fact(values: Tensor, fact: Tensor, n: int) -> Tensor:
+    """Least of row values (rows,) over each fact's rows, (n,); infinite where a fact has none."""
+    return torch.full((n,), torch.inf, device=values.device).scatter_reduce(0, fact, values, "amin")
