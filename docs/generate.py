@@ -56,6 +56,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def number(value: object) -> str:
+    if value is None:
+        return "auto"
     return f"{value:g}".replace("e-0", "e-") if isinstance(value, float) else str(value)
 
 
@@ -202,7 +204,7 @@ def settings_page() -> str:
         "These have an option of their own; the defaults depend on the method all the same:\n",
         shared_table(["rounds"], edit, own, "--"),
         "## Of the search for targets\n",
-        "A target is what an edited layer should write at the subject's last token. Methods that train on the model have\n"
+        "A target is what an edited layer should write at the fact's token. Methods that train on the model have\n"
         f"no such search; of these settings they take {' and '.join(f'`{n}`' for n in rest)}.\n",
         shared_table([n for n in shared if n in target], target, own),
         "## Of a method\n",
@@ -277,7 +279,7 @@ UNSAID = {"steps": "optimiser steps of a target, at most"}
 
 def comments(cls: type) -> dict[str, str]:
     """What the comments of a dataclass say of its number fields: behind the field, or in the lines before it."""
-    fields = {f.name for f in dataclasses.fields(cls) if f.type in ("int", "float") or f.name in WORDS}
+    fields = {f.name for f in dataclasses.fields(cls) if str(f.type).removesuffix(" | None") in ("int", "float") or f.name in WORDS}
     found: dict[str, str] = {}
     before: list[str] = []
     name = ""

@@ -33,7 +33,7 @@ class Stage:
         self.base = {p.name: p.oriented(weight_of(self.model, p).detach()).double() for p in self.ps}
         options = TargetOptions(steps=60, margin=2.0, preserve_norm=0, step_size=0.1)
         V = optimise_targets(self.model, arch, self.ps, c, options).V[0].double().T
-        (k,) = keys_at(self.model, self.ps, c.batch.rows(c.edit_rows), c.subject[c.edit_rows])
+        (k,) = keys_at(self.model, self.ps, c.batch.rows(c.edit_rows), c.token[c.edit_rows])
         W, K = self.base[self.ps[0].name], k.double().T
         self.W = {self.ps[0].name: W + (V - W @ K) @ torch.linalg.pinv(K)}
         self.load(self.W)
@@ -56,7 +56,7 @@ def test_earlier_facts_are_remembered_as_sums() -> None:
         P, Q = torch.zeros_like(moments[p.name][0]), torch.zeros_like(moments[p.name][1])
         for fact in (*FACTS, *long):
             c: Contexts = build_contexts(stage.model, stage.tokenizer, [fact], ("", "Born. "))
-            (k,) = keys_at(stage.model, [p], c.batch.rows(c.edit_rows), c.subject[c.edit_rows])
+            (k,) = keys_at(stage.model, [p], c.batch.rows(c.edit_rows), c.token[c.edit_rows])
             P += 2.0 / 2 * k.double().T @ k.double()
             Q += 2.0 / 2 * W[p.name] @ k.double().T @ k.double()
         assert torch.allclose(moments[p.name][0], P, atol=1e-4) and torch.allclose(moments[p.name][1], Q, atol=1e-4)
@@ -87,6 +87,6 @@ def test_facts_of_different_length_are_joined() -> None:
     parts = [build_contexts(stage.model, stage.tokenizer, [f], ("",)) for f in facts]
     joined, whole = parts[0].followed_by(parts[1]), build_contexts(stage.model, stage.tokenizer, facts, ("",))
     assert joined.targets.shape[1] > 1
-    for name in ("fact", "subject", "positions", "targets", "is_edit"):
+    for name in ("fact", "token", "positions", "targets", "is_edit"):
         assert torch.equal(getattr(joined, name), getattr(whole, name)), name
     assert torch.equal(joined.batch.input_ids, whole.batch.input_ids)

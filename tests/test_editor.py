@@ -7,6 +7,7 @@ import math
 import random
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import mosectl
 from mosectl.editing import second_moments as stats
 from mosectl.editing.contexts import Contexts, build_contexts
 from mosectl.editing.guard import canaries, harm, health
-from mosectl.editing.layers import LayerScore, choose_layers
+from mosectl.editing.layers import LAST, SUBJECT, LayerScore, choose_layers, likely_layers, settled, top_layers
 from mosectl.editing.methods import method, names
 from mosectl.editing.methods.base import Columns
 from mosectl.editing.options import EditOptions, default_options, options_from
@@ -99,7 +100,7 @@ def test_targets_lie_on_the_sphere_and_converged_facts_leave(tokenizer: object) 
     found = optimise_targets(
         model, arch, projections, contexts, TargetOptions(steps=30, max_displacement=3.0, margin=3.0)
     )
-    keys = keys_at(model, projections, contexts.batch.rows(rows), contexts.subject[rows])
+    keys = keys_at(model, projections, contexts.batch.rows(rows), contexts.token[rows])
     H = [k @ model.get_submodule(p.name).weight.T for k, p in zip(keys, projections, strict=True)]
     assert torch.allclose(found.V[0].norm(dim=-1), H[0].norm(dim=-1), rtol=1e-4)
     assert (found.loss < found.loss_before).all() and found.V[0].shape == (4, 32)
@@ -431,3 +432,65 @@ def test_layers_of_a_deep_model_lie_between_a_tenth_and_a_fifth_of_its_depth() -
     assert chosen([9.0 - i for i in range(18)]) == (1, 2, 3) and chosen(list(map(float, range(12)))) == (1, 2, 3)
     assert chosen([9.0 - i for i in range(8)]) == (0, 1, 2), "of eight layers the lower two thirds are open"
     assert chosen(list(map(float, range(8)))) == (3, 4, 5) and chosen([1.0, 2.0]) == (0,)
+
+
+def test_a_deep_model_is_edited_high_at_the_prompts_last_token() -> None:
+    assert [top_layers(n) for n in (30, 18, 10)] == [(24, 25, 26, 27), (13, 14, 15, 16), (6, 7, 8, 9)]
+    assert likely_layers(30) == (3, 4, 5)
+
+    def token(n: int, name: str = "isospectral", *sets: str, **how: Any) -> tuple[str, float | None]:
+        chosen = settled(options_from(sets, method=name, **how), n)
+        return chosen.fact_token, chosen.targets.margin
+
+    assert token(30) == token(10) == (LAST, 3.0) and token(9) == (SUBJECT, 6.0)
+    assert token(30, layers="15-17") == (LAST, 3.0) and token(30, layers="14-17") == (SUBJECT, 6.0)
+    assert token(4, layers="3") == (SUBJECT, 6.0), "a small model has no place high enough"
+    assert token(30, "isospectral", "margin=5") == (LAST, 5.0)
+    assert token(30, "isospectral", "fact_token=subject_last") == (SUBJECT, 6.0)
+    assert token(4, "isospectral", "fact_token=last") == (LAST, 3.0)
+    assert token(30, "memit")[0] == token(30, "mose")[0] == SUBJECT, "as published"
+    assert token(30, "isospectral", "optimizer=published")[0] == SUBJECT
+    with pytest.raises(UsageError, match="fact_token=last: the published search"):
+        options_from(["fact_token=last"], method="memit")
+    with pytest.raises(UsageError, match="no such choice"):
+        options_from(["fact_token=first"])
+    with pytest.raises(UsageError, match="not layers of this model"):
+        settled(options_from([], layers="40"), 30)
+
+
+def test_an_edit_at_the_prompts_last_token(corpus: str) -> None:
+    model, tokenizer = pico("llama", num_hidden_layers=10), make_tokenizer()
+    result = mosectl.edit(FACTS, model, tokenizer, options=few(corpus, layers="auto"), refuse=False)
+    record = result.patch.options
+    assert record["fact_token"] == 2 and record["layers"] == [6, 7, 8, 9] and not result.layers
+    assert all(f.status == "changed" for f in result.facts)
+    told = {"prompt": "The capital of Avaland is", "subject": "Avaland", "target_new": "Brinmouth"}
+    facts = [fact_from_dict(told, "x")]
+    c = build_contexts(model, tokenizer, facts, ["", "It rained. "], last=True)
+    assert bool(c.is_edit.all()) and c.token.tolist() == c.positions[:, 0].tolist()
+    low = build_contexts(model, tokenizer, facts, ["", "It rained. "])
+    assert bool((low.token[low.is_edit] < c.token).all()) and low.is_edit.tolist() == [True, True, False]
+
+
+def test_rounds_end_where_all_facts_hold_and_one_brought_nothing(corpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses of the facts at the beginning of each round, and how many rounds of four are solved."""
+    model, tokenizer = pico("llama"), make_tokenizer()
+    solved: list[int] = []
+    monkeypatch.setattr("mosectl.editing.session.Session._solve", lambda self, *rest: solved.append(1))
+    for losses, leads, rounds in (
+        ([9.0, 2.0, 2.0, 1.0, 1.0], [-1.0, 1.0, 1.0, 1.0, 1.0], 2),  # the third brought nothing
+        ([9.0, 3.0, 2.0, 1.0, 0.5], [-1.0, 1.0, 1.0, 1.0, 1.0], 4),  # every one something
+        ([9.0, 2.0, 2.0, 1.0, 1.0], [-1.0, -1.0, -1.0, -1.0, 1.0], 4),  # facts that do not hold are tried on
+    ):
+        told = iter(zip(losses, leads, strict=True))
+
+        def aimed(model: Any, arch: Any, ps: Any, c: Contexts, options: Any, *rest: Any, told: Any = told) -> Targets:
+            loss, lead = (torch.full((2,), x) for x in next(told))
+            V = [torch.zeros(len(c.edit_rows), ps[0].d) for _ in ps]
+            never = torch.zeros(2, dtype=torch.bool)
+            return Targets(V, loss, lead, never, torch.zeros(2, dtype=torch.long), loss, lead)
+
+        monkeypatch.setattr("mosectl.editing.session.optimise_targets", aimed)
+        mosectl.edit(FACTS, model, tokenizer, options=few(corpus, layers="1", rounds=4), refuse=False)
+        assert len(solved) == rounds
+        solved.clear()

@@ -55,7 +55,7 @@ class Reference:
         for r in (c.fact == fact).nonzero().flatten().tolist():
             ids = c.batch.input_ids[r][c.batch.attention_mask[r].bool()]
             asked = [(int(at), int(t)) for at, t in zip(c.positions[r], c.targets[r], strict=True) if t >= 0]
-            self.rows.append((ids[None], int(c.subject[r]), asked))
+            self.rows.append((ids[None], int(c.token[r]), asked))
         self.seen: list[Tensor] = []
 
     def logp(self, ids: Tensor, at: int, delta: Tensor) -> Tensor:
@@ -159,9 +159,9 @@ def by_hand(model: Any, c: Contexts, delta: Tensor, C: dict[int, Tensor], weigh:
             k = []
             for r in rows:
                 model(input_ids=c.batch.input_ids[r][c.batch.attention_mask[r].bool()][None])
-                k.append(seen[f"k{i}"][0, int(c.subject[r])])
+                k.append(seen[f"k{i}"][0, int(c.token[r])])
                 if r == rows[0]:
-                    hidden.append(seen["h"][0, int(c.subject[r])])
+                    hidden.append(seen["h"][0, int(c.token[r])])
             keys.append((k[0] + sum(k[1:]) / (len(k) - 1)) / 2)
         return torch.stack(keys, 1).detach(), torch.stack(hidden, 1).detach()
 
@@ -204,7 +204,7 @@ def test_earlier_keys_are_means_too() -> None:
     c = contexts(model)
     earlier = Earlier(model, [p])
     earlier.add(2, c, {p.name: p.oriented(weight_of(model, p).detach()).double()})
-    (k,) = keys_at(model, [p], c.batch.rows(c.edit_rows), c.subject[c.edit_rows])
+    (k,) = keys_at(model, [p], c.batch.rows(c.edit_rows), c.token[c.edit_rows])
     k = k.double()
     means = [(k[3 * i] + (k[3 * i + 1] + k[3 * i + 2]) / 2) / 2 for i in (0, 1)]
     P, _ = earlier.moments(1.0, lambda fact: averages(fact, 0.5))[p.name]

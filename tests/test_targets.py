@@ -49,13 +49,13 @@ class Stage:
         out: list[Tensor] = []
         for p, v in zip(self.ps, found.V, strict=True):
             with hooked(self.adding(out)):
-                (k,) = keys_at(self.model, [p], c.batch.rows(rows), c.subject[rows])
+                (k,) = keys_at(self.model, [p], c.batch.rows(rows), c.token[rows])
             out.append(v - k @ self.model.get_submodule(p.name).weight.detach().T)
         return out
 
     def adding(self, shifts: list[Tensor]) -> list[Any]:
         """Hooks that add (rows, d) to what the lowest layers write at the subjects."""
-        at = self.contexts.subject[self.contexts.edit_rows]
+        at = self.contexts.token[self.contexts.edit_rows]
 
         def hook(shift: Tensor, out: Tensor) -> Tensor:
             out = out.clone()
@@ -150,7 +150,7 @@ def test_rows_that_lead_do_not_pull() -> None:
 def test_reach_bounds_the_steps() -> None:
     stage = Stage()
     c, rows = stage.contexts, stage.contexts.edit_rows
-    (k, _) = keys_at(stage.model, stage.ps, c.batch.rows(rows), c.subject[rows])
+    (k, _) = keys_at(stage.model, stage.ps, c.batch.rows(rows), c.token[rows])
     length = (k @ stage.model.get_submodule(stage.ps[0].name).weight.detach().T).norm(dim=1)
     shift, _ = stage.shifts(stage.targets(steps=5, margin=50.0, nats_per_step=5.0, max_displacement=0.25))
     assert torch.allclose(shift.norm(dim=1), 0.25 * length, rtol=1e-3)
@@ -244,8 +244,8 @@ def test_the_divergence_is_from_what_the_unedited_model_said_of_the_subject() ->
 
         def hook(_: Any, __: Any, out: Tensor, row: int = row, delta: Tensor = delta) -> Tensor:
             out = out.clone()
-            y = out[0, c.subject[row]]
-            out[0, c.subject[row]] = y + y.norm() * delta.detach()[0]
+            y = out[0, c.token[row]]
+            out[0, c.token[row]] = y + y.norm() * delta.detach()[0]
             return out
 
         def said(row: int = row) -> Tensor:

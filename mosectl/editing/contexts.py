@@ -19,11 +19,13 @@ from mosectl.model.tokens import Encoded, encode
 
 @dataclass(frozen=True)
 class Contexts:
-    """One batch of facts as token rows: each fact's prompt behind every prefix, its other wordings, "{subject} is a"."""
+    """One batch of facts as token rows: each fact's prompt behind every prefix, its other wordings, "{subject} is a" where
+    its subject is edited.
+    """
 
     batch: Batch
     fact: Tensor  # (B,) which fact a row belongs to
-    subject: Tensor  # (B,) position of the subject's last token
+    token: Tensor  # (B,) position of the token whose output is edited: the subject's last, or the prompt's
     positions: Tensor  # (B, m) where logits are read
     targets: Tensor  # (B, m) the token expected there; NOTHING (padding and KL rows) or ENDED (the end of the word)
     is_edit: Tensor  # (B,) True for prompt rows, False for KL rows
@@ -49,7 +51,7 @@ class Contexts:
         return Contexts(
             batch=Batch(joined(a.input_ids, b.input_ids), joined(a.attention_mask, b.attention_mask)),
             fact=torch.cat([self.fact, other.fact + self.fact.max() + 1]),
-            subject=torch.cat([self.subject, other.subject]),
+            token=torch.cat([self.token, other.token]),
             positions=joined(self.positions, other.positions),
             targets=joined(self.targets, other.targets, fill=-1),
             is_edit=torch.cat([self.is_edit, other.is_edit]),
@@ -64,19 +66,24 @@ def build_contexts(
     wordings: Sequence[Sequence[str]] | None = None,
     *,
     chat: bool = False,
+    last: bool = False,
 ) -> Contexts:
     """Tokenise ``facts`` behind each prefix ("" first) and in their other wordings; add one "{subject} is a" row a fact.
 
+    With ``last`` it is the prompt's last token that is edited, and nothing is asked about the subject otherwise.
     Prefixes are shortened, and wordings left out, where the model could not read them with prompt and target.
     """
     seen = window(model)
-    rows: list[tuple[Sequence[int], int, int, int, int | None]] = []  # ids, fact, subject, first target, last
+    rows: list[tuple[Sequence[int], int, int, int, int | None]] = []  # ids, fact, token, first target, last
     for i, fact in enumerate(facts):
         asked = [(prefix, fact.prompt) for prefix in prefixes]
         asked += [("", wording) for wording in (wordings[i] if wordings else ())]
         for prefix, prompt in asked:
             if e := _row(tokenizer, fact, prompt, prefix, chat, seen):
-                rows.append((e.input_ids, i, e.subject_last, e.target_start, len(e.input_ids)))
+                token = e.target_start - 1 if last else e.subject_last
+                rows.append((e.input_ids, i, token, e.target_start, len(e.input_ids)))
+        if last:
+            continue
         e = encode(tokenizer, f"{fact.subject} is a", fact.subject, None, chat=chat)
         if seen.refuses(e.input_ids):
             e = encode(tokenizer, fact.subject, fact.subject, None, chat=chat)
@@ -93,7 +100,7 @@ def build_contexts(
     return Contexts(
         batch=Batch.of([r[0] for r in rows], device),
         fact=torch.tensor([r[1] for r in rows], device=device),
-        subject=torch.tensor([r[2] for r in rows], device=device),
+        token=torch.tensor([r[2] for r in rows], device=device),
         positions=positions.to(device),
         targets=targets.to(device),
         is_edit=torch.tensor([r[4] is not None for r in rows], device=device),
@@ -123,7 +130,7 @@ def rows_of(c: Contexts, rows: Tensor, first_fact: int = 0) -> Contexts:
     return Contexts(
         batch=c.batch.rows(rows),
         fact=c.fact[rows] - first_fact,
-        subject=c.subject[rows],
+        token=c.token[rows],
         positions=c.positions[rows],
         targets=c.targets[rows],
         is_edit=c.is_edit[rows],

@@ -24,7 +24,7 @@ from mosectl.checkpoints.journal import read_journal
 from mosectl.checkpoints.live import changes_on, note_chat
 from mosectl.editing.contexts import build_contexts
 from mosectl.editing.guard import Health, canaries
-from mosectl.editing.layers import LayerScore, choose_layers, score_layers
+from mosectl.editing.layers import LAST, LayerScore, choose_layers, score_layers, settled, top_layers
 from mosectl.editing.methods import method
 from mosectl.editing.options import EditOptions, trained_editor
 from mosectl.editing.paraphrases import own_wordings
@@ -130,6 +130,7 @@ def edit(
         if isinstance(model, str | Path):
             note_chat(ready.loaded.tokenizer, options.chat)
     loaded, checked = ready.loaded, ready.facts
+    options = settled(options, len(ready.arch.projections))
     done = _computed(ready, options, trained, clock, progress, refuse)
     edited = [p for p in ready.arch.projections if p.name in done.changes]
     on = changes_on(loaded.model, [(p, [done.changes[p.name]]) for p in edited])
@@ -266,10 +267,12 @@ def _choose(
     chosen, scores = parse_layers(options.layers, len(arch.projections)), []
     if chosen is None and options.published:
         chosen = method(options.method).published.edited(arch.model_type, len(arch.projections))
+    if chosen is None and options.fact_token == LAST:
+        chosen = top_layers(len(arch.projections))
     if chosen is None:
         contexts = build_contexts(loaded.model, loaded.tokenizer, facts[:64], [""], chat=options.chat)
         rows = contexts.edit_rows
-        scores = score_layers(loaded.model, arch, contexts.batch.rows(rows), contexts.subject[rows])
+        scores = score_layers(loaded.model, arch, contexts.batch.rows(rows), contexts.token[rows])
         chosen = choose_layers(scores)
     projections = [p for p in arch.projections if p.layer in chosen]
     method(options.method).side_on(projections)  # refused before the long work

@@ -1,15 +1,22 @@
-"""Layer choice: which FFN output projections an edit turns (arXiv 2601.07873, eqs. 21-22)."""
+"""Where an edit turns FFN output projections: layers (arXiv 2601.07873, eqs. 21-22), and the token whose keys it works on.
+
+A fact can be edited low, where its subject is read, or high, where its prompt's last token is about to say the object. At
+the subject every relation shares one key, and all of them move with the one that is edited; the key of the prompt's last
+token knows which was asked. There the nearest are prompts with the same object (docs/explanation/methods.md).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mosectl.model.architecture import Architecture
+from mosectl.editing.options import EditOptions
+from mosectl.editing.targets import MARGIN
+from mosectl.model.architecture import Architecture, parse_layers
 from mosectl.model.edit_site import Projection
 from mosectl.model.forward import Batch, ffn_output, run_until_stopped
 
@@ -64,6 +71,35 @@ def score_layers(model: nn.Module, arch: Architecture, batch: Batch, subject: Te
     return [
         LayerScore(i, inner[i], residual[i], inner[i] / top_inner * residual[i] / top_residual) for i in sorted(inner)
     ]
+
+
+SUBJECT, LAST = "subject_last", "last"
+DEEP = 10  # layers from which a model has a place for either
+LAST_MARGIN = 3.0  # nats: what is asked of a key that is the prompt's own
+TOP = 4  # layers edited at the prompt's last token
+
+
+def settled(options: EditOptions, n: int) -> EditOptions:
+    """The options for a model of n layers: fact token and margin are no longer left open.
+
+    Raises:
+        UsageError: layers are asked for that it does not have.
+    """
+    layers = parse_layers(options.layers, n)
+    token = options.fact_token
+    if token == "auto":
+        high = n >= DEEP and not options.published and (layers is None or min(layers) >= n / 2)
+        token = LAST if high else SUBJECT
+    margin = options.targets.margin
+    if margin is None:
+        margin = LAST_MARGIN if token == LAST else MARGIN
+    return replace(options, fact_token=token, targets=replace(options.targets, margin=margin))
+
+
+def top_layers(n: int) -> tuple[int, ...]:
+    """Edited at the prompt's last token: those up to nine tenths of the depth."""
+    end = max(1, n * 9 // 10 + 1)
+    return tuple(range(max(0, end - TOP), min(n, end)))
 
 
 def choose_layers(scores: Sequence[LayerScore], width: int = 3) -> tuple[int, ...]:

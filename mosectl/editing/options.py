@@ -32,6 +32,9 @@ class EditOptions:
     # Where the values come from: "per-layer", one target a layer; "spread", one target at the top, its residual spread over
     # the layers (MEMIT); "method", the method's own way.
     placement: str = "method"
+    # The token whose keys are edited (ROME's hparams call it so): "subject_last", the subject's last; "last", the prompt's;
+    # "auto", the prompt's in a model of ten layers or more, unless layers of its lower half are asked for.
+    fact_token: str = "auto"
     replay_margin: float = 1.0  # nats; earlier facts that lead by less are edited again along with a batch; 0 = none
     guard: float = 1.0  # nats a token by which ordinary text may become less likely before a run is stopped; 0 = any
     form: str = (
@@ -68,10 +71,12 @@ def options_from(settings: Sequence[str], **given: Any) -> EditOptions:
         UsageError: an unknown name, or not a number.
     """
     solver = method(given.get("method") or EditOptions.method)
-    known = {f.name: f.type for f in fields(TargetOptions)}
+    known = {f.name: str(f.type).removesuffix(" | None") for f in fields(TargetOptions)}
     numbers = {f.name: f.type for f in fields(EditOptions) if f.type in ("int", "float") or f.name in WORDS}
     own = {name: kind for name, kind in numbers.items() if name not in _FLAGS}
-    searching = set() if solver.searches else {"placement", *known} - {"margin", "max_rows"}  # a fit has no such search
+    searching = (
+        set() if solver.searches else {"placement", "fact_token", *known} - {"margin", "max_rows"}
+    )  # a fit has no such search
     found: dict[str, dict[str, Any]] = {"solver": {}, "targets": {}, "edit": {}}
     for setting in settings:
         name, value = _setting(setting, {**known, **own})
@@ -97,6 +102,9 @@ def options_from(settings: Sequence[str], **given: Any) -> EditOptions:
     options = replace(usual, **given, solver=found["solver"], targets=replace(usual.targets, **found["targets"]))
     if options.published and options.placement == "per-layer":
         what = "--set placement=per-layer: the published search has one target, at the topmost edited layer"
+        raise UsageError(what, fix="leave it out, or give --set optimizer=adam too")
+    if options.published and options.fact_token == "last":
+        what = "--set fact_token=last: the published search is at the subject's last token"
         raise UsageError(what, fix="leave it out, or give --set optimizer=adam too")
     return options
 
@@ -148,6 +156,7 @@ def default_options(name: str = EditOptions.method) -> EditOptions:
             "unreached_weight_growth": 1.0,
             "replay_margin": 0.0,
             "wordings": 0,
+            "fact_token": "subject_last",
             "optimizer": "adam",
             **method(name).settings,
         }

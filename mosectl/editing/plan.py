@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from mosectl.editing.guard import CANARIES, CANARY_TOKENS
+from mosectl.editing.layers import LAST, likely_layers, settled, top_layers
 from mosectl.editing.low_rank import PROBES
 from mosectl.editing.methods import method
 from mosectl.editing.methods.base import seeks_compact
@@ -99,6 +100,7 @@ def estimate(
     asked = pick_dtype(dtype, device)
     stored = DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")), torch.float32)
     kind = asked if isinstance(asked, torch.dtype) else stored
+    options = settled(options, len(arch.projections))
     layers, size = _planned(meta_model, arch, facts, options)
     host = device == "cpu" if host is None else host
     work = _Work(meta_model, arch, layers, facts, options, device, kind, host, _known(folder, arch, layers, options))
@@ -129,7 +131,8 @@ def patch_bytes(model: str | Path, facts: Sequence[Fact], options: EditOptions, 
     """Bytes of an edit's patch, as far as one can tell before it; 0 where the edit itself will say what is wrong."""
     with suppress(MosectlError, ArithmeticError, ValueError, TypeError):  # an odd config.json: told by the edit
         meta_model = skeleton(read_config(locate(model, revision, weights=False)[0]))
-        return _planned(meta_model, resolve(meta_model), facts, options)[1]
+        arch = resolve(meta_model)
+        return _planned(meta_model, arch, facts, settled(options, len(arch.projections)))[1]
     return 0
 
 
@@ -138,9 +141,8 @@ def _planned(
 ) -> tuple[tuple[int, ...], int]:
     """The layers that will be edited ("auto": likely ones), and the patch's bytes."""
     solver, n = method(options.method), len(arch.projections)
-    usual = (
-        solver.published.edited(arch.model_type, n) if options.published else range(n)[max(0, n // 2 - 1) : n // 2 + 2]
-    )
+    likely = top_layers(n) if options.fact_token == LAST else likely_layers(n)
+    usual = solver.published.edited(arch.model_type, n) if options.published else likely
     layers = tuple(parse_layers(options.layers, n) or usual)
     if editor := trained_editor(options):
         editor.check({p.name: meta_model.get_parameter(p.weight_name) for p in arch.projections if p.single_matrix})
@@ -201,7 +203,7 @@ class _Work:
         self.asked = sum(1 + len(f.rephrase_prompts) + len(f.locality) for f in facts)
         self.rows = 2 + options.prefixes + (0 if options.chat else options.wordings)  # at most
         self.row_tokens = self.prompt + 8 + 3
-        self.tail_tokens = self.row_tokens / 2  # from the subject's end on
+        self.tail_tokens = 4 if options.fact_token == LAST else self.row_tokens / 2  # from the edited token on
 
     def one_pass_bytes(self) -> int:
         """Of one forward and backward pass: sums of all edited layers, W before and after, one layer's solve."""

@@ -122,7 +122,7 @@ class Earlier:
     def _keys(self, contexts: Contexts) -> dict[str, Tensor]:
         """Keys (p, rows) float32 at the subjects, by module path, as the model is now."""
         parts = [
-            keys_at(self.model, self.projections, contexts.batch.rows(rows), contexts.subject[rows])
+            keys_at(self.model, self.projections, contexts.batch.rows(rows), contexts.token[rows])
             for rows in torch.arange(len(contexts.fact), device=contexts.fact.device).split(ROWS)
         ]
         return {p.name: torch.cat(found).T for p, found in zip(self.projections, zip(*parts, strict=True), strict=True)}

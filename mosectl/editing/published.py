@@ -102,14 +102,14 @@ class _Search:
         self, model: nn.Module, arch: Architecture, top: Projection, contexts: Contexts, options: TargetOptions, site: str
     ) -> None:  # fmt: skip
         self.n, device = int(contexts.fact.max()) + 1, contexts.fact.device
-        at_subject = torch.where(contexts.is_edit[:, None], contexts.positions, contexts.subject[:, None])
+        at_subject = torch.where(contexts.is_edit[:, None], contexts.positions, contexts.token[:, None])
         self.c, self.options = replace(contexts, positions=at_subject), options
-        self.suffix = Suffix(model, arch, top.layer, contexts.batch, contexts.subject)
+        self.suffix = Suffix(model, arch, top.layer, contexts.batch, contexts.token)
         name = top.name if site == FFN else f"{arch.layers_path}.{top.layer}"
         self.module = model.get_submodule(name)
         bare = bare_rows(contexts)
         # (n,) ‖h‖ of the bare prompts
-        self.length = output_at(model, name, contexts.batch.rows(bare), contexts.subject[bare]).norm(dim=-1).to(device)
+        self.length = output_at(model, name, contexts.batch.rows(bare), contexts.token[bare]).norm(dim=-1).to(device)
         # One parameter a fact: Adam skips those whose gradient is None, which is what leaving the batch means.
         self.deltas = [torch.zeros(top.d, device=device, requires_grad=True) for _ in range(self.n)]
         self.adam = torch.optim.Adam(self.deltas, lr=options.step_size)
@@ -173,7 +173,7 @@ class _Search:
     def _part(self, rows: Tensor) -> Tensor:
         """Log-probabilities (K, V) where some rows are asked, with δ at their subjects."""
         c, delta = self.c, torch.stack(self.deltas)[self.c.fact[rows]]  # (rows, d)
-        at = c.subject[rows] - self.suffix.offset[rows]
+        at = c.token[rows] - self.suffix.offset[rows]
 
         def hook(_: nn.Module, __: Any, out: Any) -> Any:
             whole = out[0] if isinstance(out, tuple | list) else out

@@ -52,7 +52,7 @@ BLOCK = 8192  # tokens of texts taken at random, in which those of like length t
 PER_DIRECTION = 2  # tokens for each of G's d directions, and
 LEAST = 1536  # tokens at least: a small model's cost little
 ASKED = 1  # one in so many of these tokens has its logits asked; which ones is drawn anew in each text
-ENOUGH = 0.1  # relative error of C at which no more text is read
+ENOUGH = 0.2  # relative error of C at which no more text is read
 SKETCH = 64  # directions in which that error is judged
 
 

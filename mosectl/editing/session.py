@@ -13,6 +13,7 @@ from mosectl._version import __version__
 from mosectl.editing.contexts import Contexts, build_contexts
 from mosectl.editing.ends import ends_asked, going_on, running_on
 from mosectl.editing.guard import Health, harm, health, remedy
+from mosectl.editing.layers import LAST
 from mosectl.editing.low_rank import compact_change
 from mosectl.editing.methods import method
 from mosectl.editing.methods.base import (
@@ -150,7 +151,7 @@ class Session:
             taken = [*range(start, start + len(batch)), *again]
             contexts = build_contexts(
                 self.loaded.model, self.loaded.tokenizer, [facts[i] for i in taken], prefixes,
-                [wordings[i] for i in taken], chat=self.options.chat,
+                [wordings[i] for i in taken], chat=self.options.chat, last=self.options.fact_token == LAST,
             )  # fmt: skip
             before = dict(self.W)
             done = self._batch(contexts, clock, start, len(batch), len(facts))
@@ -215,7 +216,8 @@ class Session:
         return list(state.losses)
 
     def _batch(self, contexts: Contexts, clock: Clock, first: int, n: int, total: int) -> Targets:
-        """Alternate targets and solve until every fact holds by itself; of at most ``rounds`` keep the best.
+        """Alternate targets and solve until every fact holds by the margin, or all do and a round brought nothing more; of at
+        most ``rounds`` keep the best.
 
         For the progress: ``n`` new facts, the ``first`` of ``total`` at which they begin.
         """
@@ -248,9 +250,10 @@ class Session:
                     )
                 )
             standing = self._standing(targets)
+            stuck = best is not None and standing.score[0] == best.score[0] == len(urgency) and standing.score <= best.score
             best = standing if self.published else max(best or standing, standing, key=lambda s: s.score)
-            done = (targets.margin_before >= options.margin) | ~torch.isfinite(targets.loss_before)
-            if r == rounds or (bool(done.all()) and not self.published):
+            done = (targets.margin_before >= options.least_lead) | ~torch.isfinite(targets.loss_before)
+            if r == rounds or ((stuck or bool(done.all())) and not self.published):
                 break
             keep = self.options.preservation_decay**r
             if r:
@@ -313,7 +316,7 @@ class Session:
         mean = torch.zeros(int(fact.max()) + 1, len(fact), dtype=torch.float64, device=fact.device)
         mean[fact, torch.arange(len(fact), device=fact.device)] = _shares(fact)  # (n, rows)
         average = mean.to(self.W[top.name]).T
-        batch, subject = contexts.batch.rows(rows), contexts.subject[rows]
+        batch, subject = contexts.batch.rows(rows), contexts.token[rows]
         written = self.W[top.name] @ self._keys(top, contexts, rows)  # (d, rows)
         shift = targets.V[0].to(written)[used.to(written.device)].T - written
         wanted: Tensor | None = None
@@ -343,7 +346,7 @@ class Session:
             return
         bare, mean = bare_rows(contexts)[used], self._mean(fact)[used]  # (n, rows)
         delta = targets.V[0][used].to(self.W[top.name]).T
-        batch, subject, wanted = contexts.batch.rows(bare), contexts.subject[bare], None
+        batch, subject, wanted = contexts.batch.rows(bare), contexts.token[bare], None
         for i, p in enumerate(self.projections):
             hidden = hidden_at(self.loaded.model, self.arch, top.layer, batch, subject).to(delta).T
             wanted = hidden + delta if wanted is None else wanted
@@ -366,7 +369,7 @@ class Session:
 
     def _keys(self, p: Projection, contexts: Contexts, rows: Tensor) -> Tensor:
         """Keys (p, rows) of some rows of the contexts at their subjects, float64."""
-        (k,) = keys_at(self.loaded.model, [p], contexts.batch.rows(rows), contexts.subject[rows])
+        (k,) = keys_at(self.loaded.model, [p], contexts.batch.rows(rows), contexts.token[rows])
         return k.to(self.W[p.name]).T
 
     def _problem(self, p: Projection, keep: float, columns: Columns) -> LayerProblem:

@@ -19,6 +19,7 @@ RENAMED = {
 WORDS: dict[str, dict[str, int]] = {
     "placement": {"method": -1, "per-layer": 0, "spread": 1},
     "optimizer": {"natural-gradient": 1, "adam": 0, "published": 2},
+    "fact_token": {"auto": 0, "subject_last": 1, "last": 2},
 }
 Options = TypeVar("Options", bound=type)
 

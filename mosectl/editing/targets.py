@@ -30,6 +30,8 @@ from mosectl.model.losses import NOTHING, leads, token_nll
 from mosectl.model.memory import fitting, halving
 from mosectl.model.partial_forward import Suffix
 
+MARGIN = 6.0
+
 
 @taking_old_names
 @dataclass(frozen=True)
@@ -42,12 +44,19 @@ class TargetOptions:
     optimizer: str = "natural-gradient"
     nats_per_step: float = 2.0  # nats a token by which a step in that metric shall lower the loss, to first order
     step_size: float = 0.25  # Adam's, in units of the output's root mean square (published: as it is)
-    margin: float = 6.0  # nats by which every target token must lead before a fact counts as converged
+    # Nats by which every target token must lead before a fact counts as converged; "auto": 6 at the subject's last token,
+    # 3 at the prompt's.
+    margin: float | None = None
     kl_weight: float = 0.0625  # keeps what the model says after "{subject} is a" (ROME's factor)
     decay: float = 0.02  # on ‖δ‖² (published: on ‖δ‖ / ‖h‖²)
     max_displacement: float = 4.0  # largest ‖δ‖ per layer (published: as a share of ‖h‖, the hidden state's)
     preserve_norm: int = 1  # 1: targets keep the output's length, as a rotation does; 0: v = W k + ‖W k‖ δ
     max_rows: int = 256  # sequences run at once, at most: fewer where memory asks for it
+
+    @property
+    def least_lead(self) -> float:
+        """The margin, nats."""
+        return MARGIN if self.margin is None else self.margin
 
     def to_record(self) -> dict[str, Any]:
         """As a patch's record has it."""
@@ -113,7 +122,7 @@ def in_groups(
 ) -> Targets:
     """What ``search`` finds for groups of as many facts as fit in memory, from ``layer`` upward; it reports facts done."""
     n = int(contexts.fact.max()) + 1
-    tokens = float((contexts.batch.attention_mask.sum(1) - contexts.subject).float().mean())
+    tokens = float((contexts.batch.attention_mask.sum(1) - contexts.token).float().mean())
     rows = min(options.max_rows, fitting(model, arch, layer, tokens, contexts.targets.shape[1]))
 
     def work(start: int, end: int) -> Targets:
@@ -149,7 +158,7 @@ class _Optimiser:
         self.model, self.projections, self.c, self.options = model, projections, contexts, options
         self.going_on = None if going_on is None else going_on.to(contexts.fact.device)
         self.n = int(contexts.fact.max()) + 1
-        self.suffix = Suffix(model, arch, projections[0].layer, contexts.batch, contexts.subject)
+        self.suffix = Suffix(model, arch, projections[0].layer, contexts.batch, contexts.token)
         # One parameter a fact: Adam skips those whose gradient is None, which is what leaving the batch means.
         self.deltas = [
             torch.zeros(len(projections), p.d, device=contexts.fact.device, requires_grad=True)
@@ -183,7 +192,7 @@ class _Optimiser:
         for step in range(o.steps + 1):
             self.seen.zero_()
             objective, behind, kl = self._forward(self._wanted(active))
-            leading = self._least_lead() >= o.margin
+            leading = self._least_lead() >= o.least_lead
             self._look(active & (leading | (step == o.steps)))
             nll, lead = mean_by_fact(self.nll[c.is_edit], c.fact[c.is_edit], self.n), self._least_lead()
             finite = torch.isfinite(nll) & torch.isfinite(kl.detach())
@@ -196,7 +205,7 @@ class _Optimiser:
             loss[active & ~finite] = torch.inf
             if step == 0:
                 first = loss.cpu(), margin.cpu()
-            converged |= usable & (lead >= o.margin)
+            converged |= usable & (lead >= o.least_lead)
             active = usable & ~converged
             report(int((~active).sum()))
             if step == o.steps or not active.any():
@@ -213,7 +222,7 @@ class _Optimiser:
         """Rows whose gradient a step needs: with Fisher steps only those that do not lead yet, and those for the KL."""
         rows = active[self.c.fact]
         if self.metric:
-            rows = rows & (~self.c.is_edit | (self.lead < self.options.margin))
+            rows = rows & (~self.c.is_edit | (self.lead < self.options.least_lead))
         return rows.nonzero().flatten()
 
     def _look(self, facts: Tensor) -> None:
@@ -295,10 +304,12 @@ class _Optimiser:
         self.nll[rows[edit]] = row_nll.detach()[edit]
         self.seen[rows] = True
         nll = mean_by_fact(row_nll[edit], fact[edit], self.n)
-        kl = self._divergence(logp[(~edit)[asked.nonzero()[:, 0]]], fact[~edit])
+        kl = torch.zeros_like(nll)
+        if not bool(c.is_edit.all()):
+            kl = self._divergence(logp[(~edit)[asked.nonzero()[:, 0]]], fact[~edit])
         for now, new in zip(self.written, written, strict=True):
             now[rows] = new
-        late = edit & (self.lead[rows] < self.options.margin)
+        late = edit & (self.lead[rows] < self.options.least_lead)
         return nll, mean_by_fact(row_nll[late], fact[late], self.n), kl
 
     def _divergence(self, logp: Tensor, fact: Tensor) -> Tensor:
@@ -314,7 +325,7 @@ class _Optimiser:
         c, deltas = self.c, torch.stack(self.deltas)[self.c.fact[rows]]  # (rows, L, d)
         written: list[Tensor] = []
         lengths: list[Tensor] = []
-        at = c.subject[rows] - self.suffix.offset[rows]
+        at = c.token[rows] - self.suffix.offset[rows]
         handles = [
             self.model.get_submodule(p.name).register_forward_hook(self._mover(at, deltas[:, i], written, lengths))
             for i, p in enumerate(self.projections)
