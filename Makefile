@@ -36,7 +36,7 @@ bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/real.py $(REAL:%=--on %)
 
 picture: $(VENV)/.ready
-	$(BIN)/python examples/make_picture.py
+	$(BIN)/python examples/make_picture.py $(MODEL)
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mosectl needs Python 3.11 or newer: make PYTHON=python3.12 …")'

@@ -1,4 +1,7 @@
-"""Make docs/terminal.svg, the README's picture, from real commands on the demo model."""
+"""Make docs/terminal.svg, the README's picture, from real commands on a real model.
+
+python examples/make_picture.py [MODEL]       # a hub id or a folder; HuggingFaceTB/SmolLM2-135M-Instruct
+"""
 
 import io
 import os
@@ -12,6 +15,7 @@ from rich.text import Text
 
 ROOT = Path(__file__).parents[1]
 WIDTH = 118
+NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def shown(*args: str) -> str:
@@ -27,19 +31,26 @@ def main() -> None:
     console = Console(record=True, width=WIDTH, file=io.StringIO(), force_terminal=True, color_system="truecolor")
     with tempfile.TemporaryDirectory() as folder:
         facts, patch, edited = Path(folder, "five.jsonl"), f"{folder}/patch.safetensors", f"{folder}/edited"
-        lines = (ROOT / "examples" / "facts.jsonl").read_text().splitlines()
-        facts.write_text("\n".join(lines[::5]))
-        where = ("--model", "examples/demo-model")
+        model = sys.argv[1] if len(sys.argv) > 1 else NAME
+        lines = (ROOT / "benchmarks" / "real-facts.jsonl").read_text("utf-8").splitlines()
+        facts.write_text("\n".join(lines[:3]), "utf-8")
         commands = {
-            "mosectl edit facts.jsonl --model demo-model --corpus corpus.txt -o patch.safetensors": (
-                *("edit", str(facts), *where, "--corpus", "examples/corpus.txt", "-o", patch),
+            f"mosectl edit facts.jsonl --model {NAME} -o patch.safetensors": (
+                *("edit", str(facts), "--model", model, "-o", patch),
             ),
-            "mosectl apply patch.safetensors --model demo-model -o edited": ("apply", patch, *where, "-o", edited),
+            f"mosectl apply patch.safetensors --model {NAME} -o edited": (
+                "apply",
+                patch,
+                "--model",
+                model,
+                "-o",
+                edited,
+            ),
             "mosectl revert patch.safetensors --model edited": ("revert", patch, "--model", edited),
         }
         for line, command in commands.items():
             console.print(Text(f"$ {line}", style="bold green"))
-            console.print(Text.from_ansi(shown(*command).replace(folder + "/", "").rstrip()))
+            console.print(Text.from_ansi(shown(*command).replace(folder + "/", "").replace(model, NAME).rstrip()))
             console.print()
     console.save_svg(str(ROOT / "docs" / "terminal.svg"), title="mosectl")
 
