@@ -279,7 +279,8 @@ UNSAID = {"steps": "optimiser steps of a target, at most"}
 
 def comments(cls: type) -> dict[str, str]:
     """What the comments of a dataclass say of its number fields: behind the field, or in the lines before it."""
-    fields = {f.name for f in dataclasses.fields(cls) if str(f.type).removesuffix(" | None") in ("int", "float") or f.name in WORDS}
+    kinds = {f.name: str(f.type).removesuffix(" | None") for f in dataclasses.fields(cls)}
+    fields = {name for name, kind in kinds.items() if kind in ("int", "float") or name in WORDS}
     found: dict[str, str] = {}
     before: list[str] = []
     name = ""

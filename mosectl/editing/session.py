@@ -216,8 +216,8 @@ class Session:
         return list(state.losses)
 
     def _batch(self, contexts: Contexts, clock: Clock, first: int, n: int, total: int) -> Targets:
-        """Alternate targets and solve until every fact holds by the margin, or all do and a round brought nothing more; of at
-        most ``rounds`` keep the best.
+        """Alternate targets and solve until every fact holds by the margin, or all hold and a round brought nothing more; of
+        at most ``rounds`` keep the best.
 
         For the progress: ``n`` new facts, the ``first`` of ``total`` at which they begin.
         """
