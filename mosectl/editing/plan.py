@@ -112,7 +112,7 @@ def estimate(
         device=device,
         dtype=str(kind).removeprefix("torch."),
         layers=layers,
-        auto=options.layers == "auto" and not solver.editor and not options.published,
+        auto=options.layers == "auto" and not (solver.editor or options.published or options.fact_token == LAST),
         model_bytes=work.weights,
         peak_bytes=work.weights + solver.peak_bytes(work),
         patch_bytes=size,
