@@ -22,6 +22,7 @@ from mosectl.measure.groups import KNOWN, Part, Share, parts, tallies, unedited_
 from mosectl.measure.own_probes import MOST_FACTS, own_probes, spread
 from mosectl.measure.protocols import Answers
 from mosectl.patch.file import Patch
+from mosectl.render.scores import disturbed
 from support.commands import EASY, run
 from support.evaluations import FACTS, World
 from support.facts import CORPUS, few
@@ -346,3 +347,23 @@ def test_a_bench_has_columns_for_groups(tmp_path: Path) -> None:
     assert tables(cells(bench), {key: full})[0].rows[0][-4:] == ("50.0 (25.0–75.0)", "50.0 (25.0–75.0)", "40.0", "")
     plain = tables(cells(bench), {key: older})[0]
     assert ">harmonic mean of four" not in plain.columns and "(QA)" not in markdown(bench, [plain]), "as before"
+
+
+def test_what_was_disturbed_is_said() -> None:
+    def share(group: str, kept: float | None, metric: str = "locality") -> Share:
+        return Share(metric, group, False, 3, kept, kept)
+
+    def told(*shares: Share, at: str = "last") -> str:
+        return disturbed(shares, at, "fewer facts")
+
+    assert told() == told(share("", 0.1), share("same_subject", 0.5), share("neighborhood", None)) == ""
+    assert told(share("known wordings", 0.1, "generalization")) == ""
+    low, other = share("neighborhood", 0.25), share("same_subject", 0.4)
+    assert told(low, other) == (
+        "much else changed (neighbours 25.0% kept, same subject 40.0% kept): fewer facts, or --set "
+        "fact_token=subject_last may spare more"
+    )
+    assert told(low, at="subject_last").endswith("fewer facts may spare more")
+    assert "--set fact_token=last" in told(other, at="subject_last") and told(low, at="").endswith(
+        "facts may spare more"
+    )

@@ -250,7 +250,9 @@ class Session:
                     )
                 )
             standing = self._standing(targets)
-            stuck = best is not None and standing.score[0] == best.score[0] == len(urgency) and standing.score <= best.score
+            stuck = (
+                best is not None and standing.score[0] == best.score[0] == len(urgency) and standing.score <= best.score
+            )
             best = standing if self.published else max(best or standing, standing, key=lambda s: s.score)
             done = (targets.margin_before >= options.least_lead) | ~torch.isfinite(targets.loss_before)
             if r == rounds or ((stuck or bool(done.all())) and not self.published):

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from mosectl.measure.groups import Share
     from mosectl.measure.next_tokens import NextToken
 
+KEPT = 0.5  # of a group of probes, below which it is said
 COLUMNS = ("", ">share", ">as QA compares", ">of", "meaning")
 AS_QA = (
     "as QA compares: case, articles, punctuation and a leading 'the city of' aside; of locality: kept, which is the known "
@@ -41,6 +42,23 @@ def percent(share: float | None) -> str:
 def label(group: str, own: bool, otherwise: str) -> str:
     """A group's name in a table."""
     return (shown(group) or otherwise) + (" (own probes)" if own else "")
+
+
+def disturbed(shares: Sequence[Share], fact_token: str, gentler: str) -> str:
+    """What an edit has changed besides, where it is half of a group or more, and what may spare it; empty: nothing.
+
+    Args:
+        fact_token: where it was edited; empty where there is no other place. gentler: how its method does less harm.
+    """
+    spared = {SAME_SUBJECT: "last", NEIGHBOURS: "subject_last"}  # where it is edited (docs/explanation/methods.md)
+    lost = [s for s in shares if s.metric == "locality" and s.group and s.qa is not None and s.qa < KEPT]
+    if not lost:
+        return ""
+    worst = min(lost, key=lambda s: s.qa or 0.0)
+    told = ", ".join(f"{label(s.group, s.own, '')} {percent(s.qa)} kept" for s in lost)
+    other = spared.get(worst.group, fact_token)
+    place = f", or --set fact_token={other}" if fact_token and other != fact_token else ""
+    return f"much else changed ({told}): {gentler}{place} may spare more"
 
 
 def of_edit(scores: Scores, shares: Sequence[Share]) -> Iterator[tuple[str, ...]]:
