@@ -211,4 +211,6 @@ def test_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     resumed = mosectl.Patch.load(out).id
     assert edit("--overwrite") == 0 and mosectl.Patch.load(out).id == resumed
     out.unlink()
+    capsys.readouterr()
     assert edit("--resume") == 0, "with nothing to resume it begins at the beginning"
+    assert "to go on with: begun at the beginning" in capsys.readouterr().err

@@ -135,6 +135,8 @@ def edit(
 
         options = _options(settings, given)
         kept = Progress(beside(out), resume)
+        if resume and not kept.path.exists():
+            console.hint(f"there is no {kept.path} to go on with: begun at the beginning")
         not_thrown_away(kept.path, resume, overwrite, "holds what an interrupted run has reached")
         result = _computed(checked, model, options, where, on_error, place, kept)
         result.patch.save(place.ready())
