@@ -41,10 +41,8 @@ def _measure(model: str, lines: list[str], options: list[str]) -> None:
         solve, same = 0.0, []
         for what, n, form in RUNS:
             row = _edit(model, lines[:n], [*form, *same, *options], Path(folder))
-            same = same or [
-                "--layers",
-                ",".join(map(str, row["layers"])),
-            ]  # the first edit's: their statistics are kept
+            # The first edit's: their statistics are kept.
+            same = same or ["--layers", ",".join(map(str, row["layers"]))]
             row = {"part": "real", "model": Path(model).name, "what": what, **row}
             solve = solve or (row["seconds"]["solve"] if n > 1 else 0.0)
             ratio = {"dense against compact": round(row["seconds"]["solve"] / solve, 1)} if form else {}

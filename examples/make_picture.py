@@ -30,22 +30,14 @@ def shown(*args: str) -> str:
 def main() -> None:
     console = Console(record=True, width=WIDTH, file=io.StringIO(), force_terminal=True, color_system="truecolor")
     with tempfile.TemporaryDirectory() as folder:
-        facts, patch, edited = Path(folder, "five.jsonl"), f"{folder}/patch.safetensors", f"{folder}/edited"
+        facts, patch, edited = Path(folder, "facts.jsonl"), f"{folder}/patch.safetensors", f"{folder}/edited"
         model = sys.argv[1] if len(sys.argv) > 1 else NAME
         lines = (ROOT / "benchmarks" / "real-facts.jsonl").read_text("utf-8").splitlines()
         facts.write_text("\n".join(lines[:3]), "utf-8")
+        where = ("--model", model)
         commands = {
-            f"mosectl edit facts.jsonl --model {NAME} -o patch.safetensors": (
-                *("edit", str(facts), "--model", model, "-o", patch),
-            ),
-            f"mosectl apply patch.safetensors --model {NAME} -o edited": (
-                "apply",
-                patch,
-                "--model",
-                model,
-                "-o",
-                edited,
-            ),
+            f"mosectl edit facts.jsonl --model {NAME} -o patch.safetensors": ("edit", str(facts), *where, "-o", patch),
+            f"mosectl apply patch.safetensors --model {NAME} -o edited": ("apply", patch, *where, "-o", edited),
             "mosectl revert patch.safetensors --model edited": ("revert", patch, "--model", edited),
         }
         for line, command in commands.items():

@@ -110,7 +110,7 @@ def choose_layers(scores: Sequence[LayerScore], width: int = 3) -> tuple[int, ..
     subject's last token, and edits further up change more of what else is said (docs/LOG.md).
     """
     n = len(scores)
-    lowest, end = (n // 10, max(n // 10 + 1, n // 5)) if n >= 10 else (0, max(1, (2 * n) // 3))
+    lowest, end = (n // 10, max(n // 10 + 1, n // 5)) if n >= DEEP else (0, max(1, (2 * n) // 3))
     usable = scores[lowest:end]
     best = max(usable, key=lambda s: s.score).layer
     width = min(width, max(1, n - 1))
@@ -120,5 +120,5 @@ def choose_layers(scores: Sequence[LayerScore], width: int = 3) -> tuple[int, ..
 
 def likely_layers(n: int, width: int = 3) -> tuple[int, ...]:
     """Where :func:`choose_layers` would go in a model of n layers, as far as one can tell without running it."""
-    first = n // 10 if n >= 10 else max(0, n // 2 - 1)
+    first = n // 10 if n >= DEEP else max(0, n // 2 - 1)
     return tuple(range(first, min(n, first + width)))

@@ -74,9 +74,8 @@ def options_from(settings: Sequence[str], **given: Any) -> EditOptions:
     known = {f.name: str(f.type).removesuffix(" | None") for f in fields(TargetOptions)}
     numbers = {f.name: f.type for f in fields(EditOptions) if f.type in ("int", "float") or f.name in WORDS}
     own = {name: kind for name, kind in numbers.items() if name not in _FLAGS}
-    searching = (
-        set() if solver.searches else {"placement", "fact_token", *known} - {"margin", "max_rows"}
-    )  # a fit has no such search
+    searches = {"placement", "fact_token", *known} - {"margin", "max_rows"}
+    searching = set() if solver.searches else searches  # a fit has no such search
     found: dict[str, dict[str, Any]] = {"solver": {}, "targets": {}, "edit": {}}
     for setting in settings:
         name, value = _setting(setting, {**known, **own})
