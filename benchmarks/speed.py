@@ -202,7 +202,7 @@ def _as_others_do() -> Iterator[None]:
     """Full forwards: nothing skipped, logits of every token of the sequence."""
 
     class Whole(Suffix):
-        def __init__(self, model: Any, arch: Any, first: int, batch: Any, still: Any = None) -> None:
+        def __init__(self, model: Any, arch: Any, first: int, batch: Any, *_: Any) -> None:
             super().__init__(model, arch, 0, batch)
 
         def logits(self, rows: torch.Tensor, positions: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:

@@ -19,8 +19,8 @@ from mosectl.errors import ModelError
 from mosectl.linalg.rotation import nearest_rotation
 from mosectl.model.architecture import MIXTURES, TABLE, disk_names, resolve, skeleton
 from mosectl.model.edit_site import Projection
-from mosectl.model.forward import Batch, ffn_output, hooked, keys_at
-from mosectl.model.partial_forward import Past, Suffix
+from mosectl.model.forward import Batch, ffn_output, hooked, keys_at, layer_modules
+from mosectl.model.partial_forward import Below, Past, Suffix
 from mosectl.storage.checkpoint import open_checkpoint
 from support.models import pico
 
@@ -295,3 +295,28 @@ def test_names_with_other_prefixes() -> None:
     assert [n for (n,) in disk_names(arch, short).values()] == short
     exact = [p.weight_name for p in arch.projections]
     assert [n for (n,) in disk_names(arch, exact + old).values()] == exact, "the exact name wins"
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "opt", "gemma4_text", "openai-gpt"])
+def test_what_lies_below_is_run_once(model_type: str) -> None:
+    """Keys and logits of rows taken out of a batch are the model's own, and the layers below do not run for them again."""
+    model = build(model_type)
+    arch = resolve(model)
+    first = len(arch.projections) - 1
+    batch = Batch.of([[1, 5, 9, 30, 44, 7, 3, 99], [1, 7, 8], [1, 9, 3, 44, 2]], "cpu")
+    rows, at = torch.tensor([2, 0]), torch.tensor([4, 3])
+    projections = arch.projections[first:]
+    wanted = keys_at(model, projections, batch.rows(rows), at)
+    one_more = Suffix(model, arch, first, batch)
+    below = Below.of(model, arch, first, batch, Below.of(model, arch, first - 1, batch))
+    runs: list[int] = []
+    lower = layer_modules(model, arch)[first - 1]
+    inner = next(m for m in lower.modules() if not list(m.children()))
+    with hooked([inner.register_forward_hook(lambda *_: runs.append(1))]):
+        with below.replayed(rows, torch.arange(5).expand(2, 5)):
+            found = keys_at(model, projections, batch.rows(rows), at)
+        suffix = Suffix(model, arch, first, batch, torch.tensor([3, 1, 0]), below)
+        logits = suffix.logits(rows, at[:, None], at[:, None] >= 0)
+    assert not runs
+    assert torch.allclose(found[0], wanted[0], atol=1e-5)
+    assert torch.allclose(logits, one_more.logits(rows, at[:, None], at[:, None] >= 0), atol=1e-4)

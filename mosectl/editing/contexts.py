@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,9 +13,15 @@ from torch.nn import functional as F
 
 from mosectl.errors import FactsError
 from mosectl.facts.records import Fact
-from mosectl.model.forward import Batch, input_device
+from mosectl.model.architecture import Architecture
+from mosectl.model.edit_site import Projection
+from mosectl.model.forward import Batch, input_device, keys_at
+from mosectl.model.partial_forward import Below
 from mosectl.model.positions import Window, window
 from mosectl.model.tokens import Encoded, encode
+
+BY_ROW = ("fact", "token", "positions", "targets", "is_edit")
+MOST = 1e9  # bytes of what lower layers put out that are kept for a batch
 
 
 @dataclass(frozen=True)
@@ -29,6 +36,7 @@ class Contexts:
     positions: Tensor  # (B, m) where logits are read
     targets: Tensor  # (B, m) the token expected there; NOTHING (padding and KL rows) or ENDED (the end of the word)
     is_edit: Tensor  # (B,) True for prompt rows, False for KL rows
+    below: Below | None = None  # what the layers put out that lie below the edited ones, once for all that is computed
 
     @property
     def edit_rows(self) -> Tensor:
@@ -37,8 +45,26 @@ class Contexts:
 
     def to(self, device: torch.device) -> Contexts:
         """The same rows on another device."""
-        rows = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "batch"}
+        rows = {name: getattr(self, name).to(device) for name in BY_ROW}
         return Contexts(Batch(self.batch.input_ids.to(device), self.batch.attention_mask.to(device)), **rows)
+
+    def above(self, model: nn.Module, arch: Architecture, first: int) -> Contexts:
+        """The same rows, for work on a model that changes from layer ``first`` upward: what is below is run here, once."""
+        d = arch.projections[first].d * next(model.parameters()).element_size()
+        if first == 0 or self.batch.input_ids.numel() * d > MOST:
+            return self
+        return replace(self, below=Below.of(model, arch, first, self.batch))
+
+    def keys(self, model: nn.Module, projections: Sequence[Projection], rows: Tensor) -> list[Tensor]:
+        """Each FFN's inner activation k at the token that is edited, of these rows: (len(rows), p) float32 each."""
+        at = self.token[rows]
+        with self._replayed(rows, int(at.max()) + 1):
+            return keys_at(model, projections, self.batch.rows(rows), at)
+
+    def _replayed(self, rows: Tensor, end: int) -> AbstractContextManager[None]:
+        if self.below is None:
+            return nullcontext()
+        return self.below.replayed(rows, torch.arange(end, device=rows.device).expand(len(rows), end))
 
     def followed_by(self, other: Contexts) -> Contexts:
         """These rows, then the other's, whose facts are numbered on."""
@@ -134,6 +160,7 @@ def rows_of(c: Contexts, rows: Tensor, first_fact: int = 0) -> Contexts:
         positions=c.positions[rows],
         targets=c.targets[rows],
         is_edit=c.is_edit[rows],
+        below=c.below and c.below.rows(rows),
     )
 
 

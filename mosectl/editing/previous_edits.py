@@ -7,6 +7,7 @@ from when it was edited would protect what is no longer asked.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,6 @@ from torch import Tensor, nn
 from mosectl.editing.contexts import Contexts, first_rows, rows_of
 from mosectl.editing.methods.base import Columns
 from mosectl.model.edit_site import Projection
-from mosectl.model.forward import keys_at
 from mosectl.model.losses import leads
 from mosectl.model.scoring import Rows, log_probabilities
 
@@ -36,7 +36,7 @@ class Earlier:
         """Take the first ``n`` facts of ``contexts`` in; what W (d, p) writes for them now is what shall stay."""
         new = rows_of(contexts, (contexts.is_edit & (contexts.fact < n)).nonzero().flatten())
         written = self._written(new, W)
-        old = self.contexts
+        old, new = self.contexts, replace(new, below=None)
         self.contexts = new if old is None else old.followed_by(new)
         self.values = {n: v if old is None else torch.cat([self.values[n], v], 1) for n, v in written.items()}
         self.failures += [0] * n
@@ -122,7 +122,7 @@ class Earlier:
     def _keys(self, contexts: Contexts) -> dict[str, Tensor]:
         """Keys (p, rows) float32 at the subjects, by module path, as the model is now."""
         parts = [
-            keys_at(self.model, self.projections, contexts.batch.rows(rows), contexts.token[rows])
+            contexts.keys(self.model, self.projections, rows)
             for rows in torch.arange(len(contexts.fact), device=contexts.fact.device).split(ROWS)
         ]
         return {p.name: torch.cat(found).T for p, found in zip(self.projections, zip(*parts, strict=True), strict=True)}

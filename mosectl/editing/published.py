@@ -104,7 +104,7 @@ class _Search:
         self.n, device = int(contexts.fact.max()) + 1, contexts.fact.device
         at_subject = torch.where(contexts.is_edit[:, None], contexts.positions, contexts.token[:, None])
         self.c, self.options = replace(contexts, positions=at_subject), options
-        self.suffix = Suffix(model, arch, top.layer, contexts.batch, contexts.token)
+        self.suffix = Suffix(model, arch, top.layer, contexts.batch, contexts.token, contexts.below)
         name = top.name if site == FFN else f"{arch.layers_path}.{top.layer}"
         self.module = model.get_submodule(name)
         bare = bare_rows(contexts)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mosectl.editing.contexts import Contexts
+from mosectl.editing.contexts import BY_ROW, Contexts
 from mosectl.editing.guard import Health
 from mosectl.editing.turns import SIDES
 from mosectl.errors import OutputError
@@ -34,7 +34,6 @@ RECORD = schema.record(
     others=schema.anything,
 )  # fmt: skip
 ROWS, WIDTH = 1000, 16_384  # of a fact, at most: its rows, and a row's bytes but for what is written there
-_ROWS = [f.name for f in fields(Contexts) if f.name != "batch"]
 _START = "give --overwrite to start again"
 _AGAIN = "finish it with what it was begun with, or give --overwrite to start again"
 
@@ -83,7 +82,7 @@ class Progress:
             raise OutputError(what, where=str(self.path), fix=_AGAIN)
         if what := _misfit(shapes, tensors, record, facts):
             raise damaged(self.path, what, _START)
-        rows = {name: tensors[f"rows.{name}"] for name in _ROWS}
+        rows: dict[str, Any] = {name: tensors[f"rows.{name}"] for name in BY_ROW}
         return State(
             {name: tensors[f"W.{name}"] for name in shapes},
             {name: _turns(tensors, name) for name in shapes},
@@ -96,7 +95,7 @@ class Progress:
 
     def save(self, ours: Mapping[str, str], state: State) -> None:
         """Keep a session's state in place of the one before, atomically."""
-        rows = {name: getattr(state.contexts, name) for name in _ROWS}
+        rows = {name: getattr(state.contexts, name) for name in BY_ROW}
         rows |= {f.name: getattr(state.contexts.batch, f.name) for f in fields(Batch)}
         tensors = {
             **{f"W.{name}": W for name, W in state.W.items()},
@@ -135,7 +134,7 @@ def _misfit(
         return "a curve of other layers or facts"
     forms = {f"W.{name}": [d, p] for name, (d, p) in shapes.items()}
     forms |= {f"V.{name}": [d, rows] for name, (d, _) in shapes.items()}
-    for name in (*_ROWS, *(f.name for f in fields(Batch))):
+    for name in (*BY_ROW, *(f.name for f in fields(Batch))):
         forms[f"rows.{name}"] = [rows, *tensors.get(f"rows.{name}", torch.empty(0)).shape[1:]]
     found = {name: [*x.shape] for name, x in tensors.items()}
     for name, widths in shapes.items():

@@ -46,13 +46,13 @@ from mosectl.model.weights import solve_device, turns, weight_of
 MAX_LENGTH = 512  # tokens a text: statistics do not need long contexts, and memory grows with them
 BEGINNING = 100_000  # characters of a text that may hold the few tokens that are read of it
 BATCH_TOKENS = 4096  # run at once; fewer where gradients would not fit in memory
-BLOCK = 8192  # tokens of texts taken at random, in which those of like length then go together
+BLOCK = 4096  # tokens of texts taken at random, in which those of like length then go together
 # G is taken over a part of the first block: it is damped anyway, a gradient costs three forwards, and the logits of
 # a large vocabulary cost more than all layers (docs/LOG.md).
 PER_DIRECTION = 2  # tokens for each of G's d directions, and
 LEAST = 1536  # tokens at least: a small model's cost little
 ASKED = 1  # one in so many of these tokens has its logits asked; which ones is drawn anew in each text
-ENOUGH = 0.2  # relative error of C at which no more text is read
+ENOUGH = 0.3  # relative error of C at which no more text is read
 SKETCH = 64  # directions in which that error is judged
 
 

@@ -40,7 +40,7 @@ from mosectl.facts.records import Fact
 from mosectl.hypernetwork.file import Editor
 from mosectl.model.architecture import Architecture
 from mosectl.model.edit_site import Projection
-from mosectl.model.forward import hidden_at, input_device, keys_at
+from mosectl.model.forward import hidden_at, input_device
 from mosectl.model.loading import Loaded
 from mosectl.model.weights import set_weight, solve_device, weight_of
 from mosectl.patch.change import Change, change_between, changed, of_rotations
@@ -152,7 +152,7 @@ class Session:
             contexts = build_contexts(
                 self.loaded.model, self.loaded.tokenizer, [facts[i] for i in taken], prefixes,
                 [wordings[i] for i in taken], chat=self.options.chat, last=self.options.fact_token == LAST,
-            )  # fmt: skip
+            ).above(self.loaded.model, self.arch, self.projections[0].layer)  # fmt: skip
             before = dict(self.W)
             done = self._batch(contexts, clock, start, len(batch), len(facts))
             with clock("guard"):
@@ -371,7 +371,7 @@ class Session:
 
     def _keys(self, p: Projection, contexts: Contexts, rows: Tensor) -> Tensor:
         """Keys (p, rows) of some rows of the contexts at their subjects, float64."""
-        (k,) = keys_at(self.loaded.model, [p], contexts.batch.rows(rows), contexts.token[rows])
+        (k,) = contexts.keys(self.loaded.model, [p], rows)
         return k.to(self.W[p.name]).T
 
     def _problem(self, p: Projection, keep: float, columns: Columns) -> LayerProblem:

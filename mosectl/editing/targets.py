@@ -158,7 +158,7 @@ class _Optimiser:
         self.model, self.projections, self.c, self.options = model, projections, contexts, options
         self.going_on = None if going_on is None else going_on.to(contexts.fact.device)
         self.n = int(contexts.fact.max()) + 1
-        self.suffix = Suffix(model, arch, projections[0].layer, contexts.batch, contexts.token)
+        self.suffix = Suffix(model, arch, projections[0].layer, contexts.batch, contexts.token, contexts.below)
         # One parameter a fact: Adam skips those whose gradient is None, which is what leaving the batch means.
         self.deltas = [
             torch.zeros(len(projections), p.d, device=contexts.fact.device, requires_grad=True)
