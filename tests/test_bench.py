@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 import mosectl
 from mosectl.bench import runner
 from mosectl.bench.config import RunKind, cells, read_bench
-from mosectl.bench.report import svg_abilities, svg_norms, tables
+from mosectl.bench.pictures import svg_abilities, svg_norms
+from mosectl.bench.report import tables
 from mosectl.checkpoints.live import patched
 from mosectl.editing import methods
 from mosectl.errors import EditFailed, FactsError, MosectlError, UsageError
