@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from mosectl.bench.config import OTHERS, Bench, Cell
-from mosectl.bench.pictures import svg_abilities, svg_norms
+from mosectl.bench.pictures import svg_abilities, svg_frontier, svg_norms
 from mosectl.bench.runner import Record, records_of
 from mosectl.facts.groups import shown
 from mosectl.measure.bootstrap import over_seeds, paired_lead
-from mosectl.storage.atomic import write_bytes
+from mosectl.storage.atomic import output_errors, write_bytes
 from mosectl.text.markdown import inline, table
 from mosectl.text.table import Grid
 
@@ -31,10 +31,16 @@ _GROUPS = (
 
 
 def write_report(bench: Bench, wanted: Sequence[Cell], found: Mapping[str, Record], folder: Path) -> list[Path]:
-    """(Re)write tables.md, norms.svg and abilities.svg; returns what was written."""
+    """(Re)write tables.md, norms.svg, abilities.svg and, where data sets name groups, frontier.svg; returns these files."""
     records = records_of(wanted, found)
-    files = {"tables.md": markdown(bench, tables(wanted, found)), "norms.svg": svg_norms(records)}
-    files["abilities.svg"] = svg_abilities(records)
+    pictures = {"norms": svg_norms(records), "abilities": svg_abilities(records)}
+    if frontier := svg_frontier(records):
+        pictures["frontier"] = frontier
+    else:  # one of an earlier configuration would pass for this one's
+        with output_errors(folder / "frontier.svg"):
+            (folder / "frontier.svg").unlink(missing_ok=True)
+    files = {"tables.md": markdown(bench, tables(wanted, found), tuple(pictures))}
+    files |= {f"{name}.svg": text for name, text in pictures.items()}
     for name, text in files.items():
         write_bytes(folder / name, text.encode())
     return [folder / name for name in files]
@@ -165,8 +171,8 @@ def _summary(measures: Sequence[Any], form: Callable[[float], str], interval: bo
     return form(values[0]) + bounds
 
 
-def markdown(bench: Bench, grids: Sequence[Grid]) -> str:
-    """All tables, and how to read them."""
+def markdown(bench: Bench, grids: Sequence[Grid], pictures: Sequence[str] = ("norms", "abilities")) -> str:
+    """All tables, how to read them, and the pictures by these names."""
     several = len(bench.seeds) > 1
     named = any("harmonic mean of four" in c for grid in grids for c in grid.columns)
     lines = [
@@ -191,4 +197,6 @@ def markdown(bench: Bench, grids: Sequence[Grid]) -> str:
     ]
     for grid in grids:
         lines += ["", f"## {inline(grid.title)}", "", *table(grid.columns, grid.rows)]
-    return "\n".join([*lines, "", "![norms](norms.svg)", "", "![abilities](abilities.svg)", ""])
+    for name in pictures:
+        lines += ["", f"![{name}]({name}.svg)"]
+    return "\n".join([*lines, ""])
