@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 import mosectl
 from mosectl.bench import runner
 from mosectl.bench.config import RunKind, cells, read_bench
-from mosectl.bench.report import svg_abilities, svg_norms, tables
+from mosectl.bench.pictures import svg_abilities, svg_frontier, svg_norms
+from mosectl.bench.report import tables
 from mosectl.checkpoints.live import patched
 from mosectl.editing import methods
 from mosectl.errors import EditFailed, FactsError, MosectlError, UsageError
@@ -382,7 +383,8 @@ def test_damaged_records(tmp_path_factory: pytest.TempPathFactory, seed: int) ->
     chance, path = random.Random(seed), tmp_path_factory.getbasetemp() / "results.jsonl"
     dataset, how = SimpleNamespace(name="d"), RunKind(2, 1)
     wanted: Any = [SimpleNamespace(key=k, label=k, model="m", dataset=dataset, run=how) for k in "ab"]
-    records = [RECORD | {"key": k} for k in "ab"]
+    grouped = RECORD | {"known": SHARE, "groups": {"neighborhood": SHARE, "same_subject": SHARE}}
+    records = [grouped | {"key": k} for k in "ab"]
     path.write_text("\n".join(json.dumps(mutated(r, chance) if chance.random() < 0.8 else r) for r in records))
     if chance.random() < 0.2:
         path.write_bytes(flipped(path.read_bytes(), chance))
@@ -391,6 +393,7 @@ def test_damaged_records(tmp_path_factory: pytest.TempPathFactory, seed: int) ->
     records = runner.records_of(wanted, found)
     for draw in (svg_norms, svg_abilities):
         ET.fromstring(draw(records))
+    ET.fromstring(svg_frontier(records) or "<svg/>")
 
 
 def test_ctrl_c_loses_only_the_running_cell(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

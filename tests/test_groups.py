@@ -320,6 +320,7 @@ def test_an_older_patch_is_shown_as_before(capsys: pytest.CaptureFixture[str]) -
 
 def test_a_bench_has_columns_for_groups(tmp_path: Path) -> None:
     from mosectl.bench.config import cells, read_bench
+    from mosectl.bench.pictures import svg_frontier
     from mosectl.bench.report import markdown
     from mosectl.bench.runner import run_bench
 
@@ -335,6 +336,7 @@ def test_a_bench_has_columns_for_groups(tmp_path: Path) -> None:
     found = run_bench(bench, tmp_path / "out")
     (record,) = found.values()
     assert set(record["groups"]) == {"neighborhood", "same_subject"} and "known" in record
+    assert (svg_frontier([record]) or "").count("<title>") == 2, "a dot in both panels"
     reached = tables(cells(bench), found)[0]
     assert reached.columns[-5:] == (
         ">on known wordings (QA)", ">neighbours (QA)", ">same subject (QA)", ">harmonic mean of four", "note"

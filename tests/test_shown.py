@@ -22,6 +22,7 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 
+from mosectl.bench import pictures
 from mosectl.bench import report as bench_report
 from mosectl.checkpoints import apply, export
 from mosectl.errors import UsageError
@@ -311,7 +312,7 @@ def test_the_tables_of_a_bench(tmp_path: Path) -> None:
         tables = tables.replace(f"![{name}]({name}.svg)", "")
     check_card(f"---\ntags: []\n---\n{tables}")
     picture = (
-        charts.opening(10, text, bench_report._NAME_SPACE) + charts.text(0, 0, text + "\ufffe\x00", "start") + "</svg>"
+        charts.opening(10, text, pictures._NAME_SPACE) + charts.text(0, 0, text + "\ufffe\x00", "start") + "</svg>"
     )
     (inner,) = ElementTree.fromstring(picture)
     assert "\\x00" in str(inner.text) and "<b>b</b>" in str(inner.text)
