@@ -105,6 +105,9 @@ def test_only_who_lacks_wordings_is_written_about(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(paraphrases, "continuations", lambda *a, **_: rounds.append(len(a[2])) or [" or"] * len(a[2]))
     assert own_wordings(model, tokenizer, facts, [""] * 4, 2) == [()] * 4
     assert sum(rounds) == 3 * paraphrases.PATIENCE, "given up"
+    rounds.clear()
+    assert own_wordings(model, tokenizer, facts * 2, [""] * 8, 2) == [()] * 8
+    assert sum(rounds) == 6 * paraphrases.ROUND, "given up at once: of many subjects none had any"
 
 
 def test_wordings_are_rows_of_their_fact() -> None:

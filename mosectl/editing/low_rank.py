@@ -92,15 +92,16 @@ def nearest_turns(
     """
     L, R, gained = Compact(W[:, :0], W[:0, :0]), Compact(W.T[:, :0], W[:0, :0]), 0.0
     B, m, Z = W[:, :0], W[:0, :0], W.T[:, :0]  # L W R − W = B m Zᵀ
+    AZ, AG = Z, A.times(wanted.G)
     while True:
-        e, g = _missing(wanted, A, B, m, Z, _stage(R.rank, most))
+        e, g = _missing(wanted, A, B, m, Z, (AG, AZ), _stage(R.rank, most))
         if not e.shape[1]:
             return L, R, gained
         moved = W @ g + B @ (m @ (Z.T @ g))  # (d, k) what keys along g are turned away from
         writing = R.inverse.left(W.T @ gram.solve(L.inverse.left(e)))  # (p, k) keys that L W R writes e for
         U = widened(L.U, e, moved)[:, : _int(most, len(W))] if both else L.U
         V = widened(R.U, g, writing)[:, : _int(most, W.shape[1])]
-        small, B, Z, nothing = _projected(W, wanted, A, U, V)
+        small, B, Z, AZ, nothing = _projected(W, wanted, A, U, V)
         Q, P, left = small.solve(_embedded(L.Q, U.shape[1]), _embedded(R.Q, V.shape[1]))
         grown = V.shape[1] > R.rank
         L, R, before, gained = Compact(U, Q), Compact(V, P), gained, nothing - left
@@ -126,24 +127,33 @@ def _stage(rank: int, most: float) -> Callable[[Tensor], int]:
 
 
 def _missing(
-    wanted: Wanted, A: Metric, B: Tensor, m: Tensor, Z: Tensor, count: Callable[[Tensor], int]
-) -> tuple[Tensor, Tensor]:
+    wanted: Wanted, A: Metric, B: Tensor, m: Tensor, Z: Tensor, measured: tuple[Tensor, Tensor],
+    count: Callable[[Tensor], int],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Of E = Δ − B m Zᵀ the strongest pairs in the metric A: unit e (d, k) and g = Eᵀe (p, k).
 
     By subspace iteration with E A Eᵀ from a fixed random start.
+
+    Args:
+        measured: A G (p, n) of Δ's G, and A Z.
     """
+    AG, AZ = measured
 
     def transposed(Y: Tensor) -> Tensor:
         return wanted.left(Y) - Z @ (m.T @ (B.T @ Y))
+
+    def weighed(Y: Tensor) -> Tensor:  # A Eᵀ Y: A itself is large
+        found = AG @ (wanted.F.T @ Y) - AZ @ (m.T @ (B.T @ Y))
+        return found if wanted.M is None else found + A.times(wanted.M.T @ Y)
 
     d = len(B)
     n = min(d, PROBES if wanted.M is not None else min(PROBES, wanted.F.shape[1] + B.shape[1]))
     Y = torch.randn(d, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(B)
     for _ in range(POWERS):
-        T = A.times(transposed(Y))
+        T = weighed(Y)
         Y = torch.linalg.qr(wanted.right(T) - B @ (m @ (Z.T @ T)))[0]
     T = transposed(Y)
-    strength, vectors = torch.linalg.eigh(T.T @ A.times(T))
+    strength, vectors = torch.linalg.eigh(T.T @ weighed(Y))
     strength, vectors = strength.flip(0).clamp_min(0), vectors.flip(1)
     if not bool(strength[:1] > 0):
         return Y[:, :0], T[:, :0]
@@ -151,8 +161,10 @@ def _missing(
     return Y @ vectors[:, :k], T @ vectors[:, :k]
 
 
-def _projected(W: Tensor, wanted: Wanted, A: Metric, U: Tensor, V: Tensor) -> tuple[SmallTurns, Tensor, Tensor, float]:
-    """The problem for rotations of span(U) and span(V); B = [U, W V], Z = [WᵀU, V], and its square at the identities."""
+def _projected(
+    W: Tensor, wanted: Wanted, A: Metric, U: Tensor, V: Tensor
+) -> tuple[SmallTurns, Tensor, Tensor, Tensor, float]:
+    """The problem for rotations of span(U), span(V); B = [U, W V], Z = [WᵀU, V], A Z, and its square at the identities."""
     b, a = W @ V, W.T @ U
     B, Z = torch.cat([U, b], 1), torch.cat([a, V], 1)
     AZ = A.times(Z)
@@ -161,7 +173,7 @@ def _projected(W: Tensor, wanted: Wanted, A: Metric, U: Tensor, V: Tensor) -> tu
     r = U.shape[1]
     host = torch.device("cpu")  # hundreds of small products: a GPU would only wait
     parts = [x.to(host) for x in (left[:, :r], left[:, r:], right.T[:r], right.T[r:], U.T @ b, D)]
-    return SmallTurns(*parts), B, Z, float(D.square().sum())
+    return SmallTurns(*parts), B, Z, AZ, float(D.square().sum())
 
 
 def _inner(small: SmallTurns, L: Compact, R: Compact) -> Tensor:

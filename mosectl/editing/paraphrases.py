@@ -21,7 +21,8 @@ from mosectl.model.tokens import encode
 
 SAMPLES = 32  # texts written about a subject, at most
 ROUND = 8  # of them at a time: who has enough wordings gets no more
-PATIENCE = 16  # texts without a single wording after which a subject is given up
+PATIENCE = 16  # texts without a single wording after which a subject is given up,
+SELDOM = 5  # and after the first round already where not even one subject in so many has any: such texts seldom name it
 AT_ONCE = 16  # subjects
 TOKENS = 16  # each, at most
 LONGEST = 40  # characters of an old object: a longer one is a sentence, which no other wording would end in
@@ -59,7 +60,9 @@ def _sure(model: Any, tokenizer: Any, facts: Sequence[Fact], olds: Sequence[str]
     sure: list[list[str]] = [[] for _ in facts]
     tried: list[set[str]] = [set() for _ in facts]
     for done in range(0, SAMPLES, ROUND):
-        hopeful = [i for i, old in enumerate(olds) if 0 < len(old) <= LONGEST and (counted[i] or done < PATIENCE)]
+        seldom = 0 < done and SELDOM * sum(map(bool, sure)) < len(facts) >= SELDOM
+        patience = ROUND if seldom else PATIENCE
+        hopeful = [i for i, old in enumerate(olds) if 0 < len(old) <= LONGEST and (counted[i] or done < patience)]
         lacking = [i for i in hopeful if len(sure[i]) < most]
         if not lacking:
             break
