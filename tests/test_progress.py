@@ -73,7 +73,7 @@ def test_the_same_patch(
 
     def counted(run: Session, *a: Any) -> Any:
         batches.append(a[2])
-        failures.append(list(run.earlier.failures))
+        failures.append(list(run.layers.earlier.failures))
         return real(run, *a)
 
     monkeypatch.setattr(Session, "_batch", counted)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from mosectl.editing import second_moments as stats
 from mosectl.editing.contexts import build_contexts, rows_of
+from mosectl.editing.edited_layers import metric_of
 from mosectl.editing.second_moments import second_moments
-from mosectl.editing.session import _metric
 from mosectl.editing.targets import TargetOptions, Targets, _Optimiser, optimise_targets
 from mosectl.facts.corpus import read_corpus
 from mosectl.facts.records import fact_from_dict
@@ -208,9 +208,9 @@ def test_gradients_are_taken_over_a_share_of_the_corpus(tmp_path: Path, monkeypa
 
 
 def test_a_metric_without_gradients_is_finite() -> None:
-    assert bool(torch.isfinite(_metric(torch.zeros(4, 4, dtype=torch.float64))).all())
+    assert bool(torch.isfinite(metric_of(torch.zeros(4, 4, dtype=torch.float64))).all())
     G = torch.diag(torch.tensor([1.0, 3.0], dtype=torch.float64))
-    assert torch.allclose(_metric(G), torch.diag(1 / torch.tensor([1.2, 3.2])))
+    assert torch.allclose(metric_of(G), torch.diag(1 / torch.tensor([1.2, 3.2])))
 
 
 def test_nll_and_leads_of_answers_that_differ_in_length() -> None:

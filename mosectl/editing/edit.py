@@ -23,6 +23,7 @@ from mosectl.checkpoints.base import stored_patches
 from mosectl.checkpoints.journal import read_journal
 from mosectl.checkpoints.live import changes_on, note_chat
 from mosectl.editing.contexts import build_contexts
+from mosectl.editing.edited_layers import EditedLayers
 from mosectl.editing.guard import Health, canaries
 from mosectl.editing.layers import LAST, LayerScore, choose_layers, score_layers, settled, top_layers
 from mosectl.editing.methods import method
@@ -143,7 +144,7 @@ def edit(
         drifts = tuple(_stability(loaded, edited, done.changes))
         scored = compare(checked, done.before, after, done.wordings)
         felt = (shares(checked, done.before, after), moved(checked, done.before, after))
-        made = (edited, done.session, done.changes, results, scored, recorded(*felt), drifts)
+        made = (edited, done.session.layers, done.changes, results, scored, recorded(*felt), drifts)
         patch = _patch(loaded, ready.arch, *made, options, ready.corpus)
     told = (done.session.stopped, done.tokens, clock.seconds, (done.before, after), tuple(done.session.curve))
     return EditResult(patch, results, scored, drifts, done.scores, *told, solver.remedy, *felt)
@@ -224,13 +225,14 @@ def _computed(
                 )
         with clock("wordings") as step:
             wordings = _wordings(loaded, facts, before, options, step)
-        session = Session(loaded, turned, projections, moments, options, trained)
-        with session.restored():
+        layers = EditedLayers(model, turned, projections, moments, options, trained)
+        session = Session(loaded, layers)
+        with layers.restored():
             session.watch(canaries(loaded.tokenizer, ready.corpus.texts, ready.most))
             with made_by_the_edit():
                 losses = session.edit(facts, _prefixes(ready, options), wordings, clock, progress)
             with clock("solve"):
-                changes = {block_name(module): change for module, change in session.finish().items()}
+                changes = {block_name(module): change for module, change in layers.finish().items()}
     return _Done(session, changes, losses, before, wordings, tuple(scores), moments.tokens)
 
 
@@ -353,7 +355,7 @@ def _patch(
     loaded: Loaded,
     arch: Architecture,
     edited: Sequence[Projection],
-    run: Session,
+    layers: EditedLayers,
     changes: Mapping[str, Change],
     results: Sequence[FactResult],
     scores: Scores,
@@ -366,17 +368,17 @@ def _patch(
 
     journal = read_journal(loaded.checkpoint.folder) if loaded.checkpoint else None
     recorded = options.to_record()
-    recorded["solver"] = run.solver_options
+    recorded["solver"] = layers.solver_options
     recorded["layers"] = [p.layer for p in edited]
-    recorded["editor"] = run.editor.id if run.editor else None
+    recorded["editor"] = layers.editor.id if layers.editor else None
     recorded["corpus"] = {"name": corpus.name, "sha256": corpus.sha256}
     recorded["dtype"] = str(weights_of(loaded.model, edited[0])[0].dtype).removeprefix("torch.")
     for key in ("method", "seed"):  # these stand in the record itself
         del recorded[key]
     return Patch(
         changes=changes,
-        method=run.solver.name,
-        side=run.side,
+        method=layers.solver.name,
+        side=layers.side,
         options=recorded,
         model=loaded.checkpoint.model if loaded.checkpoint else _model_name(loaded.model),
         revision=loaded.checkpoint.revision if loaded.checkpoint else None,
@@ -386,7 +388,7 @@ def _patch(
         metrics={
             "scores": _rounded(asdict(scores)),
             "stability": [_rounded(asdict(s)) for s in drifts],
-            "compaction": _rounded({block_name(module): e for module, e in run.compaction.items()}),
+            "compaction": _rounded({block_name(module): e for module, e in layers.compaction.items()}),
             **{name: [_rounded(values) for values in found] for name, found in felt.items()},
         },
         seed=options.seed,
