@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from mosectl.checkpoints.inspection import Inspection
     from mosectl.checkpoints.live import Asked
     from mosectl.checkpoints.writer import ApplyReport
-    from mosectl.editing.edit import EditResult, FactResult
+    from mosectl.editing.edit import EditResult
+    from mosectl.editing.outcome import FactResult
     from mosectl.editing.plan import Diagnosis, Estimate
     from mosectl.editing.second_moments import Moments
     from mosectl.facts.records import FactsReport
