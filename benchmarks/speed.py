@@ -32,6 +32,7 @@ from mosectl.editing import targets
 from mosectl.editing.contexts import build_contexts
 from mosectl.editing.edit import edit
 from mosectl.editing.edited_layers import metric_of
+from mosectl.editing.layers import MARGINS, SUBJECT
 from mosectl.editing.options import default_options, options_from
 from mosectl.editing.second_moments import second_moments
 from mosectl.editing.targets import optimise_targets
@@ -168,7 +169,7 @@ def bench_targets(args: argparse.Namespace) -> Iterator[Row]:
     moments = second_moments(loaded.model, loaded.tokenizer, projections, corpus, max_tokens=4096, cache=False)
     metric = {p.name: metric_of(moments.G[p.name].double()) for p in projections}
     prefixes = ["", *(" ".join(t.split()[:6]) + ". " for t in corpus.texts[:2])]
-    options = replace(default_options().targets, steps=10)
+    options = replace(default_options().targets, steps=10, margin=MARGINS[SUBJECT])
 
     def run(group: int) -> tuple[float, str]:
         def work() -> str:

@@ -448,6 +448,8 @@ def test_a_deep_model_is_edited_high_at_the_prompts_last_token() -> None:
     assert token(30, "isospectral", "margin=5") == (LAST, 5.0)
     assert token(30, "isospectral", "fact_token=subject_last") == (SUBJECT, 6.0)
     assert token(4, "isospectral", "fact_token=last") == (LAST, 3.0)
+    with pytest.raises(AssertionError, match="depends on the token"):
+        assert TargetOptions().least_lead > 0
     assert token(30, "memit")[0] == token(30, "mose")[0] == SUBJECT, "as published"
     assert token(30, "isospectral", "optimizer=published")[0] == SUBJECT
     with pytest.raises(UsageError, match="fact_token=last: the published search"):

@@ -40,7 +40,8 @@ class Stage:
 
     def targets(self, metric: bool = True, **options: Any) -> Targets:
         inverse = {n: torch.linalg.inv(G) for n, G in self.G.items()} if metric else None
-        how = TargetOptions(**{"preserve_norm": 0, "kl_weight": 0.0, "decay": 0.0, "max_displacement": 1e6, **options})
+        usual = {"preserve_norm": 0, "kl_weight": 0.0, "decay": 0.0, "max_displacement": 1e6, "margin": 6.0}
+        how = TargetOptions(**{**usual, **options})
         return optimise_targets(self.model, self.arch, self.ps, self.contexts, how, metric=inverse)
 
     def shifts(self, found: Targets) -> list[Tensor]:
@@ -233,7 +234,7 @@ def test_nll_and_leads_of_answers_that_differ_in_length() -> None:
 def test_the_divergence_is_from_what_the_unedited_model_said_of_the_subject() -> None:
     stage = Stage(layers=1)
     c, p = stage.contexts, stage.ps[0]
-    made = _Optimiser(stage.model, stage.arch, [p], c, TargetOptions(preserve_norm=0), None)
+    made = _Optimiser(stage.model, stage.arch, [p], c, TargetOptions(preserve_norm=0, margin=6.0), None)
     every = torch.arange(len(c.fact))
     assert made._forward(every)[2].tolist() == pytest.approx([0.0, 0.0], abs=1e-6)
     for i, delta in enumerate(made.deltas):
