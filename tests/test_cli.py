@@ -240,7 +240,7 @@ BAD: dict[str, Case] = {
     "Windows line ends, a bad line": (lambda w, _: w.with_facts(LINE + b"\r\n{}\r\n"), 3, "facts.jsonl:2: 'prompt'"),
     "missing facts": (lambda w, _: ("check", w.folder / "none"), 3, "no such file"),
     "subject not in prompt": (lambda w, _: w.with_facts(LINE.replace(b"I met Tomas", b"I met Thomas")), 3, "did you mean"),
-    "Ctrl-C in edit": (ctrl_c_in_edit, 130, "interrupted"),
+    "Ctrl-C in edit": (ctrl_c_in_edit, 130, "interrupted: nothing half-written"),
     "Ctrl-C in apply": (ctrl_c_in_apply, 130, "interrupted"),
     "unknown option": (lambda w, _: w.edit("--frobnicate"), 2, "frobnicate"),
     "unknown method": (lambda w, _: w.edit("--method", "magic"), 2, "choose one of"),

@@ -23,6 +23,7 @@ from mosectl.cli.params import (
     file_option,
     named,
     not_thrown_away,
+    resumable,
 )
 
 if TYPE_CHECKING:
@@ -136,17 +137,13 @@ def _trained(
 
     texts, options, first = read_corpus(corpus), TrainOptions(**given), distributed.first()
     check(options, facts, how["validation"])
-    try:
-        with console.progress(quiet=not first) as on_step:
-            loaded = load(model, **where)
-            tell: dict[str, Any] = {"on_step": named("training", on_step)}
-            return train(
-                loaded, facts, options, texts, on_validation=terminal.validated if first else None, **tell, **how
-            )
-    except KeyboardInterrupt:
-        if how["state"].exists():
-            console.hint(f"{how['state']} holds the training up to its last validation: give --resume to go on")
-        raise
+    kept = resumable(
+        how["state"], "the training up to its last validation", "give --resume to go on", resume=how["resume"]
+    )
+    with kept, console.progress(quiet=not first) as on_step:
+        loaded = load(model, **where)
+        tell: dict[str, Any] = {"on_step": named("training", on_step)}
+        return train(loaded, facts, options, texts, on_validation=terminal.validated if first else None, **tell, **how)
 
 
 def _write(editor: Editor, places: dict[str, Place]) -> None:
