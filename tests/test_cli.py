@@ -486,8 +486,10 @@ def test_a_chat_model_asked_without_its_template_gets_a_hint(world: World, capsy
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
     tokenizer.save_pretrained(world.model)
-    for command in (("ask", "I met", "-m", world.model, "--json"), world.edit("--overwrite", "--json")):
+    commands = {"asked": ("ask", "I met", "-m", world.model, "--json"), "edited": world.edit("--overwrite", "--json")}
+    for done, command in commands.items():
         assert run(*command) == 0
         out, err = capsys.readouterr()
         assert json.loads(out) and err.count("--chat") == 1
+        assert f"note: {done} without the tokenizer's chat template, as plain text: give --chat" in err
         assert run(*command, "--chat") in (0, 8) and "--chat" not in capsys.readouterr().err

@@ -110,7 +110,7 @@ def edit(
             source if isinstance(source, Loaded) else Loaded(source, tokenizer, None), checked, options, on_error
         )
         if isinstance(model, str | Path):
-            note_chat(ready.loaded.tokenizer, options.chat)
+            note_chat(ready.loaded.tokenizer, options.chat, "edited")
     loaded, checked = ready.loaded, ready.facts
     options = settled(options, len(ready.arch.projections))
     done = _computed(ready, options, trained, clock, progress, refuse)
