@@ -7,12 +7,14 @@ import errno
 import io
 import json
 import os
+import re
 import signal
 import struct
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,7 @@ from mosectl.patch.file import Patch
 from mosectl.render import console
 from mosectl.storage import atomic, places
 from support.commands import EASY, TWO_PROCESSES, World, run
+from support.editors import rows
 from support.facts import FACT
 from support.models import make_tokenizer, pico, save
 from support.patches import hashes, patch_for
@@ -415,6 +418,25 @@ def test_progress_on_a_pipe_is_told_once_a_minute(
         for done in range(5):
             step("targets", done, 10)
     assert capsys.readouterr().err.splitlines() == ["targets …", "targets 2/10", "targets 4/10"]
+
+
+@pytest.mark.parametrize("command", ["stats", "sample", "train-editor"])
+def test_work_on_a_pipe_is_told_of_from_its_beginning(
+    command: str, world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A phase's line comes before its first step, whose count is told where it took a minute."""
+    clock = count(0.0, 61.0)
+    monkeypatch.setattr("mosectl.render.console.time.monotonic", lambda: next(clock))
+    world.facts.write_text(rows(9))
+    given = {
+        "stats": (),
+        "sample": ("-o", world.folder / "t.txt", "--samples", 2, "--tokens", 2),
+        "train-editor": (world.facts, "-o", world.folder / "e", "--rank", 2, "--steps", 2, "--batch-size", 3),
+    }[command]
+    assert run(command, *given, "--model", world.model) == 0
+    told = capsys.readouterr().err.splitlines()
+    phase = {"stats": "statistics", "sample": "sample", "train-editor": "training"}[command]
+    assert told[:2] == ["load …", f"{phase} …"] and re.fullmatch(rf"{phase} \d+/\d+", told[2]), told
 
 
 def test_a_model_writes_text_for_its_own_statistics(tmp_path: Path) -> None:
