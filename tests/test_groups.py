@@ -13,7 +13,9 @@ import torch
 import mosectl
 from mosectl.bench.report import tables
 from mosectl.checkpoints.live import patched
-from mosectl.errors import NotFinite, PatchError
+from mosectl.editing.layers import settled
+from mosectl.editing.options import options_from
+from mosectl.errors import NotFinite, PatchError, UsageError
 from mosectl.facts.records import Fact, Probe, fact_from_dict
 from mosectl.measure import groups, next_tokens, qa
 from mosectl.measure.answers import FactAnswer, Interview, interview
@@ -22,7 +24,7 @@ from mosectl.measure.groups import KNOWN, Part, Share, parts, tallies, unedited_
 from mosectl.measure.own_probes import MOST_FACTS, own_probes, spread
 from mosectl.measure.protocols import Answers
 from mosectl.patch.file import Patch
-from mosectl.render.scores import disturbed
+from mosectl.render.scores import disturbed, token_of
 from support.commands import EASY, run
 from support.evaluations import FACTS, World
 from support.facts import CORPUS, few
@@ -369,3 +371,17 @@ def test_what_was_disturbed_is_said() -> None:
     assert "--set fact_token=last" in told(other, at="subject_last") and told(low, at="").endswith(
         "facts may spare more"
     )
+
+
+def test_no_other_token_is_proposed_where_options_refuse_it() -> None:
+    def proposed(*settings: str, method: str = "isospectral") -> str:
+        record = settled(options_from(settings, method=method), 4).to_record()
+        lost = Share("locality", "same_subject", False, 3, 0.1, 0.1)
+        return disturbed([lost], token_of(method, record), "fewer facts")
+
+    assert "--set fact_token=last" in proposed() and "--set fact_token=last" in proposed("optimizer=adam")
+    assert options_from(["optimizer=adam", "fact_token=last"])
+    assert proposed("optimizer=published").endswith(": fewer facts may spare more")
+    with pytest.raises(UsageError, match="the published search"):
+        options_from(["optimizer=published", "fact_token=last"])
+    assert proposed(method="memit").endswith(": fewer facts may spare more")

@@ -42,6 +42,7 @@ from mosectl.model.forward import (
 from mosectl.model.memory import fitting, halving
 from mosectl.model.positions import window
 from mosectl.model.weights import solve_device, turns, weight_of
+from mosectl.storage.progress import Clock, OnStep
 
 MAX_LENGTH = 512  # tokens a text: statistics do not need long contexts, and memory grows with them
 BEGINNING = 100_000  # characters of a text that may hold the few tokens that are read of it
@@ -127,21 +128,24 @@ def prepare(
     revision: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
-    on_step: Callable[[int, int], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> Moments:
     """Load a model and fill the cache for some layers; under ``accelerate launch`` each process takes its own GPU.
 
+    Args:
+        on_step: called with (phase, done, total) as the work goes on.
     Raises:
         ModelError, HubError, UsageError.
     """
     from mosectl.model.loading import load
 
-    texts = read_corpus(corpus)
-    loaded = load(model, revision=revision, device=processes.process_device(device), dtype=dtype)
-    with turns(loaded.model, resolve(loaded.model)) as arch:
+    texts, clock = read_corpus(corpus), Clock(on_step)
+    with clock("load"):
+        loaded = load(model, revision=revision, device=processes.process_device(device), dtype=dtype)
+    with turns(loaded.model, resolve(loaded.model)) as arch, clock("statistics") as step:
         chosen = parse_layers(layers, len(arch.projections), every="all")
         wanted = [p for p in arch.projections if chosen is None or p.layer in chosen]
-        return second_moments(loaded.model, loaded.tokenizer, wanted, texts, strict=True, on_step=on_step)
+        return second_moments(loaded.model, loaded.tokenizer, wanted, texts, strict=True, on_step=step)
 
 
 def _accumulate(
