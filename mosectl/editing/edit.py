@@ -28,7 +28,7 @@ from mosectl.editing.outcome import FactResult, fact_results, metrics_of, patch_
 from mosectl.editing.paraphrases import own_wordings
 from mosectl.editing.published import written_prefixes
 from mosectl.editing.resume import Progress
-from mosectl.editing.second_moments import Moments, second_moments
+from mosectl.editing.second_moments import Moments, enough_for, second_moments
 from mosectl.editing.session import Session
 from mosectl.errors import EditFailed, ModelError, NotFinite, UsageError
 from mosectl.facts.corpus import Corpus, read_corpus
@@ -204,8 +204,9 @@ def _computed(
             if method(options.method).needs_moments(options.form):
                 folder = loaded.checkpoint.folder if loaded.checkpoint else None
                 moments = second_moments(
-                    model, loaded.tokenizer, projections, ready.corpus, folder=folder, on_step=step
-                )
+                    model, loaded.tokenizer, projections, ready.corpus,
+                    enough=enough_for(options.published), folder=folder, on_step=step,
+                )  # fmt: skip
         with clock("wordings") as step:
             wordings = _wordings(loaded, facts, before, options, step)
         layers = EditedLayers(model, turned, projections, moments, options, trained)

@@ -20,9 +20,9 @@ from mosectl.editing.moments_cache import known_hash, path_of
 from mosectl.editing.options import EditOptions, trained_editor
 from mosectl.editing.pace import Pace, pace
 from mosectl.editing.paraphrases import ROUND, TOKENS
-from mosectl.editing.second_moments import BATCH_TOKENS, BLOCK, cache_key, gradient_tokens
+from mosectl.editing.second_moments import BATCH_TOKENS, BLOCK, cache_key, enough_for, gradient_tokens
 from mosectl.errors import ModelError, MosectlError
-from mosectl.facts.corpus import read_corpus
+from mosectl.facts.corpus import MAX_TOKENS, read_corpus
 from mosectl.facts.records import Fact
 from mosectl.linalg.metric import EXACT
 from mosectl.measure.next_tokens import TEXTS, WORDS
@@ -123,8 +123,10 @@ def estimate(
 def _known(folder: Path, arch: Architecture, layers: Sequence[int], options: EditOptions) -> bool:
     """Are the statistics of these layers kept from an earlier edit?"""
     weights = known_hash(folder)
-    key = cache_key(weights, read_corpus(options.corpus).sha256) if weights else ""
-    return bool(key) and all(path_of(key, p.name).exists() for p in arch.projections if p.layer in layers)
+    if not weights:
+        return False
+    key = cache_key(weights, read_corpus(options.corpus).sha256, enough=enough_for(options.published))
+    return all(path_of(key, p.name).exists() for p in arch.projections if p.layer in layers)
 
 
 def patch_bytes(model: str | Path, facts: Sequence[Fact], options: EditOptions, *, revision: str | None = None) -> int:
@@ -275,7 +277,8 @@ class _Work:
         speed, o, (d, p) = self.pace, self.options, (self.projection.d, self.projection.p)
         below, above = max(self.layers) + 1, self.depth - min(self.layers)
         batches = -(-self.facts // (o.batch_size or max(1, self.facts)))
-        corpus = min(BLOCK, sum(len(t) for t in read_corpus(o.corpus).texts) / 4)
+        corpus = min(MAX_TOKENS, sum(len(t) for t in read_corpus(o.corpus).texts) / 4)
+        corpus = corpus if o.published else min(BLOCK, corpus)
         asked = min(corpus, gradient_tokens(d))
         product = speed.forward / self.per_layer  # of one operation in the model's type, two of them a weight
         statistics = corpus * (below * speed.forward + len(self.layers) * p * p * product) + asked * (
