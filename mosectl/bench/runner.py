@@ -49,6 +49,7 @@ from mosectl.text.jsonable import jsonable
 
 RESULTS = "results.jsonl"
 TOKENS = 12  # of an answer about other facts, at most
+TEXT_BOUND = 0.25  # nats a token; looser than an evaluation's: reading text shall not take longer than the edit
 MAX_RESULTS = 1_000_000_000  # bytes; a cell of thousands of edits one by one may have two million
 BREAKDOWNS = (EditFailed, torch.linalg.LinAlgError)  # type: ignore[attr-defined]  # a collapsed weight may not decompose
 Record = dict[str, Any]  # one cell as results.jsonl has it
@@ -171,7 +172,7 @@ class _Asked:
         return [answer(t) for t in texts]
 
     def text(self, like: TextLoss | None = None) -> TextLoss:
-        return text_loss(self.loaded.model, self.loaded.tokenizer, self.texts, like=like)
+        return text_loss(self.loaded.model, self.loaded.tokenizer, self.texts, bound=TEXT_BOUND, like=like)
 
     def before(self, key: Any, ask: Callable[[], Any]) -> Any:
         if key not in self._kept:
