@@ -21,14 +21,14 @@ from mosectl.checkpoints.live import changes_on, note_chat
 from mosectl.editing.contexts import build_contexts
 from mosectl.editing.edited_layers import EditedLayers
 from mosectl.editing.guard import Health, canaries
-from mosectl.editing.layers import LAST, LayerScore, choose_layers, score_layers, settled, top_layers
+from mosectl.editing.layers import LAST, LayerScore, choose_layers, enough, score_layers, settled, top_layers
 from mosectl.editing.methods import method
 from mosectl.editing.options import EditOptions, trained_editor
 from mosectl.editing.outcome import FactResult, fact_results, metrics_of, patch_of
 from mosectl.editing.paraphrases import own_wordings
 from mosectl.editing.published import written_prefixes
 from mosectl.editing.resume import Progress
-from mosectl.editing.second_moments import Moments, enough_for, second_moments
+from mosectl.editing.second_moments import Moments, second_moments
 from mosectl.editing.session import Session
 from mosectl.errors import EditFailed, ModelError, NotFinite, UsageError
 from mosectl.facts.corpus import Corpus, read_corpus
@@ -205,7 +205,7 @@ def _computed(
                 folder = loaded.checkpoint.folder if loaded.checkpoint else None
                 moments = second_moments(
                     model, loaded.tokenizer, projections, ready.corpus,
-                    enough=enough_for(options.published), folder=folder, on_step=step,
+                    enough=enough(options), folder=folder, on_step=step,
                 )  # fmt: skip
         with clock("wordings") as step:
             wordings = _wordings(loaded, facts, before, options, step)

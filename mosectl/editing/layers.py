@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mosectl.editing.options import EditOptions
+from mosectl.editing.second_moments import ALL, HIGH, LOW
 from mosectl.model.architecture import Architecture, parse_layers
 from mosectl.model.edit_site import Projection
 from mosectl.model.forward import Batch, ffn_output, run_until_stopped
@@ -91,6 +92,13 @@ def settled(options: EditOptions, n: int) -> EditOptions:
         token = LAST if high else SUBJECT
     margin = MARGINS[token] if options.targets.margin is None else options.targets.margin
     return replace(options, fact_token=token, targets=replace(options.targets, margin=margin))
+
+
+def enough(options: EditOptions) -> float:
+    """The relative error of the second moments C that an edit with settled options can live with; a published method is
+    given all of the text, as its own code is.
+    """
+    return ALL if options.published else HIGH if options.fact_token == LAST else LOW
 
 
 def top_layers(n: int) -> tuple[int, ...]:

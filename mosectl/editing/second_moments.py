@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mosectl.editing.moments_cache import cached, check_writable, keep, remember_hash
+from mosectl.editing.moments_cache import Entry, cached, check_writable, keep, remember_hash
 from mosectl.facts.corpus import MAX_TOKENS, Corpus, read_corpus
 from mosectl.model import distributed as processes
 from mosectl.model.architecture import parse_layers, resolve
@@ -53,7 +53,8 @@ BLOCK = 4096  # tokens of texts taken at random, in which those of like length t
 PER_DIRECTION = 2  # tokens for each of G's d directions, and
 LEAST = 1536  # tokens at least: a small model's cost little
 ASKED = 1  # one in so many of these tokens has its logits asked; which ones is drawn anew in each text
-ENOUGH = 0.3  # relative error of C at which no more text is read
+# Relative errors of C at which no more text is read: never; low in the model; high in it, where less hangs on C (LOG.md).
+ALL, LOW, HIGH = LEVELS = (0.0, 0.1, 0.3)
 SKETCH = 64  # directions in which that error is judged
 
 
@@ -78,7 +79,7 @@ def second_moments(
     batch_tokens: int = BATCH_TOKENS,
     cache: bool = True,
     strict: bool = False,  # raise OutputError where the cache cannot be written
-    enough: float = ENOUGH,
+    enough: float = LOW,
     folder: Path | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Moments:
@@ -91,7 +92,8 @@ def second_moments(
 
     Args:
         folder: the checkpoint's, so that a plan can tell later whether statistics are kept.
-        enough: ‖C_A − C_B‖_F / 2‖C‖_F at which to stop, seen in SKETCH random directions; 0 = read everything.
+        enough: ‖C_A − C_B‖_F / 2‖C‖_F at which to stop, seen in SKETCH random directions; 0 = read everything. Statistics
+            that are kept and better serve as well.
     Raises:
         NotFinite: the model's numbers are not.
     """
@@ -99,7 +101,7 @@ def second_moments(
     key = cache_key(weights, corpus.sha256, max_tokens, enough) if cache else ""
     if folder is not None and weights and processes.first():
         remember_hash(folder, weights)
-    if cache and (found := cached(key, projections)):
+    if cache and (found := _kept(weights, corpus.sha256, projections, max_tokens, enough)):
         C, G = ({name: entry[part] for name, entry in found.items()} for part in "CG")
         error = max(float(entry["error"]) for entry in found.values())
         return Moments(C, G, int(next(iter(found.values()))["tokens"]), True, error)
@@ -115,14 +117,21 @@ def second_moments(
     return Moments(C, G, tokens, False, error)
 
 
-def enough_for(published: bool) -> float:
-    """The relative error of C at which no more text is read; a published method reads all there is, as its own code does."""
-    return 0.0 if published else ENOUGH
-
-
-def cache_key(weights: str, corpus: str, max_tokens: int = MAX_TOKENS, enough: float = ENOUGH) -> str:
+def cache_key(weights: str, corpus: str, max_tokens: int = MAX_TOKENS, enough: float = LOW) -> str:
     """What statistics are kept under: hashes of weights and corpus, how much is read, and by which rules."""
     return f"{weights}-{corpus[:16]}-{max_tokens}-{enough:g}-{BLOCK}-{PER_DIRECTION}-{LEAST}-{ASKED}"
+
+
+def serving(enough: float) -> list[float]:
+    """The levels of error whose statistics serve where ``enough`` is asked, the best first."""
+    return [*(level for level in LEVELS if level < enough), enough]
+
+
+def _kept(
+    weights: str, corpus: str, projections: Sequence[Projection], max_tokens: int, enough: float
+) -> dict[str, Entry] | None:
+    keys = (cache_key(weights, corpus, max_tokens, level) for level in serving(enough))
+    return next((found for key in keys if (found := cached(key, projections))), None)
 
 
 def prepare(
