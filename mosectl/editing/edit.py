@@ -207,7 +207,7 @@ def _computed(
     loaded, facts, model = ready.loaded, ready.facts, ready.loaded.model
     with clock("ask before") as step:
         before = interview(model, loaded.tokenizer, facts, on_step=step, **_asked(ready, options))
-    if refuse and all(says(a.text, f.target_new) for a, f in zip(before.answers, facts, strict=True)):
+    if refuse and all(says(a.text, *f.targets) for a, f in zip(before.answers, facts, strict=True)):
         what = "nothing changed: the model already says every new target"
         raise EditFailed(what, fix="no patch is needed")
     with turns(model, ready.arch) as turned:
@@ -317,10 +317,10 @@ def _results(
             status, loss = "not edited", math.nan
         elif not math.isfinite(loss):
             status = "not finite"
-        elif not says(new.text, fact.target_new):
+        elif not says(new.text, *fact.targets):
             status = "not reached"
         else:
-            status = "already known" if says(old.text, fact.target_new) else "changed"
+            status = "already known" if says(old.text, *fact.targets) else "changed"
         p = old.probability, new.probability
         out.append(FactResult(fact, answer(old.text), answer(new.text), *p, status, loss, own))
     return tuple(out)
@@ -427,6 +427,7 @@ def _patch_fact(r: FactResult) -> PatchFact:
         status=r.status,
         wordings=r.wordings,
         space_before_target=r.fact.space_before_target,
+        target_aliases=r.fact.target_aliases,
     )
 
 
