@@ -368,6 +368,10 @@ def test_ripple_edits_read_off_what_is_not_told(tmp_path: Path) -> None:
     ) as e:
         first(ripple(prompt=sentence, target_id="Q99"))
     assert 'add "target_new": "…" to \'edit\'' in e.value.fix
+    birth = ripple()
+    query = {"prompt": "The place of birth of Lower Quill is", "relation": "PLACE_OF_BIRTH", "subject_id": "Q1"}
+    birth[0]["Relation_Specifity"][0]["test_queries"] = [query]
+    assert first(birth).subject == "Lower Quill", "of the words that both share, without 'of' and 'is'"
     nameless = [{**ripple()[0], "Relation_Specifity": []}]
     with pytest.raises(FactsError, match=r"'edit.subject' is missing") as e:
         first(nameless)
