@@ -13,12 +13,12 @@ from mosectl.checkpoints import conflicts
 from mosectl.errors import EditFailed, PatchError
 from mosectl.facts.records import Fact, Probe
 from mosectl.measure import qa
-from mosectl.measure.answers import interview, same_answer
+from mosectl.measure.answers import interview, same_answer, talk
 from mosectl.measure.own_probes import counts, own_probes
 from mosectl.measure.protocols import PROTOCOLS, Answers
 from mosectl.model.generation import says
 from mosectl.model.questions import generate
-from mosectl.model.scoring import paired
+from mosectl.model.scoring import encode_pairs, paired, score
 from mosectl.patch.file import Patch
 from support.facts import CORPUS, few
 from support.models import make_tokenizer, pico, save
@@ -82,6 +82,10 @@ def test_answers_are_as_long_as_the_longest_name_asks() -> None:
         model, tokenizer, [replace(fact, prompt="Who", subject="Who", target_aliases=(), locality=(hop,))]
     )
     assert " ".join(local.local[0][0].split()).startswith(long)
+    bare = replace(fact, prompt="Who", subject="Who", target_aliases=())
+    scores = score(model, encode_pairs(tokenizer, [paired(bare, "Who", "x")]))
+    heard = talk(model, tokenizer, [bare], [[hop]], scores, long=False).portable[0][0]
+    assert " ".join(heard.split()).startswith(long)
 
 
 def test_a_model_that_says_an_alias_knows_the_fact(tmp_path: Path) -> None:

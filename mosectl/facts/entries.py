@@ -34,14 +34,9 @@ class Entry:
     """
 
     def __init__(self, part: Part, shape: Shape, where: str, chosen: Chosen) -> None:
-        self.where, self.shape, self.chosen, self.given, self.paths = (
-            where,
-            shape,
-            chosen,
-            dict(part.given),
-            dict(part.called),
-        )
-        self.names, self.asked = names_of(shape, chosen), part.asked
+        self.where, self.shape, self.chosen, self.asked = where, shape, chosen, part.asked
+        self.given, self.paths = dict(part.given), dict(part.called)
+        self.names = names_of(shape, chosen)
         self.room = 20 * MAX_LINE  # characters of all prompts
         self.unknown: dict[str, None] = {}
         self.notes: list[tuple[str, str]] = []
@@ -75,10 +70,8 @@ class Entry:
 
     def origins(self) -> str:
         """Which fields of the file are read for ours, where they are called otherwise."""
-        fields = (
-            *REQUIRED,
-            *(f for f in ("ground_truth", "rephrase_prompts") if not empty(self.given.get(self._first(f)))),
-        )
+        filled = (f for f in ("ground_truth", "rephrase_prompts") if not empty(self.given.get(self._first(f))))
+        fields = (*REQUIRED, *filled)
         return ", ".join(f"{field} from {name}" for field in fields if (name := self.name(field)) != f"'{field}'")
 
     def filled(self, field: str) -> dict[str, Any]:
@@ -89,10 +82,8 @@ class Entry:
 
     def _compare(self, found: Mapping[str, Any], all_used: bool = False, of: str = "") -> None:
         first, *others = found or [""]
-        for other in others:
-            if other not in self.shape.guesses and sorted(map(str, _leaves(found[first]))) != sorted(
-                map(str, _leaves(found[other]))
-            ):
+        for other in (o for o in others if o not in self.shape.guesses):
+            if sorted(map(str, _leaves(found[first]))) != sorted(map(str, _leaves(found[other]))):
                 used = "all of it is used" if all_used else f"'{first}' is used"
                 self.notes.append((f"'{first}' and '{other}'{of} differ", used))
 

@@ -67,6 +67,7 @@ class Option:
 
     default: float
     help: str
+    whole: bool = False  # only whole numbers make sense
 
 
 @dataclass(frozen=True)
