@@ -54,12 +54,15 @@ def test_easyedit_shape(tmp_path: Path) -> None:
         **GOOD,
         "portability": {"Reasoning": [{"prompt": "a is", "ground_truth": [["x"], ["y"]]}], "Other": None},
     }
-    assert one(tmp_path, grouped).portability == (Probe("a is", "x", "Reasoning"),)
+    assert one(tmp_path, grouped).portability == (Probe("a is", "x", "Reasoning", ("y",)),)
     alternatives = {**GOOD, "locality_prompt": "a", "locality_ground_truth": ["x", "y"], "ground_truth": ["Quill", "Q"]}
     fact = one(tmp_path, alternatives)
-    assert fact.locality == (Probe("a", "x"),) and fact.ground_truth == "Quill"
+    assert fact.locality == (Probe("a", "x", "", ("y",)),) and fact.ground_truth == "Quill"
     nested = {**GOOD, "locality": {"neighborhood": {"prompt": ["a is", "b is"], "ground_truth": ["x", ["y", "z"]]}}}
-    assert one(tmp_path, nested).locality == (Probe("a is", "x", "neighborhood"), Probe("b is", "y", "neighborhood"))
+    assert one(tmp_path, nested).locality == (
+        Probe("a is", "x", "neighborhood"),
+        Probe("b is", "y", "neighborhood", ("z",)),
+    )
 
 
 def test_probes_keep_their_groups(tmp_path: Path) -> None:

@@ -9,7 +9,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mosectl.cli.params import FACTS, Chat, Device, Dtype, Force, Json, Limit, OnError, Revision, claimed, file_option
+from mosectl.cli.params import (
+    FACTS,
+    Chat,
+    Device,
+    Dtype,
+    Force,
+    Json,
+    Limit,
+    OnError,
+    Read,
+    Revision,
+    claimed,
+    file_option,
+)
 from mosectl.errors import UsageError
 
 if TYPE_CHECKING:
@@ -85,16 +98,18 @@ def evaluate(
     dtype: Dtype = "auto",
     batch_size: BatchSize = None,
     limit: Limit = None,
+    read: Read = None,
     on_error: OnError = "fail",
     chat: Chat = False,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Measure an edit: reliability, generalization, locality, portability, fluency, perplexity, retention, abilities."""
+    from mosectl.facts.choices import choices
     from mosectl.facts.records import read_facts
     from mosectl.render import console, terminal
 
-    checked = read_facts(facts, on_error, limit)
+    checked = read_facts(facts, on_error, limit, choices(read or ()))
     terminal.problems(checked)
     files = {name: path for name, path in (("--csv", csv), ("--png", png), ("--html", html)) if path is not None}
     how = {

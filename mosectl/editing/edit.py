@@ -191,7 +191,7 @@ def _computed(
     loaded, facts, model = ready.loaded, ready.facts, ready.loaded.model
     with clock("ask before") as step:
         before = interview(model, loaded.tokenizer, facts, on_step=step, **_asked(ready, options))
-    if refuse and all(says(a.text, f.target_new) for a, f in zip(before.answers, facts, strict=True)):
+    if refuse and all(says(a.text, *f.targets) for a, f in zip(before.answers, facts, strict=True)):
         what = "nothing changed: the model already says every new target"
         raise EditFailed(what, fix="no patch is needed")
     with turns(model, ready.arch) as turned:

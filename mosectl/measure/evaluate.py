@@ -352,7 +352,7 @@ def _rows(
             after=answer(after.facts[i].said),
             probability_before=before.probabilities[i] if before else None,
             probability_after=after.probabilities[i],
-            holds=says(after.facts[i].said, fact.target_new),
+            holds=says(after.facts[i].said, *fact.targets),
             held_right_after=held(record) if record else None,
             shares={f"{p}.{m}": share(judged[f"{p}.{m}"][i]) for p in protocols for m in METRICS},
         )

@@ -71,7 +71,9 @@ def _named(facts: Sequence[Fact], field: str) -> list[str]:
 
 
 def wording(fact: Fact) -> str:
-    """A fact's prompt without its subject: facts of one relation often share it."""
+    """A fact's prompt without its subject: facts of one relation often share it. A prompt that is all subject stays."""
+    if fact.subject == fact.prompt:
+        return fact.prompt
     return " ".join(fact.prompt.replace(fact.subject, "{}").split())
 
 
@@ -127,8 +129,7 @@ def _narrowed(part: Part, fact: Fact, now: Answers, before: Answers | None) -> A
     field, said = ("locality", "local") if part.metric == "locality" else ("portability", "portable")
     probes = getattr(fact, field)
     if field == "portability":
-        probes = tuple(p for p in probes if p.answer)  # as portable_probes
-        assert len(probes) == len(portable_probes(fact))
+        probes = tuple(portable_probes(fact))
     which = [i for i, p in enumerate(probes) if p.group == part.group]
     return _picked(fact, now, before, field, probes, said, which)
 

@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 
 
 def problems(found: FactsReport) -> None:
-    """What is wrong in a facts file that is used all the same."""
+    """What is wrong in a facts file that is used all the same, and what is read in it for what."""
+    for shape in found.shapes:
+        hint(shape)
     for p in found.problems:
         hint(f"{p.where}: {p.what} ({'left out' if p.severity == 'error' else p.fix})")
 
@@ -135,6 +137,8 @@ def check(report: FactsReport, views: Sequence[TokenView] | None) -> None:
                 for f, v in zip(report.facts, views, strict=True)
             ],
         )
+    for shape in report.shapes:
+        line(shape)
     rephrasings = sum(len(f.rephrase_prompts) for f in report.facts)
     locality = sum(len(f.locality) for f in report.facts)
     usable = f"{counted(len(report.facts), 'fact')} usable, {report.skipped} not"
