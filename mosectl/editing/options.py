@@ -50,7 +50,7 @@ class EditOptions:
 
     @property
     def published(self) -> bool:
-        """Values are found as ROME's and MEMIT's own code finds them."""
+        """As in a method's own code: its layers, its way to values (ROME's and MEMIT's search), its update whatever it brings."""
         return self.targets.optimizer == "published"
 
     def to_record(self) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from mosectl.editing.layers import LAST
 from mosectl.editing.low_rank import compact_change
 from mosectl.editing.methods import method
 from mosectl.editing.methods.base import (
-    NONE,
     PER_LAYER,
     SPREAD,
     Columns,
@@ -89,6 +88,8 @@ class Session:
         self.W0 = {p.name: p.oriented(self.stored[p.name]).double() for p in projections}  # (d, p)
         self.W = {name: W0.to(place) for name, W0 in self.W0.items()}
         self.C = dict(moments.C)  # (p, p) float32
+        self.text = moments if isinstance(self.solver, Trainer) else None  # a solver's are given up as it goes
+        self.carried: dict[str, Tensor] = {}  # what the method carries from batch to batch
         # By module path, where compact rotations are sought from the start.
         compact = seeks_compact(self.solver, options.form, max(len(W0) for W0 in self.W0.values()))
         self.turns = {name: LayerTurns(name, W0.to(place)) for name, W0 in self.W0.items()} if compact else {}
@@ -135,13 +136,13 @@ class Session:
         Raises:
             EditFailed: the very first batch did harm.
         """
-        alone = self.published and self.solver.published.one_by_one
-        size = self.options.batch_size or (1 if alone else len(facts))
+        usual = self.solver.published.batch if self.options.published else 0
+        size = self.options.batch_size or usual or len(facts)
         # Hashed once, and where there is something to keep or to go on with: statistics of large models take seconds.
         kept = progress if progress and (progress.resume or size < len(facts)) else None
         ours = self.identity(facts) if kept else {}
         shapes = {name: (W.shape[0], W.shape[1]) for name, W in self.W.items()}
-        begun = kept.load(ours, shapes, len(facts)) if kept else None
+        begun = kept.load(ours, shapes, len(facts), self.solver.carries(shapes)) if kept else None
         losses = self.take(begun) if begun else []
         for start in range(len(losses), len(facts), size):
             batch = facts[start : start + size]
@@ -201,7 +202,8 @@ class Session:
         earlier = self.earlier
         assert earlier.contexts is not None
         turns = {name: turns.tensors() for name, turns in self.turns.items()}
-        return State(dict(self.W), turns, earlier.contexts, dict(earlier.values), earlier.failures, self.curve, losses)
+        values, carried = dict(earlier.values), dict(self.carried)
+        return State(dict(self.W), turns, earlier.contexts, values, earlier.failures, self.curve, losses, carried)
 
     def take(self, state: State) -> list[float]:
         """Go on from a state; returns the losses of the facts it has edited."""
@@ -213,6 +215,8 @@ class Session:
         values = {name: V.to(self.W[name]) for name, V in state.values.items()}
         self.earlier.take(state.contexts.to(input_device(self.loaded.model)), values, state.failures)
         self.curve = list(state.curve)
+        place = self.W[self.projections[0].name].device
+        self.carried = {name: x.to(place) for name, x in state.carried.items()}
         return list(state.losses)
 
     def _batch(self, contexts: Contexts, clock: Clock, first: int, n: int, total: int) -> Targets:
@@ -225,12 +229,13 @@ class Session:
         urgency = torch.ones(int(contexts.fact.max()) + 1, dtype=torch.float64)  # (facts,) weight of each in the solve
         rounds = self.options.rounds
         placed = self.projections[-1:] if self.placement == SPREAD else self.projections
+
+        def told(step: Callable[[int, int], None], r: int) -> Callable[[int, int], None]:
+            return lambda done, of: step(first * rounds + r * n + done * n // of, total * rounds)
+
         for r in range(rounds + 1):
             with clock("targets") as step:
-
-                def on_step(done: int, of: int, r: int = r, step: Callable[[int, int], None] = step) -> None:
-                    step(first * rounds + r * n + done * n // of, total * rounds)
-
+                on_step = told(step, r)
                 if self.solver.searches and not self.published:
                     contexts = self._ends_asked(contexts)
                 needed = r < rounds and self.solver.searches
@@ -253,16 +258,18 @@ class Session:
             stuck = (
                 best is not None and standing.score[0] == best.score[0] == len(urgency) and standing.score <= best.score
             )
-            best = standing if self.published else max(best or standing, standing, key=lambda s: s.score)
+            best = standing if self.options.published else max(best or standing, standing, key=lambda s: s.score)
             done = (targets.margin_before >= options.least_lead) | ~torch.isfinite(targets.loss_before)
-            if r == rounds or ((stuck or bool(done.all())) and not self.published):
+            if r == rounds or ((stuck or bool(done.all())) and not self.options.published):
                 break
             keep = self.options.preservation_decay**r
             if r:
                 urgency[~(targets.margin_before > 0)] *= self.options.unreached_weight_growth
-            with clock("solve"):
-                ways: dict[str, Callable[..., None]]
-                ways = {PER_LAYER: self._solve, SPREAD: self._solve_spread, NONE: self._fit}
+            with clock("solve") as step:
+                if isinstance(self.solver, Trainer):
+                    self._fit(self.solver, contexts, told(step, r))
+                    continue
+                ways = {PER_LAYER: self._solve, SPREAD: self._solve_spread}
                 way = self._solve_published if self.published else ways[self.placement]
                 way(contexts, targets, keep, urgency)
         assert best is not None
@@ -361,11 +368,14 @@ class Session:
             if W is not self.W[p.name]:
                 self.set_weight(p, W)
 
-    def _fit(self, contexts: Contexts, *_: object) -> None:
+    def _fit(self, trainer: Trainer, contexts: Contexts, on_step: Callable[[int, int], None]) -> None:
         """Let a method train on the model itself."""
-        assert isinstance(self.solver, Trainer)
-        given = (self.projections, contexts, self.W, self.solver_options, self.editor)
-        W = self.solver.fit(ModelProblem(self.loaded.model, self.arch, *given))
+        model, tokenizer = self.loaded.model, self.loaded.tokenizer
+        problem = ModelProblem(
+            model, self.arch, self.projections, contexts, self.W, self.solver_options, self.editor, self.text,
+            self.earlier.contexts, self.carried, tokenizer.eos_token_id, self.options.seed, on_step,
+        )  # fmt: skip
+        W = trainer.fit(problem)
         for p in self.projections:
             self.set_weight(p, W[p.name])
 
