@@ -275,7 +275,9 @@ def test_an_edit_measures_and_records_groups(tmp_path: Path, capsys: pytest.Capt
     assert "Measured when it was made" in told and "  same subject\t" in told and "ordinary text\t" in told
     (tmp_path / "f.jsonl").write_text(json.dumps({k: NAMED[0][k] for k in ("prompt", "subject", "target_new")}))
     assert run("edit", tmp_path / "f.jsonl", "--model", model, "-o", out, "--overwrite", *how) == 0
-    assert "same subject (own probes)" in capsys.readouterr().out
+    alone = capsys.readouterr()
+    assert "same subject (own probes)" in alone.out
+    assert "what else changed is measured at mosectl's own probes only; give some in a facts file" in alone.err
 
 
 def test_an_edits_shares_are_those_of_its_scores(tmp_path: Path) -> None:

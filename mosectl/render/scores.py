@@ -18,13 +18,14 @@ if TYPE_CHECKING:
 KEPT = 0.5  # of a group of probes, below which it is said
 COLUMNS = ("", ">share", ">as QA compares", ">of", "meaning")
 AS_QA = (
-    "as QA compares: case, articles, punctuation and a leading 'the city of' aside; of locality: kept, which is the known "
-    "answer again, else the same first three words"
+    "as QA compares: differences in case, articles, punctuation and a leading 'the city of' are ignored; a locality prompt "
+    "counts as kept if the model gives the known answer again or, where none is known or it gave another one before, if the "
+    "first three words of its answer are the same"
 )
 MEANINGS = {
     "reliability": "edit prompts answered with the new object",
     "generalization": "rephrased prompts answered with the new object",
-    "locality": "unrelated prompts answered as before",
+    "locality": "prompts that the edit should leave alone, answered as before",
 }
 _OF_GROUPS = {
     NEIGHBOURS: "the relation of other subjects",

@@ -71,7 +71,13 @@ def edit(result: EditResult, path: Path | None, model: str) -> None:
     if what := scores.disturbed(result.shares, token, method(made.method).gentler):
         hint(what)
     if not s.rephrasings and not s.locality_prompts:
-        hint("no rephrasings and no locality prompts were given: nothing says what else changed (mosectl eval)")
+        given = "no rephrasings and no locality prompts were given: "
+        own = (
+            "what else changed is measured at mosectl's own probes only"
+            if result.probes
+            else "what else changed is unknown"
+        )
+        hint(f"{given}{own}; give some in a facts file (mosectl edit FACTS or mosectl eval)")
     if path:
         line(f"patch {result.patch.id[:12]} → {path} ({size(path.stat().st_size)})")
         hint(f"next: mosectl inspect {word(path)}   |   mosectl apply {word(path)} --model {word(model)} -o edited/")
@@ -299,6 +305,10 @@ def applied(r: ApplyReport, verb: str) -> None:
     worst = {_alike(s.name): s for s in sorted(shown, key=lambda s: s.spectrum_drift)}
     if drifts := [s for s in shown if worst[_alike(s.name)] is s]:
         _stability("Stability on the stored dtype", drifts)
+        if rounded := sorted({t.dtype for t in r.tensors if t.stability and t.dtype not in ("F32", "F64")}):
+            line(
+                f"these drifts include rounding the changed weights to {', '.join(rounded)}; those that edit shows do not"
+            )
     for warning in r.warnings:
         warn("warning", f" {warning}")
     if r.restored:
