@@ -70,6 +70,9 @@ FailUnder = Annotated[
     typer.Option(help="Exit with 10 below it: reliability=0.95, memit.locality=0.9, abilities.TASK=0.6. Repeatable."),
 ]
 Csv = Annotated[Path | None, typer.Option(help="Write one row a fact to this file.", **file_option("--csv"))]
+ProbesCsv = Annotated[
+    Path | None, typer.Option(help="Write one row a probe to this file.", **file_option("--probes-csv"))
+]
 Png = Annotated[Path | None, typer.Option(help="Write a picture (needs matplotlib).", **file_option("--png"))]
 Html = Annotated[
     Path | None, typer.Option(help="Write a report, one file that needs nothing else.", **file_option("--html"))
@@ -90,6 +93,7 @@ def evaluate(
     abilities_limit: AbilitiesLimit = None,
     fail_under: FailUnder = None,
     csv: Csv = None,
+    probes_csv: ProbesCsv = None,
     png: Png = None,
     html: Html = None,
     overwrite: Overwrite = False,
@@ -111,7 +115,8 @@ def evaluate(
 
     checked = read_facts(facts, on_error, limit, choices(read or ()))
     terminal.problems(checked)
-    files = {name: path for name, path in (("--csv", csv), ("--png", png), ("--html", html)) if path is not None}
+    named = {"--csv": csv, "--probes-csv": probes_csv, "--png": png, "--html": html}
+    files = {name: path for name, path in named.items() if path is not None}
     how = {
         "model": model, "base": base, "text": text, "chat": chat, "revision": revision, "device": device, "dtype": dtype,
         "batch_size": batch_size, "force": force, "on_error": on_error,
@@ -163,10 +168,16 @@ def _tasks(names: str | None, limit: int | None, allow_code: bool, on_step: OnSt
 
 def _write(found: Evaluation, places: dict[str, Place]) -> None:
     from mosectl.measure.evaluate import to_csv
+    from mosectl.measure.probes import probes_csv
     from mosectl.render import charts
     from mosectl.render import html as webpage
     from mosectl.storage.atomic import write_bytes
 
-    how = {"--csv": to_csv, "--png": charts.png, "--html": lambda e: webpage.render(e).encode()}
+    how: dict[str, Callable[[Evaluation], bytes]] = {
+        "--csv": to_csv,
+        "--probes-csv": lambda e: probes_csv(e.probes),
+        "--png": charts.png,
+        "--html": lambda e: webpage.render(e).encode(),
+    }
     for option, place in places.items():
         write_bytes(place.ready(), how[option](found))

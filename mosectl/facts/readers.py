@@ -91,6 +91,8 @@ def _refuse_binary(path: Path, data: bytes) -> None:
         raise bad(where, f"is a binary file, not UTF-8 text (byte {at} is 0)", "give .jsonl, .json or .csv")
 
 
+CUT_OFF = "the file seems cut off in its last line: get all of it again, or remove that line"
+
 # JSON. Where an entry ends is found first; the strict reader then takes entry by entry, so that one bad one is one.
 
 _LENIENT = json.JSONDecoder(parse_int=str, parse_float=str)
@@ -128,7 +130,8 @@ def _lines(path: Path, text: str) -> Iterator[tuple[str, Any]]:
         if len(line) >= MAX_LINE:
             yield where, bad(where, f"a line of {len(line):,} characters", f"keep it under {MAX_LINE:,}")
         else:
-            yield where, _strict(line, where, "put one JSON object on each line")
+            last = not _SOLID.search(text, at)
+            yield where, _strict(line, where, "put one JSON object on each line", CUT_OFF if last else "")
 
 
 def _document(path: Path, text: str, start: int) -> Iterator[tuple[str, Any]]:
@@ -167,16 +170,31 @@ def _behind_space(text: str, at: int) -> int:
     return found.end()
 
 
-def _strict(text: str, where: str, fix: str) -> Any:
-    """A JSON value, or the FactsError it deserves."""
+def _strict(text: str, where: str, fix: str, unfinished: str = "") -> Any:
+    """A JSON value, or the FactsError it deserves.
+
+    Args:
+        unfinished: the remedy where the text ends in the middle of a value.
+    """
     try:
         return parse_json(text, nan_is_null=True)
     except json.JSONDecodeError as e:
+        fix = unfinished if unfinished and _ends_within(text, e) else fix
         return bad(where, f"not JSON: {e.msg} (column {e.colno})", fix)
     except UnicodeEncodeError as e:
         return bad(where, f"holds half a character, U+{ord(e.object[e.start]):04X}", "write the character itself")
     except ValueError as e:
         return bad(where, f"not JSON: {e}", fix)
+
+
+def _ends_within(text: str, e: json.JSONDecodeError) -> bool:
+    """Does an object or a list end before its last bracket?"""
+    if text[:1] not in ("{", "["):
+        return False
+    if e.msg.startswith("Unterminated string"):
+        return text[-1] not in "}]"  # else a quotation mark is missing rather
+    # At the end; or where a word such as true begins, or an escape, and nothing comes after it.
+    return not re.search(r"[\s,:{}\[\]\"]", text[e.pos :].strip())
 
 
 def _csv_rows(path: Path, text: str, chosen: Chosen) -> Iterator[tuple[str, Any]]:

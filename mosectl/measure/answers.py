@@ -41,7 +41,7 @@ class Scores:
     protocol: str
     reliability: float | None  # edit prompts answered with the new target
     generalization: float | None  # rephrased prompts answered with the new target
-    locality: float | None  # unrelated prompts answered as before the edit
+    locality: float | None  # prompts that the edit should leave alone, answered as before it
     facts: int
     rephrasings: int
     locality_prompts: int

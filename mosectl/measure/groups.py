@@ -119,7 +119,7 @@ def _narrowed(part: Part, fact: Fact, now: Answers, before: Answers | None) -> A
     """The fact and what was answered, with the part's prompts alone."""
     if part.metric == "generalization":
         known = before.rephrased if before else ()
-        which = [i for i, text in enumerate(known) if before and _known(fact, before.said, text)]
+        which = [i for i, text in enumerate(known) if before and known_wording(fact, before.said, text)]
         return _picked(fact, now, before, "rephrase_prompts", fact.rephrase_prompts, "rephrased", which)
     if part.own:
         which = own_counted(fact, before) if before else []
@@ -153,7 +153,7 @@ def _as_neighbour(fact: Fact, now: Answers, before: Answers | None, is_one: bool
     return replace(fact, locality=probes), new, old
 
 
-def _known(fact: Fact, said: str, text: str) -> bool:
+def known_wording(fact: Fact, said: str, text: str) -> bool:
     """Did the model answer a rephrasing with the old object, or, where the file has none, as it answered the prompt?"""
     old = fact.ground_truth or answer(said)
     return bool(old) and says(text, old)

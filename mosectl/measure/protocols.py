@@ -196,8 +196,9 @@ PROTOCOLS = {
         ),
         Protocol(
             "qa",
-            "the answers of generation, compared as QA does: case, articles, punctuation, a leading 'the city of' aside; "
-            "locality: kept, which is the known answer again, else the same first three words",
+            "the answers of generation, compared as QA does: differences in case, articles, punctuation and a leading 'the "
+            "city of' are ignored; locality: the model gives the known answer again or, where none is known or it gave "
+            "another one before, an answer with the same first three words",
             "arXiv 1606.05250",
             lambda fact: [],
             qa,
