@@ -105,7 +105,7 @@ class _OfFact:
         old = self.before.rephrased if self.before else (None,) * len(self.now.rephrased)
         for prompt, was, text in zip(self.fact.rephrase_prompts, old, self.now.rephrased, strict=True):
             known = self.before and was is not None and known_wording(self.fact, self.before.said, was)
-            probe = Probe(prompt, self.fact.target_new, KNOWN if known else "")
+            probe = Probe(prompt, self.fact.target_new, KNOWN if known else "", self.fact.target_aliases)
             yield self._followed("generalization", probe, was, text)
 
     def portable(self) -> Iterator[ProbeAnswer]:
@@ -132,17 +132,17 @@ class _OfFact:
         yield self._kept(probe, self.before.said if self.before else None, self.now.said, own=True)
 
     def _followed(self, metric: str, probe: Probe, before: str | None, after: str) -> ProbeAnswer:
-        expected = probe.answer or ""
-        strict, lenient = says(after, expected), qa.says(after, expected)
+        right = probe.answers
+        strict, lenient = says(after, *right), qa.says(after, *right)
         change = "" if strict else NOT_EDITED if not self.edited else OTHER_FORM if lenient else NOT_YET
-        old = None if before is None else _as_asked(before, probe.group == KNOWN or qa.says(before, expected))
+        old = None if before is None else _as_asked(before, probe.group == KNOWN or qa.says(before, *right))
         return ProbeAnswer(
             self.number,
             probe.prompt,
             metric,
             probe.group,
             False,
-            expected,
+            probe.answer,
             old,
             _as_asked(after, lenient),
             strict,
@@ -154,21 +154,22 @@ class _OfFact:
         strict: bool | None = None
         lenient: bool | None = None
         if before is not None:
-            strict, lenient = same_answer(before, after, probe.answer), qa.kept(before, after, probe.answer)
+            strict, lenient = same_answer(before, after, *probe.answers), qa.kept(before, after, *probe.answers)
         elif probe.answer:
-            strict, lenient = says(after, probe.answer), qa.says(after, probe.answer)
+            strict, lenient = says(after, *probe.answers), qa.says(after, *probe.answers)
         old, new = None if before is None else answer(before), answer(after)
         told = (self.number, probe.prompt, "locality", probe.group, own, probe.answer, old, new, strict, lenient)
         change = ""
         if strict is False and lenient:
-            change = OTHER_FORM if probe.answer and qa.says(after, probe.answer) else FIRST_WORDS
+            change = OTHER_FORM if qa.says(after, *probe.answers) else FIRST_WORDS
         elif strict is False:
             change = self._loss(old, new)
         return ProbeAnswer(*told, change)
 
     def _loss(self, before: str | None, after: str) -> str:
-        wanted = self.fact.target_new
-        if self.edited and qa.mentions(after, wanted) and not qa.mentions(before or "", wanted):
+        if self.edited and any(
+            qa.mentions(after, name) and not qa.mentions(before or "", name) for name in self.fact.targets
+        ):
             return NEW_OBJECT
         return CHANGED if before is not None else NOT_KNOWN
 
