@@ -218,7 +218,7 @@ def methods_row(name: str) -> tuple[str, ...]:
     values = {
         "per-layer": "a target for each edited layer",
         "spread": "one target at the topmost edited layer, its residual spread over the layers",
-        "none": "trains on the model itself",
+        "none": "none are needed: the loss itself, on the model",
     }
     holds = {
         "both": "rotations on both sides",

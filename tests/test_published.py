@@ -262,7 +262,8 @@ def test_a_name_means_the_published_settings() -> None:
     }  # fmt: skip
     assert defaults["alphaedit"] == {"threshold": 0.02, "ridge": 10, "relative": 0}
     assert defaults["emmet"]["ridge"] == 0.1 and defaults["rect"]["keep"] == 0.4 and defaults["prune"]["base"] == 1.2
-    assert all(not default_options(n).published for n in names() if n not in BASELINES and method(n).editor == "")
+    published = {n for n in names() if default_options(n).published}
+    assert published == {*BASELINES, "ft", "ultraedit", "crispedit"}
 
 
 def test_one_target_cannot_be_one_a_layer() -> None:

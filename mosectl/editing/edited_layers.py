@@ -13,7 +13,6 @@ from mosectl.editing.contexts import Contexts
 from mosectl.editing.low_rank import compact_change
 from mosectl.editing.methods import method
 from mosectl.editing.methods.base import (
-    NONE,
     PER_LAYER,
     SPREAD,
     Columns,
@@ -76,6 +75,8 @@ class EditedLayers:
         self.W0 = {p.name: p.oriented(self.stored[p.name]).double() for p in projections}  # (d, p)
         self.W = {name: W0.to(place) for name, W0 in self.W0.items()}
         self.C = dict(moments.C)  # (p, p) float32
+        self.text = moments if isinstance(self.solver, Trainer) else None  # a solver's are given up as it goes
+        self.carried: dict[str, Tensor] = {}  # what the method carries from batch to batch
         # By module path, where compact rotations are sought from the start.
         compact = seeks_compact(self.solver, options.form, max(len(W0) for W0 in self.W0.values()))
         self.turns = {name: LayerTurns(name, W0.to(place)) for name, W0 in self.W0.items()} if compact else {}
@@ -121,8 +122,14 @@ class EditedLayers:
         for p in self.projections if self.turns else ():
             self.set_weight(p, self.turns[p.name].keep())
 
-    def resume(self, W: Mapping[str, Tensor], turns: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Go on from the weights (d, p) and rotations of an interrupted run, by module path (resume.State)."""
+    def resume(
+        self, W: Mapping[str, Tensor], turns: Mapping[str, Mapping[str, Tensor]], carried: Mapping[str, Tensor]
+    ) -> None:
+        """Go on from the weights (d, p) and rotations of an interrupted run, by module path, and what its method carries
+        (resume.State).
+        """
+        place = self.W[self.projections[0].name].device
+        self.carried = {name: x.to(place) for name, x in carried.items()}
         for p in self.projections:
             now = W[p.name].to(self.W[p.name])
             if self.turns:
@@ -144,8 +151,7 @@ class EditedLayers:
         Args:
             keep: scales what must keep still. urgency: (facts,) weight of each fact.
         """
-        ways: dict[str, Callable[..., None]]
-        ways = {PER_LAYER: self._solve_each, SPREAD: self._solve_spread, NONE: self._fit}
+        ways = {PER_LAYER: self._solve_each, SPREAD: self._solve_spread}
         way = self._solve_published if self.published else ways[self.placement]
         way(contexts, targets, keep, urgency)
 
@@ -213,11 +219,15 @@ class EditedLayers:
             if W is not self.W[p.name]:
                 self.set_weight(p, W)
 
-    def _fit(self, contexts: Contexts, *_: object) -> None:
-        """Let a method train on the model itself."""
-        assert isinstance(self.solver, Trainer)
-        given = (self.projections, contexts, self.W, self.solver_options, self.editor)
-        W = self.solver.fit(ModelProblem(self.model, self.arch, *given))
+    def fit(
+        self, trainer: Trainer, contexts: Contexts, ending: int | None, on_step: Callable[[int, int], None]
+    ) -> None:
+        """Let a method train on the model itself; ``ending``: the tokenizer's end-of-text token."""
+        problem = ModelProblem(
+            self.model, self.arch, self.projections, contexts, self.W, self.solver_options, self.editor, self.text,
+            self.earlier.contexts, self.carried, ending, self.options.seed, on_step,
+        )  # fmt: skip
+        W = trainer.fit(problem)
         for p in self.projections:
             self.set_weight(p, W[p.name])
 

@@ -50,7 +50,7 @@ class EditOptions:
 
     @property
     def published(self) -> bool:
-        """Values are found as ROME's and MEMIT's own code finds them."""
+        """As in the method's own code: layers, the way to values (ROME's and MEMIT's search), every update kept."""
         return self.targets.optimizer == "published"
 
     def to_record(self) -> dict[str, Any]:

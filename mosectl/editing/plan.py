@@ -212,8 +212,16 @@ class _Work:
     def one_pass_bytes(self) -> int:
         """Of one forward and backward pass: sums of all edited layers, W before and after, one layer's solve."""
         d, p, n = self.projection.d, self.projection.p, len(self.layers)
+        return int(8 * n * (p * p + 3 * d * p) + max(self._pass_bytes(), 8 * (p * p + 2 * d * p)))
+
+    def training_bytes(self) -> int:
+        """Of descent on the edited weights: W before, so far and next, two gradients and Adam's moments twice."""
+        return int(8 * len(self.layers) * 6 * self.projection.d * self.projection.p + self._pass_bytes())
+
+    def _pass_bytes(self) -> float:
+        """Of a forward and backward pass through all facts, or as many as fit."""
         asked = self.facts * (self.row_tokens * self._token_bytes() + 3 * logit_bytes(self.vocabulary))
-        return int(8 * n * (p * p + 3 * d * p) + max(min(work_bytes(self.weights), asked), 8 * (p * p + 2 * d * p)))
+        return min(work_bytes(self.weights), asked)
 
     def _token_bytes(self) -> int:
         d, p = self.projection.d, self.projection.p
@@ -267,11 +275,19 @@ class _Work:
         """Of one forward and backward pass a fact, sums of keys' squares, one solve."""
         speed, (d, p) = self.pace, (self.projection.d, self.projection.p)
         sums = self.facts * 3 * 2 * (p * p + d * p) + 2 * p**3 / 3 + 2 * d * p * p
-        passes = self.facts * (self.row_tokens * self.depth * speed.backward + 2 * speed.head_backward)
+        return self._passes(1, len(self.layers) * sums * speed.exact)
+
+    def training_seconds(self) -> dict[str, float]:
+        """Of a forward and backward pass a fact and epoch."""
+        return self._passes({**method(self.options.method).defaults, **self.options.solver}["epochs"], 0.0)
+
+    def _passes(self, passes: float, more: float) -> dict[str, float]:
+        speed = self.pace
+        one = self.facts * (self.row_tokens * self.depth * speed.backward + 2 * speed.head_backward)
         return {
             "load": 0.5 + self.weights / 1e9,
             "ask before and after": 2 * self._asking(speed),
-            "solve": passes + len(self.layers) * sums * speed.exact,
+            "solve": passes * one + more,
         }
 
     def search_seconds(self) -> dict[str, float]:

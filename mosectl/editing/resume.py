@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ class State:
     failures: Sequence[int]  # of each fact
     curve: Sequence[tuple[int, Health]]  # facts edited so far, and health then
     losses: Sequence[float]  # of each fact right after its batch, nats a token
+    carried: Mapping[str, Tensor] = field(default_factory=dict)  # what the method carries from batch to batch
 
 
 @dataclass(frozen=True)
@@ -63,12 +64,19 @@ class Progress:
     path: Path
     resume: bool = False
 
-    def load(self, ours: Mapping[str, str], shapes: Mapping[str, tuple[int, int]], facts: int) -> State | None:
+    def load(
+        self,
+        ours: Mapping[str, str],
+        shapes: Mapping[str, tuple[int, int]],
+        facts: int,
+        carried: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> State | None:
         """The kept state of a session of so many facts that has not begun; None if there is none, or it is not asked for.
 
         Args:
             ours: what the state has to belong to: hashes, by name.
             shapes: (d, p) of each edited weight, by module path.
+            carried: shapes of what the method carries from batch to batch, by name.
         Raises:
             OutputError: the state is of other facts, settings or weights, or damaged.
         """
@@ -80,7 +88,8 @@ class Progress:
         if other := [name for name in ours if ours[name] != record["belongs"].get(name)]:
             what = f"the interrupted run was one with other {' and '.join(other)}"
             raise OutputError(what, where=str(self.path), fix=_AGAIN)
-        if what := _misfit(shapes, tensors, record, facts):
+        carried = carried or {}
+        if what := _misfit(shapes, carried, tensors, record, facts):
             raise damaged(self.path, what, _START)
         rows: dict[str, Any] = {name: tensors[f"rows.{name}"] for name in BY_ROW}
         return State(
@@ -91,6 +100,7 @@ class Progress:
             list(record["failures"]),
             [(h["edits"], Health(h["loss"], h["norm"], h["condition"])) for h in record["curve"]],
             [float(x) for x in record["losses"]],
+            {name: tensors[f"carried.{name}"] for name in carried},
         )
 
     def save(self, ours: Mapping[str, str], state: State) -> None:
@@ -100,6 +110,7 @@ class Progress:
         tensors = {
             **{f"W.{name}": W for name, W in state.W.items()},
             **{f"V.{name}": V for name, V in state.values.items()},
+            **{f"carried.{name}": x for name, x in state.carried.items()},
             **{f"turns.{name}.{part}": x for name, parts in state.turns.items() for part, x in parts.items()},
             **{f"rows.{name}": x for name, x in rows.items()},
         }
@@ -123,7 +134,11 @@ def _turns(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
 
 
 def _misfit(
-    shapes: Mapping[str, tuple[int, int]], tensors: Mapping[str, Tensor], record: Mapping[str, Any], facts: int
+    shapes: Mapping[str, tuple[int, int]],
+    carried: Mapping[str, tuple[int, ...]],
+    tensors: Mapping[str, Tensor],
+    record: Mapping[str, Any],
+    facts: int,
 ) -> str:
     """What in a state that is meant for this session does not go with it; empty if nothing."""
     done, rows, layers = len(record["losses"]), tensors.get("rows.fact", torch.empty(0)).numel(), set(shapes)
@@ -134,6 +149,7 @@ def _misfit(
         return "a curve of other layers or facts"
     forms = {f"W.{name}": [d, p] for name, (d, p) in shapes.items()}
     forms |= {f"V.{name}": [d, rows] for name, (d, _) in shapes.items()}
+    forms |= {f"carried.{name}": [*shape] for name, shape in carried.items()}
     for name in (*BY_ROW, *(f.name for f in fields(Batch))):
         forms[f"rows.{name}"] = [rows, *tensors.get(f"rows.{name}", torch.empty(0)).shape[1:]]
     found = {name: [*x.shape] for name, x in tensors.items()}

@@ -116,6 +116,16 @@ def second_moments(
     return Moments(C, G, tokens, False, error)
 
 
+def moments_of(model: nn.Module, projections: Sequence[Projection], batch: Batch, seed: int) -> Moments:
+    """C and G for each projection over every token of a batch of sequences, as the live model is now; nothing is cached."""
+    sums, rng = _Sums(model, projections), torch.Generator(batch.input_ids.device).manual_seed(seed)
+    size = max(1, BATCH_TOKENS // batch.input_ids.shape[1])
+    with frozen(model):
+        for number, rows in enumerate(torch.arange(len(batch.input_ids), device=batch.input_ids.device).split(size)):
+            sums.add(batch.rows(rows), torch.ones(len(rows), dtype=torch.bool), rng, number)
+    return Moments(*sums.moments(), int(sums.tokens[0]), False, sums.error())
+
+
 def cache_key(weights: str, corpus: str, max_tokens: int = MAX_TOKENS, enough: float = LOW) -> str:
     """What statistics are kept under: hashes of weights and corpus, how much is read, and by which rules."""
     return f"{weights}-{corpus[:16]}-{max_tokens}-{enough:g}-{BLOCK}-{PER_DIRECTION}-{LEAST}-{ASKED}"

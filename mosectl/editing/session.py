@@ -14,7 +14,7 @@ from mosectl.editing.edited_layers import EditedLayers, Standing
 from mosectl.editing.ends import ends_asked, going_on, running_on
 from mosectl.editing.guard import Health, harm, health, remedy
 from mosectl.editing.layers import LAST
-from mosectl.editing.methods.base import SPREAD
+from mosectl.editing.methods.base import SPREAD, Trainer
 from mosectl.editing.published import published_targets
 from mosectl.editing.resume import Progress, State
 from mosectl.editing.targets import Targets, optimise_targets
@@ -66,13 +66,13 @@ class Session:
             EditFailed: the very first batch did harm.
         """
         layers = self.layers
-        alone = layers.published and layers.solver.published.one_by_one
-        size = self.options.batch_size or (1 if alone else len(facts))
+        usual = layers.solver.published.batch if self.options.published else 0
+        size = self.options.batch_size or usual or len(facts)
         # Hashed once, and where there is something to keep or to go on with: statistics of large models take seconds.
         kept = progress if progress and (progress.resume or size < len(facts)) else None
         ours = self.identity(facts) if kept else {}
         shapes = {name: (W.shape[0], W.shape[1]) for name, W in layers.W.items()}
-        begun = kept.load(ours, shapes, len(facts)) if kept else None
+        begun = kept.load(ours, shapes, len(facts), layers.solver.carries(shapes)) if kept else None
         losses = self.take(begun) if begun else []
         for start in range(len(losses), len(facts), size):
             batch = facts[start : start + size]
@@ -123,14 +123,13 @@ class Session:
         layers, earlier = self.layers, self.layers.earlier
         assert earlier.contexts is not None
         turns = {name: turns.tensors() for name, turns in layers.turns.items()}
-        return State(
-            dict(layers.W), turns, earlier.contexts, dict(earlier.values), earlier.failures, self.curve, losses
-        )
+        values, carried = dict(earlier.values), dict(layers.carried)
+        return State(dict(layers.W), turns, earlier.contexts, values, earlier.failures, self.curve, losses, carried)
 
     def take(self, state: State) -> list[float]:
         """Go on from a state; returns the losses of the facts it has edited."""
         layers = self.layers
-        layers.resume(state.W, state.turns)
+        layers.resume(state.W, state.turns, state.carried)
         values = {name: V.to(layers.W[name]) for name, V in state.values.items()}
         layers.earlier.take(state.contexts.to(input_device(self.loaded.model)), values, state.failures)
         self.curve = list(state.curve)
@@ -145,25 +144,28 @@ class Session:
         layers, options, rounds = self.layers, self.options, self.options.rounds
         best: _Round | None = None
         urgency = torch.ones(int(contexts.fact.max()) + 1, dtype=torch.float64)  # (facts,) weight of each in the solve
+
+        def told(step: Callable[[int, int], None], r: int) -> Callable[[int, int], None]:
+            return lambda done, of: step(first * rounds + r * n + done * n // of, total * rounds)
+
         for r in range(rounds + 1):
             with clock("targets") as step:
-
-                def on_step(done: int, of: int, r: int = r, step: Callable[[int, int], None] = step) -> None:
-                    step(first * rounds + r * n + done * n // of, total * rounds)
-
                 if layers.solver.searches and not layers.published:
                     contexts = self._ends_asked(contexts)
-                targets = self._targets(contexts, r < rounds and layers.solver.searches, on_step)
+                targets = self._targets(contexts, r < rounds and layers.solver.searches, told(step, r))
             now = self._round(targets)
             stuck = best is not None and now.score[0] == best.score[0] == len(urgency) and now.score <= best.score
-            best = now if layers.published else max(best or now, now, key=lambda tried: tried.score)
+            best = now if options.published else max(best or now, now, key=lambda tried: tried.score)
             done = (targets.margin_before >= options.targets.least_lead) | ~torch.isfinite(targets.loss_before)
-            if r == rounds or ((stuck or bool(done.all())) and not layers.published):
+            if r == rounds or ((stuck or bool(done.all())) and not options.published):
                 break
             if r:
                 urgency[~(targets.margin_before > 0)] *= options.unreached_weight_growth
-            with clock("solve"):
-                layers.solve(contexts, targets, options.preservation_decay**r, urgency)
+            with clock("solve") as step:
+                if isinstance(layers.solver, Trainer):
+                    layers.fit(layers.solver, contexts, self.loaded.tokenizer.eos_token_id, told(step, r))
+                else:
+                    layers.solve(contexts, targets, options.preservation_decay**r, urgency)
         assert best is not None
         layers.go_back(best.layers)
         return best.targets

@@ -103,10 +103,10 @@ def ridge(K: Tensor, D: Tensor, strength: Tensor) -> Tensor:
 
 
 def keys_and_gradients(
-    model: nn.Module, projections: Sequence[Projection], rows: Rows
+    model: nn.Module, projections: Sequence[Projection], rows: Rows, weights: Tensor | None = None
 ) -> tuple[list[Tensor], list[Tensor], float]:
     """k (n, p) and g (n, d), float32 at least, at every answer token, by layer; and the loss, whose gradient by what the
-    layer writes g is: the rows' summed mean NLL.
+    layer writes g is: the rows' mean NLLs, weighted by ``weights`` (B,) where they are given, and summed.
     """
     asked = rows.targets >= 0
     at = rows.positions[asked]
@@ -122,7 +122,8 @@ def keys_and_gradients(
 
     hooks = [model.get_submodule(p.name).register_forward_hook(hook) for p in projections]
     with frozen(model), hooked(hooks), torch.enable_grad():
-        loss = nll(model, rows).sum()
+        losses = nll(model, rows)
+        loss = (losses if weights is None else losses * weights).sum()
         found = torch.autograd.grad(loss, leaves)
     for numbers in (loss[None], *keys, *found):
         finite(numbers.abs(), model)

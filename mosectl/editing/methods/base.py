@@ -8,7 +8,7 @@ point of the group ``mosectl.methods`` (docs/how-to/add-a-method.md).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -22,6 +22,7 @@ from mosectl.model.moe import block_name
 if TYPE_CHECKING:
     from mosectl.editing.contexts import Contexts
     from mosectl.editing.low_rank import Gram
+    from mosectl.editing.second_moments import Moments
     from mosectl.facts.records import Fact
     from mosectl.hypernetwork.file import Editor
     from mosectl.model.architecture import Architecture
@@ -39,10 +40,14 @@ PUBLISHED: Mapping[str, Any] = {
 }  # fmt: skip
 BLOCK, FFN = "block", "ffn"  # whose output the published search moves
 
+# What methods that train on the model have in common as published: the facts' own prompts, one pass, no care for earlier
+# edits but what the method carries itself.
+TRAINED: Mapping[str, Any] = {"rounds": 1, "previous_edit_weight": 0.0, "optimizer": "published", "prefixes": 0}
+
 
 @dataclass(frozen=True)
 class Published:
-    """How a method's own code finds values, where it is not the same for all of them (see published.py)."""
+    """What a method's own code does, where not all do the same: which layers, and how it finds values (published.py)."""
 
     # By model type, "" = others: the first and the last edited layer, of how many.
     layers: Mapping[str, tuple[int, int, int]] = field(
@@ -51,7 +56,7 @@ class Published:
     lengths: tuple[int, ...] = (10,)  # tokens of the prefixes that the model writes
     bare: float = 0.5  # the bare prompt's share in a fact's key; 0: as much as any prefixed one's
     site: str = BLOCK
-    one_by_one: bool = False  # one fact a batch, where no batch size is given
+    batch: int = 0  # facts a batch, where no batch size is given; 0: all
 
     def edited(self, model_type: str, n: int) -> tuple[int, ...]:
         """The layers at the published share of the depth, of a model of ``n`` layers."""
@@ -127,6 +132,13 @@ class ModelProblem:
     W: Mapping[str, Tensor]  # (d, p) float64 by module path, the weights as they are in the live model
     options: Mapping[str, float]
     editor: Editor | None = None  # the trained editor, where the method needs one
+    moments: Moments | None = None  # of ordinary text, where they were taken (needs_moments)
+    earlier: Contexts | None = None  # of the facts edited so far
+    # What the method left here in the batch before, as declared by Method.carries; it may leave other tensors.
+    carried: dict[str, Tensor] = field(default_factory=dict)
+    ending: int | None = None  # the tokenizer's end-of-text token
+    seed: int = 0
+    on_step: Callable[[int, int], None] | None = None  # is told how much of the fit is done, of how much
 
 
 class Work(Protocol):
@@ -136,6 +148,8 @@ class Work(Protocol):
     def search_seconds(self) -> dict[str, float]: ...
     def one_pass_bytes(self) -> int: ...
     def one_pass_seconds(self) -> dict[str, float]: ...
+    def training_bytes(self) -> int: ...
+    def training_seconds(self) -> dict[str, float]: ...
 
 
 class Method(ABC):
@@ -171,6 +185,10 @@ class Method(ABC):
     def needs_moments(self, form: str) -> bool:
         """Statistics over a corpus are of use to it (to a rotation that trains on the model: for its compact form)."""
         return self.searches or (self.side != "additive" and self.form(form) != "dense")
+
+    def carries(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, ...]]:
+        """Shapes of what it carries from batch to batch, by name; ``shapes``: (d, p) of edited weights by module path."""
+        return {}
 
     def finish(self, W0: Tensor, W: Tensor, options: Mapping[str, float]) -> Tensor:
         """The weight (d, p) that the edit leaves, from the base W0 and the W of all batches: once, at the end."""

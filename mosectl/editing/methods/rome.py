@@ -20,7 +20,7 @@ class Rome(Solver):
 
     name, side, source, placement = "rome", "additive", "arXiv 2202.05262", SPREAD
     settings = {**PUBLISHED, "prefixes": 20}
-    published = Published(layers=LAYERS, lengths=(5, 10), bare=0, site=FFN, one_by_one=True)
+    published = Published(layers=LAYERS, lengths=(5, 10), bare=0, site=FFN, batch=1)
     options = {"covariance": Option(1.0, "1: along C⁻¹k, as in the paper; 0: along k, as EasyEdit's settings have it")}
 
     def update(self, problem: LayerProblem) -> Tensor:
