@@ -372,7 +372,20 @@ def test_ripple_edits_read_off_what_is_not_told(tmp_path: Path) -> None:
     query = {"prompt": "The place of birth of Lower Quill is", "relation": "PLACE_OF_BIRTH", "subject_id": "Q1"}
     birth[0]["Relation_Specifity"][0]["test_queries"] = [query]
     assert first(birth).subject == "Lower Quill", "of the words that both share, without 'of' and 'is'"
-    nameless = [{**ripple()[0], "Relation_Specifity": []}]
+    for subject, prompt in (
+        ("Old Life is New", "The name of the country which Old Life is New is associated with is"),
+        ("Lower Quill", "The name of the brother of Lower Quill is"),
+        ("Lower Quill", "Is Lower Quill still alive?"),
+        ("The Quill", "The number of children The Quill has is"),
+        ("University of Oz", "The name of the mother of University of Oz is"),
+    ):
+        birth[0]["edit"] |= {"prompt": f"The name of the land of {subject} is Old Oz."}
+        query["prompt"] = prompt
+        assert first(birth).subject == subject
+    nameless = [{**ripple()[0], "Relation_Specifity": [], "Subject_Aliasing": []}]
+    birth[0]["edit"]["prompt"], query["prompt"] = "The name of the land of  is Old Oz.", "The name of the award  won is"
+    with pytest.raises(FactsError, match=r"'edit.subject' is missing"):
+        first(birth)  # as there are some: the subject has no name
     with pytest.raises(FactsError, match=r"'edit.subject' is missing") as e:
         first(nameless)
     assert "--read subject=prompt" in e.value.fix

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from mosectl.errors import FactsError, UsageError
 from mosectl.facts.records import Fact, Probe, read_facts
+from support.field_files import ROWS as FIELD
 from support.json_mutations import fuzzing
 from support.spoiling import spoil
 
@@ -38,6 +39,7 @@ ROWS: tuple[dict[str, Any], ...] = (
         "src": "Where is Ava?", "subject": "Ava", "alt": "Oz", "answers": ["Em"], "rephrase": "Ava is where?",
         "loc": "nq question: who is Bo", "loc_ans": "a cat", "portability": {"New Question": "Whose?", "New Answer": "Bo"},
     },
+    *(row for rows in FIELD.values() for row in rows),
 )  # fmt: skip
 
 
@@ -71,6 +73,8 @@ def check_types(fact: Fact) -> None:
     assert all(isinstance(p, str) and p.strip() for p in fact.rephrase_prompts)
     for probe in (*fact.locality, *fact.portability):
         assert isinstance(probe, Probe) and isinstance(probe.prompt, str) and isinstance(probe.answer, str | None)
+        assert all(isinstance(a, str) and a.strip() for a in probe.aliases)
+    assert all(isinstance(a, str) and a.strip() for a in fact.target_aliases)
     for text in (fact.prompt, fact.subject, fact.target_new, *fact.rephrase_prompts):
         text.encode()
 
@@ -84,9 +88,12 @@ def test_any_facts(seed: int, tmp_path_factory: pytest.TempPathFactory) -> None:
     rows = [spoil(chance.choice(ROWS), chance) for _ in range(chance.choice([1, 1, 3]))]
     file: Path = tmp_path_factory.getbasetemp() / f"fuzzed{suffix}"
     file.write_bytes(written(rows, suffix, chance))
+    chosen = chance.choice(
+        [{}, {}, {"subject": ("subject", "prompt")}, {"target_new": ("answers",)}, {"prompt": ("x",)}]
+    )
     for policy in ("report", "skip", "fail"):
         try:
-            report = read_facts(file, policy)
+            report = read_facts(file, policy, read=chosen)
         except (FactsError, UsageError) as e:
             assert e.what and e.fix
             continue

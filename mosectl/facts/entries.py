@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from mosectl.errors import FactsError
@@ -20,6 +20,7 @@ PROMPT = ("prompt", "question", "New Question", "loc")  # within a probe
 GROUP = "group"  # a probe may say which group it stands in
 ANSWER = ("ground_truth", "answer", "answers", "target", "New Answer", "loc_ans")
 ALIASES = "aliases"  # a probe may name other right answers
+_OF_PROBES = {*PROMPT, *ANSWER, *OTHERS, GROUP, ALIASES}
 MOST_UNKNOWN = 100  # names remembered of one row, and of one file
 MAX_NAME = 5_000  # characters of a subject or target
 ProbeText = tuple[str, str | None, str, tuple[str, ...]]  # prompt, answer, group, aliases of the answer
@@ -40,9 +41,8 @@ class Entry:
         self.room = 20 * MAX_LINE  # characters of all prompts
         self.unknown: dict[str, None] = {}
         self.notes: list[tuple[str, str]] = []
-        known = {*KNOWN, *shape.fields, *(name for names in chosen.values() for name in names)}
         for place, fields in part.objects:
-            self._not_used(fields, known, place)
+            self._not_used(fields, (KNOWN, shape.fields, *chosen.values()), place)
         for ours in REQUIRED:  # so may the user call them, too
             if ours not in self.given and (name := self._first(ours)) in self.given:
                 self.given[ours], self.paths[ours] = self.given[name], self.paths.get(name, name)
@@ -52,14 +52,17 @@ class Entry:
                     self.given[name] = value.get("str")
                     self.paths[name] = self.paths.get(name, name) + ".str"
 
-    def _not_used(self, fields: Mapping[Any, Any], known: set[str], within: str) -> None:
+    def _not_used(self, fields: Mapping[Any, Any], known: Sequence[Collection[str]], within: str) -> None:
         for name in map(str, fields):
-            if name not in known and not empty(fields.get(name)) and len(self.unknown) < MOST_UNKNOWN:
+            used = any(name in names for names in known)
+            if not used and not empty(fields.get(name)) and len(self.unknown) < MOST_UNKNOWN:
                 self.unknown[f"{within}{name[:60]}"] = None
 
     def _first(self, field: str) -> str:
         """The first of a field's names that is filled, or is there, or is the usual one."""
         names = self.names.get(field, (field,))
+        if len(names) == 1:
+            return names[0]
         filled = (n for n in names if not empty(self.given.get(n)))
         return next(filled, next((n for n in names if n in self.given), names[0]))
 
@@ -229,7 +232,7 @@ class Entry:
             if not isinstance(entry, Mapping) or not any(n in entry for n in PROMPT):
                 fix = 'write {"prompt": "…", "ground_truth": "…"}'
                 raise bad(self.where, f"an entry of '{name}' has no prompt", fix)
-            self._not_used(entry, {*PROMPT, *ANSWER, *OTHERS, GROUP, ALIASES}, f"{name}.")
+            self._not_used(entry, (_OF_PROBES,), f"{name}.")
             self._compare({n: entry[n] for n in ANSWER if not empty(entry.get(n))}, of=f" of '{name}'")
             answers = next((entry[n] for n in ANSWER if not empty(entry.get(n))), None)
             prompts = max((entry[n] for n in PROMPT if n in entry), key=lambda p: not empty(p))  # the first filled one

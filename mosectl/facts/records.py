@@ -26,6 +26,7 @@ from mosectl.facts.readers import read_rows, shown
 from mosectl.facts.shapes import Chosen, shape_of
 from mosectl.facts.shapes.mquake import SINGLE_HOP
 from mosectl.facts.shapes.own import NAMES, OPTIONAL, OWN, PROBES
+from mosectl.facts.shapes.shape import Shape
 from mosectl.facts.words import is_word, last_word, surrounding
 from mosectl.facts.words import join as join
 from mosectl.text.shown import counted, word
@@ -131,7 +132,7 @@ def read_facts(
     for where, row in read_rows(file, chosen):
         entries += 1
         try:
-            facts |= _new_ones(_facts(row, where, seen, chosen), facts, seen, shape_of(row).cases)
+            facts |= _new_ones(*_facts(row, where, seen, chosen), facts, seen)
         except FactsError as e:
             seen.problems.append(Problem(e.where or where, e.what, e.fix))
             unusable += 1
@@ -178,7 +179,7 @@ def one_fact(prompt: str, subject: str, target: str) -> FactsReport:
     """
     seen = _Seen()
     row = {"prompt": prompt, "subject": subject, "target_new": target}
-    return FactsReport(tuple(_facts(row, "the fact given", seen, {})), tuple(seen.problems), 0)
+    return FactsReport(tuple(_facts(row, "the fact given", seen, {})[1]), tuple(seen.problems), 0)
 
 
 def fact_from_dict(row: Mapping[str, Any], source: str) -> Fact:
@@ -187,7 +188,7 @@ def fact_from_dict(row: Mapping[str, Any], source: str) -> Fact:
     Raises:
         FactsError: a field is missing or wrong; the row is a case of several facts.
     """
-    fact, *others = _facts(row, source, _Seen(), {})
+    _, (fact, *others) = _facts(row, source, _Seen(), {})
     if others:
         raise bad(source, f"is a case of {1 + len(others)} facts, not one", "write it to a file, for read_facts")
     return fact
@@ -219,8 +220,8 @@ def _summary(path: Path, errors: Sequence[Problem], entries: int) -> FactsError:
 # Rows to facts.
 
 
-def _facts(row: Any, where: str, seen: _Seen, chosen: Chosen) -> list[Fact]:
-    """The facts of an entry: one, or in MQuAKE those of a case, none of which is of use without the others.
+def _facts(row: Any, where: str, seen: _Seen, chosen: Chosen) -> tuple[Shape, list[Fact]]:
+    """An entry's shape, and its facts: one, or in MQuAKE those of a case, none of which is of use without the others.
 
     Raises:
         FactsError: one of them is wrong.
@@ -240,7 +241,7 @@ def _facts(row: Any, where: str, seen: _Seen, chosen: Chosen) -> list[Fact]:
         seen.remarks.update(part.remarks if "subject" not in chosen else ())
     if shape is not OWN or chosen:
         seen.shapes[f"{shape.name}: {entries[0].origins()}".removesuffix(": ")] += 1
-    return facts
+    return shape, facts
 
 
 def _fact(entry: Entry, seen: _Seen) -> Fact:
@@ -285,8 +286,8 @@ def _note_line_breaks(entry: Entry, asked: Sequence[str]) -> None:
         entry.notes.append((what, "remove the line break if that is not meant"))
 
 
-def _new_ones(facts: Sequence[Fact], earlier: Mapping[str, Fact], seen: _Seen, cases: bool) -> dict[str, Fact]:
-    """The facts of an entry by prompt; where ``cases`` share an edit, the one before with what is asked of both.
+def _new_ones(shape: Shape, facts: Sequence[Fact], earlier: Mapping[str, Fact], seen: _Seen) -> dict[str, Fact]:
+    """The facts of an entry by prompt; where cases share an edit, the one before with what is asked of both.
 
     Raises:
         FactsError: one repeats or contradicts one before it.
@@ -295,7 +296,7 @@ def _new_ones(facts: Sequence[Fact], earlier: Mapping[str, Fact], seen: _Seen, c
     for fact in facts:
         key = _plain(fact.prompt)
         other = out.get(key, earlier.get(key))
-        out[key] = fact if other is None else _joined(other, fact, seen, cases)
+        out[key] = fact if other is None else _joined(other, fact, seen, shape.cases)
     return out
 
 

@@ -15,7 +15,7 @@ is said. Where none of it tells, the entry is wrong.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 
 from mosectl.facts.messages import bad, empty, short
 from mosectl.facts.shapes.shape import Asked, Part, Row, Shape, an_object, objects
@@ -29,9 +29,14 @@ GROUPS = {
     ),
 }
 _VERBS = ("is", "are", "by", "follows")  # what every sentence has before its object
-_GLUE = frozenset(
-    ("the", "name", "names", "of", "which", "in", "has", "children", "award", "gender")
-)  # before a subject
+# What sentences have before their subject, besides words of the relation, and behind it.
+_BEFORE = {
+    "the", "name", "names", "of", "which", "in", "has", "is", "number", "gender", "tongue", "award", "children",
+}  # fmt: skip
+_BEHIND = {
+    *_VERBS, "has", "won", "plays", "in", "associated", "with", "a", "member", "of", "part", "the", "capital", "followed",
+    "still", "alive",
+}  # fmt: skip
 _WORDS = 200  # of a sentence that are compared
 _ADD = 'add "{}": "…" to \'edit\''
 REMARK = (
@@ -146,30 +151,36 @@ def _shared(prompt: str, edit: Row, queries: Sequence[Row]) -> str:
     about = [
         q for q in queries if q.get("subject_id") == mine[0] and q.get("relation") != mine[1] and not q.get("phrase")
     ]
-    prompts = [p.rstrip(" ?").split(" ")[:_WORDS] for q in about if isinstance(p := q.get("prompt"), str)]
+    prompts = [_words(p) for q in about if isinstance(p := q.get("prompt"), str)]
     if not prompts or mine[0] is None:
         return ""
     names = " ".join(str(r).lower() for r in (mine[1], *(q.get("relation") for q in about)))
-    glue = _GLUE | set(re.split("[_ ]", names))
-    run = prompt.split(" ")[:_WORDS]
+    before = _BEFORE | set(re.split("[_ ]", names))
+    run = _words(prompt)
     for other in prompts:
-        run = _run(run, other)
-    while run and run[0] in glue:
+        run = _run(run, other, before | _BEHIND)
+    while run and run[0] in before:
         run = run[1:]
-    while run and run[-1] in _VERBS:
+    while run and run[-1] in _BEHIND:
         run = run[:-1]
     return " ".join(run)
 
 
-def _run(a: Sequence[str], b: Sequence[str]) -> list[str]:
-    """The longest run of words in both."""
-    best: list[str] = []
+def _words(prompt: str) -> list[str]:
+    first, *others = prompt.rstrip(" ?").split(" ")[:_WORDS]
+    return [first.lower() if first in ("The", "Is") else first, *others]
+
+
+def _run(a: Sequence[str], b: Sequence[str], common: Set[str]) -> list[str]:
+    """Of the runs of words in both, the one with the most words that are not ``common``, the longest of these."""
+    best, most = list[str](), (0, 0)
     lengths: dict[int, int] = {}  # of the run that ends at the word before, by where that is in b
     for i, word in enumerate(a):
         lengths = {j: lengths.get(j - 1, 0) + 1 for j, other in enumerate(b) if other == word}
-        n = max(lengths.values(), default=0)
-        if n > len(best):
-            best = list(a[i + 1 - n : i + 1])
+        run = list(a[i + 1 - max(lengths.values(), default=0) : i + 1])
+        found = sum(bool(w) and w not in common for w in run), len(run)
+        if found[0] and found > most:
+            best, most = run, found
     return best
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from mosectl.facts.messages import bad, kind
@@ -54,13 +55,17 @@ class Shape:
 
     def fits(self, row: Row) -> bool:
         """Is an entry of this shape?"""
-        return any(all(name in row for name in group) for group in self.tells)
+        return any(group <= row.keys() for group in self._telling)
 
-    @property
-    def fields(self) -> set[str]:
+    @cached_property
+    def _telling(self) -> tuple[frozenset[str], ...]:
+        return tuple(map(frozenset, self.tells))
+
+    @cached_property
+    def fields(self) -> frozenset[str]:
         """All that an entry of it may hold and that is not mosectl's own."""
         named = (name for names in self.names.values() for name in names)
-        return {*named, *self.reads, *self.others, *(name for group in self.tells for name in group)}
+        return frozenset((*named, *self.reads, *self.others, *(name for group in self.tells for name in group)))
 
 
 def an_object(value: Any, place: str, shape: str, where: str) -> Row:
