@@ -67,6 +67,14 @@ def interrupted(kept: str = "nothing half-written is left behind", fix: str = ""
     _next(fix)
 
 
+def stopped(written: Sequence[str]) -> None:
+    """Tell of Ctrl-C where there is nothing to go on with: after outputs were ``written``, nothing was interrupted."""
+    if written:
+        warn("Ctrl-C", f" came after {', '.join(written)} was written: nothing of it is missing")
+    else:
+        interrupted()
+
+
 def hint(text: str) -> None:
     """A line on stderr about what was done or comes next."""
     _say(_err(), (text, ""))
