@@ -505,6 +505,8 @@ def test_ctrl_c_that_a_library_swallows_comes_again(
     before = world.state()
     assert run(*world.apply()) == 130 and cleaned and not finished and world.state() == before
     assert "interrupted: nothing half-written" in capsys.readouterr().err
+    with places.new_file(world.folder / "later.txt") as place:  # of another caller in this process
+        place.ready().write_text("x")
 
 
 def test_ctrl_c_in_a_finaliser_is_no_noise(capfd: pytest.CaptureFixture[str]) -> None:

@@ -76,7 +76,7 @@ class Session:
         losses = self.take(begun) if begun else []
         for start in range(len(losses), len(facts), size):
             batch = facts[start : start + size]
-            with clock("targets"):
+            with clock("targets", len(facts) * self.options.rounds, in_parts=True):
                 again = layers.earlier.slipped(self.options.replay_margin)
                 layers.remember(self.options.previous_edit_weight)
             taken = [*range(start, start + len(batch)), *again]
@@ -105,6 +105,7 @@ class Session:
             if kept and size < len(facts):
                 with clock("keep"):
                     kept.save(ours, self.state(losses))
+        clock.ended("targets")
         return losses
 
     def identity(self, facts: Sequence[Fact]) -> dict[str, str]:
@@ -146,7 +147,7 @@ class Session:
         best: _Round | None = None
         urgency = torch.ones(int(contexts.fact.max()) + 1, dtype=torch.float64)  # (facts,) weight of each in the solve
         for r in range(rounds + 1):
-            with clock("targets") as step:
+            with clock("targets", total * rounds, in_parts=True) as step:
 
                 def on_step(done: int, of: int, r: int = r, step: Callable[[int, int], None] = step) -> None:
                     step(first * rounds + r * n + done * n // of, total * rounds)

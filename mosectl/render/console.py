@@ -170,11 +170,24 @@ def progress(quiet: bool = False) -> Iterator[OnStep]:
             tasks: dict[str, Any] = {}
 
             def move(phase: str, done: int, total: int) -> None:
+                for other in bar.tasks:
+                    if other.id != tasks.get(phase) and other.stop_time is None:
+                        bar.stop_task(other.id)  # one phase at a time
                 if phase not in tasks:
                     tasks[phase] = bar.add_task(f"{printable(phase, console.encoding):<12}", total=total)
+                _go_on(bar, tasks[phase])
                 bar.update(tasks[phase], completed=done, total=total)
 
             yield move
+
+
+def _go_on(bar: Progress, number: Any) -> None:
+    """Let a bar's clock run, without the time it stood still; a bar that was full once may fill again."""
+    task = next(task for task in bar.tasks if task.id == number)
+    if task.stop_time is not None and task.start_time is not None:
+        task.start_time += task.get_time() - task.stop_time
+        task.stop_time = None
+    task.finished_time = None
 
 
 def text(content: str) -> None:

@@ -76,7 +76,7 @@ def publishing(path: Path) -> Iterator[None]:
 
 
 def _check() -> None:
-    if _ear.pressed:
+    if _ear.listening and _ear.pressed:
         raise KeyboardInterrupt
 
 
