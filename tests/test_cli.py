@@ -479,6 +479,84 @@ def test_ctrl_c_that_a_library_mistakes_for_an_error(
     assert run(*world.apply()) == 130 and "interrupted" in capsys.readouterr().err
 
 
+def press(swallowed: bool = True) -> None:
+    with contextlib.suppress(KeyboardInterrupt) if swallowed else contextlib.nullcontext():
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_that_a_library_swallows_comes_again(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cleaned, finished = [], []
+
+    def going_on(*_: object, **__: object) -> None:
+        press()
+        try:
+            for _ in range(1000):
+                time.sleep(0.01)
+            finished.append(True)
+        finally:
+            for _ in range(30):  # what cleans up is not disturbed, neither by what comes again nor by a second press
+                time.sleep(0.01)
+            signal.raise_signal(signal.SIGINT)
+            cleaned.append(True)
+
+    monkeypatch.setattr("mosectl.checkpoints.apply.open_checkpoint", going_on)
+    before = world.state()
+    assert run(*world.apply()) == 130 and cleaned and not finished and world.state() == before
+    assert "interrupted: nothing half-written" in capsys.readouterr().err
+    with places.new_file(world.folder / "later.txt") as place:  # of another caller in this process
+        place.ready().write_text("x")
+
+
+def test_ctrl_c_in_a_finaliser_is_no_noise(capfd: pytest.CaptureFixture[str]) -> None:
+    code = """
+import signal, sys, time
+from mosectl.cli import main as cli
+class Left:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+def app(standalone_mode):
+    Left()
+    for _ in range(1000):
+        time.sleep(.01)
+cli._app = lambda: app
+cli.main()
+"""
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 130
+    assert capfd.readouterr().err == "interrupted: nothing half-written is left behind\n"
+
+
+@pytest.mark.parametrize("what", ["merge", "apply"])
+@pytest.mark.parametrize("when", ["before", "within", "after", "after, swallowed"])
+def test_ctrl_c_around_the_moment_an_output_is_there(
+    when: str, what: str, world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Pressed before, nothing is written; once it is, nobody is told that the work was interrupted."""
+    other = world.folder / "other.safetensors"
+    patch_for(world.model, seed=1).save(other)
+    monkeypatch.setattr("mosectl.storage.interrupts.EVERY", 3600.0)
+    out = world.folder / ("out" if what == "apply" else "new.safetensors")
+    if when == "before":
+        synced = os.fsync
+        monkeypatch.setattr("mosectl.patch.file.Patch.save", lambda _, path: (path.write_bytes(b"x"), press()))
+        monkeypatch.setattr("mosectl.storage.atomic.os.fsync", lambda file: (synced(file), press())[0])
+    elif when == "within":
+        for name in ("places._publish", "folders._move"):
+            module, function = name.split(".")
+            real = getattr(sys.modules[f"mosectl.storage.{module}"], function)
+            pressing = lambda *args, real=real: (press(swallowed=False), real(*args), press(swallowed=False))  # noqa: E731
+            monkeypatch.setattr(f"mosectl.storage.{name}", pressing)
+    else:
+        for name in ("console.hint", "terminal.applied"):
+            monkeypatch.setattr(f"mosectl.render.{name}", lambda *_: press("swallowed" in when))
+    before, args = world.state(), world.apply() if what == "apply" else ("merge", world.patch, other, "-o", out)
+    code, err = run(*args), capsys.readouterr().err
+    assert code == (0 if "swallowed" in when else 130)
+    assert ("interrupted" in err) == (when == "before") and (world.state() == before) == (when == "before")
+    assert (f"Ctrl-C came after {out} was written" in err) == (when in ("within", "after"))
+
+
 @pytest.mark.parametrize("name", ["new/", "there", "there/"])
 def test_a_folder_in_place_of_an_output_file_is_told(
     name: str, world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

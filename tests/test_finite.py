@@ -145,7 +145,7 @@ def app(standalone_mode):
     os.write(1, b"Intel MKL ERROR: Parameter 4 was incorrect\\n")
     print('{"a": 1}')
     return 0
-cli.app = app
+cli._app = lambda: app
 cli.main()
 """
 

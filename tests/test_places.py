@@ -8,6 +8,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,10 +20,10 @@ import mosectl.checkpoints.audit
 import mosectl.checkpoints.conflicts
 import mosectl.measure.evaluate  # noqa: F401
 from mosectl.checkpoints.export import export
-from mosectl.errors import OutputError
+from mosectl.errors import Notice, OutputError
 from mosectl.model import generation
 from mosectl.patch.file import Patch
-from mosectl.storage import places
+from mosectl.storage import folders, places
 from mosectl.storage.atomic import append, write_bytes
 from mosectl.storage.places import leftovers, locked, new_file
 from support.commands import World, run
@@ -334,3 +335,22 @@ def test_what_a_command_reads_is_not_replaced(tmp_path: Path, capsys: pytest.Cap
         assert run(*command, "--overwrite") == 7, command
         assert "this command reads: it would be lost" in capsys.readouterr().err
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == whole
+
+
+def test_a_folder_that_is_made_for_an_output_is_told_of(tmp_path: Path) -> None:
+    tmp_path = tmp_path.resolve()
+    with pytest.warns(Notice, match="made the folder") as told, places.new_file(tmp_path / "a" / "b" / "x") as place:
+        place.ready().write_text("x")
+    assert [str(w.message) for w in told] == [f"made the folder {tmp_path / 'a' / 'b'}, which was not there"]
+    with pytest.warns(Notice, match="made the folder") as told, folders.new_folder(tmp_path / "c" / "model"):
+        pass
+    assert len(told) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with places.new_file(tmp_path / "a" / "y") as place:  # it is there
+            place.ready().write_text("x")
+        with locked(tmp_path / "results" / "x.jsonl", tmp_path / "results"):  # it is what was asked for
+            pass
+        with pytest.raises(KeyError), places.new_file(tmp_path / "d" / "y"):  # and gone again
+            raise KeyError
+    assert not (tmp_path / "d").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import rich.console
+import rich.progress
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,6 +24,8 @@ from mosectl.editing.resume import KIND, RECORD, Progress, beside
 from mosectl.editing.session import Session
 from mosectl.errors import OutputError
 from mosectl.facts.records import fact_from_dict
+from mosectl.render import console
+from mosectl.storage.progress import Clock
 from mosectl.storage.state_file import read_state, write_state
 from support.facts import CORPUS, FACTS, FEW
 from support.json_mutations import fuzzing
@@ -49,6 +54,60 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
         return done
 
     monkeypatch.setattr(Session, "_batch", batch)
+
+
+def test_every_phase_of_an_edit_has_its_total_from_the_start_and_an_end(options: Any, tmp_path: Path) -> None:
+    told: dict[str, list[tuple[int, int]]] = {}
+    how = replace(options, wordings=1, rounds=7)
+    on_step = lambda phase, *at: told.setdefault(phase, []).append(at)  # noqa: E731
+    mosectl.edit(ALL, save(tmp_path / "m"), options=how, refuse=False, on_step=on_step)
+    assert {phase: steps[-1] for phase, steps in told.items() if steps[-1][0] != steps[-1][1]} == {}
+    assert {total for _, total in told["targets"]} == {len(ALL) * 7} and told["targets"][0][0] == 0
+    done = [n for n, _ in told["targets"]]
+    assert done == sorted(done), "it does not begin anew in each part"
+    assert told["wordings"][0] == (0, len(ALL)) and told["wordings"][-1] == (len(ALL), len(ALL))
+    assert any(n == 0 and total > 1 for n, total in told["statistics"]), "the plan is told before the first batch"
+
+
+def test_a_phase_that_fails_is_not_told_as_finished() -> None:
+    told: list[tuple[str, int, int]] = []
+    clock = Clock(lambda *at: told.append(at))
+    with pytest.raises(ValueError), clock("a", 5) as step:
+        step(2, 5)
+        raise ValueError
+    with clock("b", in_parts=True) as step:
+        step(1, 4)
+    with clock("b", in_parts=True) as step:
+        step(2, 4)
+    assert told == [("a", 0, 5), ("a", 2, 5), ("b", 0, 1), ("b", 1, 4), ("b", 2, 4)] and clock.seconds["a"] > 0
+    clock.ended("b")
+    clock.ended("b")
+    clock.ended("never begun")
+    assert told[5:] == [("b", 4, 4)]
+
+
+def test_a_bars_clock_runs_while_its_phase_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, bars = [0.0], []
+
+    class Shown(rich.progress.Progress):
+        def __init__(self, *columns: Any, **how: Any) -> None:
+            super().__init__(*columns, **how, get_time=lambda: now[0], auto_refresh=False)
+            bars.append(self)
+
+    monkeypatch.setattr(console, "Progress", Shown)
+    monkeypatch.setattr(console, "_err", lambda: rich.console.Console(file=io.StringIO(), force_terminal=True))
+    with console.progress() as step:
+        for at, phase, done, total in (
+            *((0, "targets", 0, 6), (2, "targets", 2, 6), (2, "solve", 0, 1), (12, "solve", 1, 1)),
+            *((13, "targets", 2, 6), (15, "targets", 4, 6), (15, "solve", 0, 1), (16, "solve", 1, 1)),
+            *((17, "targets", 6, 6), (18, "guard", 0, 1), (30, "guard", 0, 1)),
+        ):
+            now[0] = at
+            step(phase, done, total)
+        targets, solve, guard = bars[0].tasks
+    # A phase lasts until another one begins: the second solve from 15 to 17.
+    assert (targets.finished_time, targets.elapsed) == (4, 5) and targets.finished
+    assert (solve.finished_time, solve.elapsed) == (12, 13) and guard.elapsed == 12 and not guard.finished
 
 
 @pytest.mark.parametrize("at", [2, 3])

@@ -84,3 +84,26 @@ def test_a_whole_number_is_advised_where_one_is_asked(method: str, setting: str,
 
 def test_a_methods_whole_numbers_are_recorded_as_before() -> None:
     assert repr(dict(options_from(["rank=5", "preserve=2"]).solver)) == "{'rank': 5.0, 'preserve': 2.0}"
+
+
+@pytest.mark.parametrize(
+    ("setting", "meant"),
+    [
+        ("fact_tokn=subject_last", "fact_token"),
+        ("presreve=2", "preserve"),
+        ("optimiser=adam", "optimizer"),
+        ("rehears=1", "replay_margin"),
+        ("zzz=yes", None),
+        ("", None),
+    ],
+)
+def test_an_unknown_name_is_told_before_its_value_with_the_nearest(setting: str, meant: str | None) -> None:
+    with pytest.raises(UsageError, match="'isospectral' has no such setting") as refused:
+        options_from([setting], method="isospectral")
+    assert refused.value.fix.startswith(f"did you mean {meant}? it has: " if meant else "it has: ")
+
+
+def test_no_setting_is_meant_that_a_method_does_not_take() -> None:
+    with pytest.raises(UsageError, match="no such setting") as refused:
+        options_from(["fact_tokn=last"], method="horse")
+    assert "fact_token" not in refused.value.fix

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import yaml
 from markdown_it import MarkdownIt
+from rich.console import Console
 
 from mosectl.bench import pictures
 from mosectl.bench import report as bench_report
@@ -376,3 +377,36 @@ def test_suggested_commands_quote_their_words(tmp_path: Path, capsys: pytest.Cap
     facts.write_text("{\n{")
     assert run("edit", facts, "--model", tmp_path / "m", "-o", tmp_path / "o.safetensors") == 3
     assert f"mosectl check '{facts}'" in capsys.readouterr().err
+
+
+def test_no_word_is_broken_where_a_table_fits_without(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "_out", lambda: Console(width=60, force_terminal=True, no_color=True, soft_wrap=True))
+    words = ["Tarenminster", "distance", "P(new)", "24", "mlp.down_proj", "unbroken"]
+    prompt = " ".join(["a prompt of many unbroken words that goes on"] * 3)
+    console.table(
+        "t", ("prompt", "before", ">P(new) before", "distance"), [(prompt, "Tarenminster", "1", "24 mlp.down_proj")]
+    )
+    shown = clean(capsys.readouterr().out)
+    assert all(word in shown for word in words) and max(map(len, shown.splitlines())) <= 60
+    console.table("t", ("a", "b"), [("x" * 70, "y")])
+    assert clean(capsys.readouterr().out).count("x") == 70, "nothing is cut off where a word must be broken"
+
+
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [
+        ("model.layers.24.mlp.down_proj", "24 mlp.down_proj"),
+        ("transformer.h.3.mlp.c_proj.weight", "3 mlp.c_proj"),
+        ("model.layers.2.mlp.experts.7.down_proj", "2 mlp.experts.7.down_proj"),
+        ("lm_head", "lm_head"),
+    ],
+)
+def test_weights_are_named_in_short(name: str, short: str) -> None:
+    assert terminal.place(name) == short
+
+
+def test_no_empty_table_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    console.tables([Grid("Facts", ("a",), (("x",),)), Grid("Conflicts", ("b",), ())])
+    assert capsys.readouterr().out == "# Facts\na\nx\n\n"

@@ -58,6 +58,7 @@ def test_the_demo_model_words_its_facts() -> None:
     done: list[tuple[int, int]] = []
     asked: Any = (loaded.model, loaded.tokenizer, facts, [answer(t) for t in texts])
     found = own_wordings(*asked, 2, on_step=lambda *at: done.append(at))
+    assert done[0] == (0, 6) and done == sorted(done) and len({*done}) > 2, "facts are told of as they are settled"
     assert len(found) == len(facts) and done[-1] == (6, 6) and max(map(len, found)) <= 2
     assert sum(map(bool, found)) >= 3 and torch.equal(before, torch.random.get_rng_state())
     assert found == own_wordings(*asked, 2) and max(map(len, own_wordings(*asked, 1))) == 1

@@ -107,7 +107,7 @@ def run_bench(
     Raises:
         ModelError, HubError, UsageError, OutputError. A cell whose edit fails is recorded, not raised.
     """
-    with locked(folder / RESULTS):
+    with locked(folder / RESULTS, folder):
         return _run(bench, folder, device, dtype, notice, watch, on_cell)
 
 

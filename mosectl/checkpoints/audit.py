@@ -98,16 +98,13 @@ def history_tables(h: History) -> list[Grid]:
             str(len(p.facts)),
             str(p.tensors),
             ", ".join(x[:12] for x in p.made_on) or "–",
-            p.file,
         )
         for i, p in enumerate(h.patches, 1)
     ]
     facts = [(p.id[:12], f) for p in h.patches for f in p.facts]
     base = h.model + (f" @ {h.revision}" if h.revision else "") + (", its edited tensors kept" if h.kept_base else "")
     return [
-        Grid(
-            f"{h.folder}: {base}", (">", "patch", "method", ">facts", ">tensors", "made on top of", "file"), tuple(rows)
-        ),
+        Grid(f"{h.folder}: {base}", (">", "patch", "method", ">facts", ">tensors", "made on top of"), tuple(rows)),
         Grid("Facts", ("patch", "fact"), tuple(facts)),
         conflict_table(h.conflicts),
     ]

@@ -10,11 +10,8 @@ import sys
 import warnings
 from typing import Any
 
-import typer
-
-from mosectl.cli.app import app
-from mosectl.cli.params import Interrupted
 from mosectl.errors import MosectlError, Notice, OutputError, UsageError, debugging
+from mosectl.storage import interrupts
 from mosectl.text.shown import guard_streams
 
 
@@ -52,31 +49,41 @@ def _own_output() -> None:
 
 def main() -> None:
     """Run a command; every error becomes one message and a documented exit code."""
+    interrupts.listen()
+    try:
+        code = _run()
+        _no_more_interrupts()
+    except BaseException as e:
+        # Libraries that are being imported turn Ctrl-C into errors of their own.
+        code = _failed(KeyboardInterrupt() if interrupts.pressed() and not _says_what_is_kept(e) else e)
+        _no_more_interrupts()
+    sys.exit(code)
+
+
+def _run() -> int:
     _own_output()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary files are cleaned up
     warnings.showwarning = _shown
     warnings.simplefilter("always", Notice)
     _quiet_libraries()
     guard_streams()
-    pressed: list[int] = []
-
-    def interrupt(number: int, _: Any) -> None:
-        pressed.append(number)
+    code = _app()(standalone_mode=False)  # typer turns Exit and Ctrl-C into a returned code
+    if code == 130:
         raise KeyboardInterrupt
+    sys.stdout.flush()  # here, where a closed pipe or a full disk can still be told
+    return int(code or 0)
 
-    signal.signal(signal.SIGINT, interrupt)
-    try:
-        code = app(standalone_mode=False)  # typer turns Exit and Ctrl-C into a returned code
-        if code == 130:
-            raise KeyboardInterrupt
-        sys.stdout.flush()  # here, where a closed pipe or a full disk can still be told
-        _no_more_interrupts()
-        sys.exit(code or 0)
-    except BaseException as e:
-        # Libraries that are being imported turn Ctrl-C into errors of their own.
-        code = _failed(KeyboardInterrupt() if pressed and not isinstance(e, Interrupted) else e)
-        _no_more_interrupts()
-        sys.exit(code)
+
+def _app() -> Any:
+    from mosectl.cli.app import app  # here, where Ctrl-C is heard
+
+    return app
+
+
+def _says_what_is_kept(e: BaseException) -> bool:
+    from mosectl.cli.params import Interrupted
+
+    return isinstance(e, Interrupted)
 
 
 def _no_more_interrupts() -> None:
@@ -84,7 +91,7 @@ def _no_more_interrupts() -> None:
 
     Python ends itself by the same signal at the very end where it once came upon code that a library ran from a text.
     """
-    signal.signal(signal.SIGINT, lambda *_: None)
+    interrupts.stop()
     if hasattr(signal, "pthread_sigmask"):
         atexit.register(signal.pthread_sigmask, signal.SIG_BLOCK, {signal.SIGINT})
 
@@ -95,12 +102,15 @@ def _drop_stdout() -> None:
 
 
 def _failed(e: BaseException) -> int:
+    import typer
+
+    from mosectl.cli.params import Interrupted
     from mosectl.render import console
 
     if isinstance(e, SystemExit):
         return 141 if e.code == 1 else int(e.code or 0)  # 1: how rich leaves when the reader closes the pipe
     if isinstance(e, KeyboardInterrupt | typer.Abort):
-        console.interrupted()
+        console.stopped([str(path) for path in interrupts.written()])
         return 130
     if isinstance(e, Interrupted):
         console.interrupted(e.kept, e.fix)

@@ -210,7 +210,7 @@ def _computed(
                     model, loaded.tokenizer, projections, ready.corpus,
                     enough=enough(options), folder=folder, on_step=step,
                 )  # fmt: skip
-        with clock("wordings") as step:
+        with clock("wordings", len(facts)) as step:
             wordings = _wordings(loaded, facts, before, options, step)
         layers = EditedLayers(model, turned, projections, moments, options, trained)
         session = Session(loaded, layers)

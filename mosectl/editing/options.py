@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
 from typing import Any
 
 from mosectl.editing.methods import DEFAULT, method
@@ -68,7 +69,7 @@ def options_from(settings: Sequence[str], **given: Any) -> EditOptions:
     """EditOptions from "name=number" settings of the solver, the targets or the edit; None among ``given`` = default.
 
     Raises:
-        UsageError: an unknown name, or not a number.
+        UsageError: an unknown name, told before its value is looked at, or not a number.
     """
     solver = method(given.get("method") or EditOptions.method)
     known = {f.name: str(f.type).removesuffix(" | None") for f in fields(TargetOptions)}
@@ -78,14 +79,15 @@ def options_from(settings: Sequence[str], **given: Any) -> EditOptions:
     searches = {"placement", "fact_token", *known} - {"margin", "max_rows"}
     searching = set() if solver.searches else searches  # a fit has no such search
     found: dict[str, dict[str, Any]] = {"solver": {}, "targets": {}, "edit": {}}
+    names = [*solver.defaults, *known, *own]
     for setting in settings:
-        name, value = _setting(setting, {**known, **own, **whole})
-        place = "solver" if name in solver.defaults else "targets" if name in known else "edit" if name in own else None
-        if place is None:
-            names = ", ".join(n for n in (*solver.defaults, *known, *own) if n not in searching)
-            raise UsageError(f"--set {setting}: method '{solver.name}' has no such setting", fix=f"it has: {names}")
-        if name in searching:
+        asked = setting.partition("=")[0]
+        if (now := RENAMED.get(asked, asked)) not in names:
+            raise _unknown(setting, asked, solver.name, [n for n in names if n not in searching])
+        if now in searching:
             raise UsageError(f"--set {setting}: '{solver.name}' has its own way to values", fix="leave it out")
+        name, value = _setting(setting, {**known, **own, **whole})
+        place = "solver" if name in solver.defaults else "targets" if name in known else "edit"
         found[place][name] = float(value) if place == "solver" else value  # as records of patches have it
     if given.get("form") not in (None, *FORMS):
         raise UsageError(f"--form {given['form']}: no such form", fix=f"choose one of: {', '.join(FORMS)}")
@@ -107,6 +109,15 @@ def options_from(settings: Sequence[str], **given: Any) -> EditOptions:
         what = "--set fact_token=last: the published search is at the subject's last token"
         raise UsageError(what, fix="leave it out, or give --set optimizer=adam too")
     return options
+
+
+def _unknown(setting: str, name: str, method_name: str, names: Sequence[str]) -> UsageError:
+    """The refusal of a setting that is none; near names, old ones too, are asked about first."""
+    near = get_close_matches(name, [*names, *(old for old, now in RENAMED.items() if now in names)], 1)
+    meant = f"did you mean {RENAMED.get(near[0], near[0])}? " if near else ""
+    return UsageError(
+        f"--set {setting}: method '{method_name}' has no such setting", fix=f"{meant}it has: {', '.join(names)}"
+    )
 
 
 def _setting(setting: str, types: Mapping[str, Any]) -> tuple[str, Any]:

@@ -48,14 +48,22 @@ def own_wordings(
     with seeded(model, seed):
         for start in range(0, len(facts), AT_ONCE):
             end = start + AT_ONCE
-            found += _sure(model, tokenizer, facts[start:end], olds[start:end], most)
-            if on_step:
-                on_step(len(found), len(facts))
+
+            def settled(n: int, start: int = start) -> None:
+                if on_step:
+                    on_step(start + n, len(facts))
+
+            found += _sure(model, tokenizer, facts[start:end], olds[start:end], most, settled)
     return found
 
 
-def _sure(model: Any, tokenizer: Any, facts: Sequence[Fact], olds: Sequence[str], most: int) -> list[tuple[str, ...]]:
-    """:func:`own_wordings` of some facts: rounds of samples, each only for the facts that still lack wordings."""
+def _sure(
+    model: Any, tokenizer: Any, facts: Sequence[Fact], olds: Sequence[str], most: int, settled: Callable[[int], None]
+) -> list[tuple[str, ...]]:
+    """:func:`own_wordings` of some facts: rounds of samples, each only for the facts that still lack wordings.
+
+    After each round ``settled`` is told how many facts need no more.
+    """
     counted: list[Counter[str]] = [Counter() for _ in facts]
     sure: list[list[str]] = [[] for _ in facts]
     tried: list[set[str]] = [set() for _ in facts]
@@ -64,6 +72,7 @@ def _sure(model: Any, tokenizer: Any, facts: Sequence[Fact], olds: Sequence[str]
         patience = ROUND if seldom else PATIENCE
         hopeful = [i for i, old in enumerate(olds) if 0 < len(old) <= LONGEST and (counted[i] or done < patience)]
         lacking = [i for i in hopeful if len(sure[i]) < most]
+        settled(len(facts) - len(lacking))
         if not lacking:
             break
         for i, texts in zip(lacking, _written(model, tokenizer, [facts[i] for i in lacking]), strict=True):
@@ -73,6 +82,7 @@ def _sure(model: Any, tokenizer: Any, facts: Sequence[Fact], olds: Sequence[str]
         for i in lacking:
             tried[i] |= {*new[i]}
             sure[i] += [w for w in new[i] if (facts[i], w, olds[i]) in held]
+    settled(len(facts))
     found = []
     for own, c in zip(sure, counted, strict=True):
         likely = [w for w, _ in c.most_common() if w in own]

@@ -187,6 +187,8 @@ def _accumulate(
     sums, share = _Sums(model, projections), _gradient_share(projections, blocks[0])
     chosen, stops = _with_gradients(blocks[0], share), 0.0 if distributed else enough
     work = Work(mine, stops, share)
+    if on_step:
+        on_step(*work.so_far(0))
     with frozen(model):
         for done, (number, block, sequences) in enumerate(mine, 1):
             batch = Batch.of(sequences, input_device(model))

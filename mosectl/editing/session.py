@@ -76,7 +76,7 @@ class Session:
         losses = self.take(begun) if begun else []
         for start in range(len(losses), len(facts), size):
             batch = facts[start : start + size]
-            with clock("targets"):
+            with clock("targets", len(facts) * self.options.rounds, in_parts=True):
                 again = layers.earlier.slipped(self.options.replay_margin)
                 layers.remember(self.options.previous_edit_weight)
             taken = [*range(start, start + len(batch)), *again]
@@ -105,6 +105,7 @@ class Session:
             if kept and size < len(facts):
                 with clock("keep"):
                     kept.save(ours, self.state(losses))
+        clock.ended("targets")
         return losses
 
     def identity(self, facts: Sequence[Fact]) -> dict[str, str]:
@@ -149,7 +150,7 @@ class Session:
             return lambda done, of: step(first * rounds + r * n + done * n // of, total * rounds)
 
         for r in range(rounds + 1):
-            with clock("targets") as step:
+            with clock("targets", total * rounds, in_parts=True) as step:
                 if layers.solver.searches and not layers.published:
                     contexts = self._ends_asked(contexts)
                 targets = self._targets(contexts, r < rounds and layers.solver.searches, told(step, r))
@@ -161,7 +162,7 @@ class Session:
                 break
             if r:
                 urgency[~(targets.margin_before > 0)] *= options.unreached_weight_growth
-            with clock("solve") as step:
+            with clock("solve", in_parts=True) as step:
                 if isinstance(layers.solver, Trainer):
                     layers.fit(layers.solver, contexts, self.loaded.tokenizer.eos_token_id, told(step, r))
                 else:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -67,6 +68,14 @@ def interrupted(kept: str = "nothing half-written is left behind", fix: str = ""
     _next(fix)
 
 
+def stopped(written: Sequence[str]) -> None:
+    """Tell of Ctrl-C where there is nothing to go on with: after outputs were ``written``, nothing was interrupted."""
+    if written:
+        warn("Ctrl-C", f" came after {', '.join(written)} was written: nothing of it is missing")
+    else:
+        interrupted()
+
+
 def hint(text: str) -> None:
     """A line on stderr about what was done or comes next."""
     _say(_err(), (text, ""))
@@ -103,14 +112,27 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     table = Table(
         title=Text(title), title_justify="left", title_style="bold", header_style="bold", show_header=any(names)
     )
-    for column, name in zip(columns, whole[0], strict=True):
-        table.add_column(Text(name), justify="right" if column.startswith(">") else "left", overflow="fold")
     drawn = _drawable(whole[1:])
+    for column, name, width in zip(columns, whole[0], _widths([whole[0], *drawn], console.width), strict=True):
+        side: Any = "right" if column.startswith(">") else "left"
+        table.add_column(Text(name), justify=side, overflow="fold", width=width)
     for row in drawn:
         table.add_row(*map(Text, row))
     console.print(table, soft_wrap=False)
     if more := len(rows) - len(drawn):
         console.print(f"… and {more} more (all of them in a pipe, or with --json)")
+
+
+def _widths(rows: Sequence[Sequence[str]], room: int) -> Sequence[int | None]:
+    """Widths of columns by which no word is broken, where ``room`` is too narrow for whole cells; else rich's own."""
+    cells = list(zip(*rows, strict=True))
+    room -= 3 * len(cells) + 1  # borders and padding
+    whole = [max(map(cell_len, column)) for column in cells]
+    least = [max((cell_len(word) for cell in column for word in cell.split()), default=0) for column in cells]
+    spare, wanted = room - sum(least), sum(whole) - sum(least)
+    if spare < 0 or wanted <= spare:
+        return [None] * len(cells)
+    return [a + (b - a) * spare // wanted for a, b in zip(least, whole, strict=True)]
 
 
 def _drawable(rows: Sequence[Sequence[str]]) -> list[list[str]]:
@@ -162,11 +184,24 @@ def progress(quiet: bool = False) -> Iterator[OnStep]:
             tasks: dict[str, Any] = {}
 
             def move(phase: str, done: int, total: int) -> None:
+                for other in bar.tasks:
+                    if other.id != tasks.get(phase) and other.stop_time is None:
+                        bar.stop_task(other.id)  # one phase at a time
                 if phase not in tasks:
                     tasks[phase] = bar.add_task(f"{printable(phase, console.encoding):<12}", total=total)
+                _go_on(bar, tasks[phase])
                 bar.update(tasks[phase], completed=done, total=total)
 
             yield move
+
+
+def _go_on(bar: Progress, number: Any) -> None:
+    """Let a bar's clock run, without the time it stood still; a bar that was full once may fill again."""
+    task = next(task for task in bar.tasks if task.id == number)
+    if task.stop_time is not None and task.start_time is not None:
+        task.start_time += task.get_time() - task.stop_time
+        task.stop_time = None
+    task.finished_time = None
 
 
 def text(content: str) -> None:
@@ -175,8 +210,8 @@ def text(content: str) -> None:
 
 
 def tables(grids: Sequence[Grid], notes: Sequence[str] = ()) -> None:
-    """Tables, and what to know about them."""
-    for grid in grids:
+    """Tables, those without rows left out, and what to know about them."""
+    for grid in filter(lambda grid: grid.rows, grids):
         table(grid.title, grid.columns, grid.rows)
     for note in notes:
         line(f"note: {note}")

@@ -16,7 +16,7 @@ from mosectl.text.shown import counted, word
 
 if TYPE_CHECKING:
     from mosectl.checkpoints.export import Exported
-    from mosectl.checkpoints.inspection import Inspection
+    from mosectl.checkpoints.inspection import FactorReport, Inspection
     from mosectl.checkpoints.live import Asked
     from mosectl.checkpoints.writer import ApplyReport
     from mosectl.editing.edit import EditResult
@@ -115,7 +115,7 @@ def _stability(title: str, drifts: Sequence[Stability]) -> None:
         ("tensor", ">‖W‖", ">κ(W)", ">‖W‖ drift", ">κ drift", ">largest σ drift"),
         [
             (
-                s.name,
+                place(s.name),
                 f"{s.norm_before:.4g}",
                 f"{s.condition_before:.4g}",
                 *(f"{x:.1e}" for x in (s.norm_drift, s.condition_drift, s.spectrum_drift)),
@@ -205,7 +205,6 @@ def inspection(i: Inspection) -> None:
     """A patch: where it comes from, its rotations, its facts."""
     p = i.patch
     rows = [
-        ("id", p.id),
         ("method", f"{p.method} ({p.side} side{'s' * (p.side == 'both')}), seed {p.seed}"),
         ("base model", f"{p.model} ({p.model_type})" + (f" @ {p.revision}" if p.revision else "")),
         ("made with", ", ".join(f"{k} {v}" for k, v in p.versions.items())),
@@ -213,32 +212,8 @@ def inspection(i: Inspection) -> None:
         ("options", ", ".join(_settings(p.options))),
         ("on top of", ", ".join(x[:12] for x in p.parents) or "the base model"),
     ]
-    table("Patch", ("", ""), rows)
-    table(
-        "Factors (W' = R W R_in, or W + B A)",
-        (
-            *(
-                "module",
-                "factor",
-                "form",
-                ">size",
-                ">rank",
-                ">left out",
-                ">‖RᵀR−I‖/√n",
-                ">largest angle",
-                ">median angle",
-            ),
-            ">distance",
-        ),
-        [
-            (
-                *(r.module, r.factor, r.form, "×".join(map(str, r.shape)), str(r.rank), _or_dash(r.left_out, ".1%")),
-                *(_or_dash(r.orthogonality_error, ".1e"), _or_dash(r.largest_angle, ".1f", "°")),
-                *(_or_dash(r.median_angle, ".2f", "°"), f"{r.distance:.3f}"),
-            )
-            for r in i.factors
-        ],
-    )
+    table(f"Patch {p.id}", ("", ""), rows)  # there an id of 64 digits fits into a line
+    _factors(i.factors)
     by_module = {r.module: r for r in i.factors}.values()
     if drifts := [r.stability for r in by_module if r.stability]:
         _stability("Effect on the model, stored dtype", drifts)
@@ -255,6 +230,29 @@ def inspection(i: Inspection) -> None:
     )
     _wordings(p.facts)
     _measured(p.metrics)
+
+
+def _factors(factors: Sequence[FactorReport]) -> None:
+    """Every factor, a table of what it is and one of what it does: together they are wider than most terminals."""
+    title, names = "Factors (W' = R W R_in, or W + B A)", [place(r.module) for r in factors]
+    made = [
+        (name, r.factor, r.form, "×".join(map(str, r.shape)), str(r.rank), _or_dash(r.left_out, ".1%"))
+        for name, r in zip(names, factors, strict=True)
+    ]
+    does = [
+        (name, r.factor, _or_dash(r.orthogonality_error, ".1e"), _or_dash(r.largest_angle, ".1f", "°"),
+         _or_dash(r.median_angle, ".2f", "°"), f"{r.distance:.3f}")
+        for name, r in zip(names, factors, strict=True)
+    ]  # fmt: skip
+    table(title, ("module", "factor", "form", ">size", ">rank", ">left out"), made)
+    columns = ("module", "factor", ">‖RᵀR−I‖/√n", ">max angle", ">median angle", ">distance")
+    table("How far they turn", columns, does)
+
+
+def place(name: str) -> str:
+    """A module's or tensor's name in short, "24 mlp.down_proj": the number of its layer and what comes after it."""
+    found = re.fullmatch(r"(?:[A-Za-z_]\w*\.)+?(\d+)\.(.+?)(?:\.weight)?", name)
+    return f"{found[1]} {found[2]}" if found else name
 
 
 def _measured(metrics: Mapping[str, Any]) -> None:

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mosectl.errors import ModelError, Notice, OutputError
+from mosectl.storage import interrupts
 from mosectl.storage.atomic import exclusive, fsync_folder, like, output_errors
 from mosectl.storage.inputs import opened
 from mosectl.storage.locks import locked
@@ -90,7 +91,7 @@ def built(path: Path, *, replace: bool = False, plan: str = "", rights: Path | N
                 new.mkdir(mode | 0o700)
             (place / PLAN).write_text(plan, "utf-8")
         yield new
-        with output_errors(path):
+        with interrupts.publishing(path), output_errors(path):
             for own in (PLAN, DONE):  # from here on nothing is to be gone on with
                 (place / own).unlink(missing_ok=True)
             if path.exists():

@@ -11,24 +11,28 @@ import contextlib
 import os
 import stat
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from filelock import SoftFileLock, Timeout, lock_descriptor
 
-from mosectl.errors import OutputError
+from mosectl.errors import Notice, OutputError
 from mosectl.storage.atomic import open_no_link, ours, output_errors, short
 
 LOCK, HOLDER = ".mosectl.lock", ".pid"
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, output: Path | None = None) -> Iterator[None]:
     """Keep other processes from writing ``path`` at the same time; a killed one's lock is free again by itself.
 
-    Folders above ``path`` are made, and removed again if the block fails and they are empty.
+    Folders above ``path`` are made, and removed again if the block fails and they are empty; else a notice tells of those
+    that nobody asked for.
 
+    Args:
+        output: what the user has named, where that is not ``path`` but a folder above it.
     Raises:
         OutputError: another process holds it, or there is no writing there.
     """
@@ -54,6 +58,8 @@ def locked(path: Path) -> Iterator[None]:
             for folder in made:
                 folder.rmdir()
         raise
+    if beside := [str(folder) for folder in made if folder in (output or path).absolute().parents]:
+        warnings.warn(f"made the folder {beside[0]}, which was not there", Notice, stacklevel=3)
 
 
 def _lock(name: Path, path: Path) -> ExitStack:

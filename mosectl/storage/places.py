@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mosectl.errors import OutputError
+from mosectl.storage import interrupts
 from mosectl.storage.atomic import fsync_folder, like, ours, output_errors, short
 from mosectl.storage.locks import locked
 
@@ -103,7 +104,7 @@ def new_file(
             place = Place(folder / NEW / path.name, path)
             place.reserve(0)
             yield place
-            with output_errors(path):
+            with interrupts.publishing(path), output_errors(path):
                 _publish(place.ready(), path, overwrite)
         finally:
             remove(folder)
