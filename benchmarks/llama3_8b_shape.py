@@ -12,16 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
-import resource
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
+from peak import peak_bytes, reset_peak, resident_bytes
 from speed import DEMO, SHAPES, llama_config, random_llama
 from transformers import AutoTokenizer
 
@@ -54,7 +52,7 @@ def main() -> None:
     if device == "cuda":
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, args.memory * 1e9 / total))
-    before = _resident()
+    before = resident_bytes()
     loaded = random_llama(config, device, dtype, AutoTokenizer.from_pretrained(DEMO / "demo-model"))
     peaks: dict[str, float] = {}
     start = time.perf_counter()
@@ -106,31 +104,12 @@ def _watch(peaks: dict[str, float], device: str, before: int) -> Callable[[str, 
     def on_step(name: str, done: int, total: int) -> None:
         nonlocal phase
         if phase:
-            peaks[phase] = max(peaks.get(phase, 0.0), _peak(device, before) / 1e9)
+            peaks[phase] = max(peaks.get(phase, 0.0), peak_bytes(device, before) / 1e9)
         if name != phase:
             phase = name
-            _reset(device)
+            reset_peak(device)
 
     return on_step
-
-
-def _peak(device: str, before: int) -> int:
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    found = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text("utf-8"))
-    return (1024 * int(found[1]) if found else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) - before
-
-
-def _reset(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5", "utf-8")  # Linux: the peak starts anew from what is resident
-
-
-def _resident() -> int:
-    found = re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text("utf-8"))
-    return 1024 * int(found[1]) if found else 0
 
 
 def _rounded(values: dict[str, Any]) -> dict[str, Any]:

@@ -31,9 +31,10 @@ from mosectl.checkpoints.apply import apply
 from mosectl.editing import targets
 from mosectl.editing.contexts import build_contexts
 from mosectl.editing.edit import edit
+from mosectl.editing.edited_layers import metric_of
+from mosectl.editing.layers import MARGINS, SUBJECT
 from mosectl.editing.options import default_options, options_from
 from mosectl.editing.second_moments import second_moments
-from mosectl.editing.session import _metric
 from mosectl.editing.targets import optimise_targets
 from mosectl.facts.corpus import read_corpus
 from mosectl.facts.records import Fact, as_facts
@@ -166,9 +167,9 @@ def bench_targets(args: argparse.Namespace) -> Iterator[Row]:
     arch, projections = resolve(loaded.model), _chosen(loaded, args.layers)
     corpus = read_corpus(None)
     moments = second_moments(loaded.model, loaded.tokenizer, projections, corpus, max_tokens=4096, cache=False)
-    metric = {p.name: _metric(moments.G[p.name].double()) for p in projections}
+    metric = {p.name: metric_of(moments.G[p.name].double()) for p in projections}
     prefixes = ["", *(" ".join(t.split()[:6]) + ". " for t in corpus.texts[:2])]
-    options = replace(default_options().targets, steps=10)
+    options = replace(default_options().targets, steps=10, margin=MARGINS[SUBJECT])
 
     def run(group: int) -> tuple[float, str]:
         def work() -> str:

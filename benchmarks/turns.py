@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
-from llama3_8b_shape import _peak, _reset
+from peak import peak_bytes, reset_peak
 
 from mosectl.editing.low_rank import Gram
 from mosectl.editing.methods import method
@@ -52,10 +52,10 @@ def main() -> None:
     print(json.dumps({**told, "factors, once a layer and base": {"C": round(factor, 2), "W": round(gram_took, 2)}}))
     if p > DENSE:
         del C
-    _reset(args.device)
+    reset_peak(args.device)
     took, (L, R) = _seconds(lambda: solver.turns(TurnProblem(W, W, root, gram, facts, None, options)))
     size = of_rotations(L, R).nbytes
-    peak = _peak(args.device, 0)
+    peak = peak_bytes(args.device)
     reached = _missed(R.right(L.left(W)), facts) / _missed(W, facts)
     row = {"seconds": round(took, 2), "ranks": [L.rank, R.rank], "megabytes of the patch": round(size / 1e6, 2)}
     memory = {"memory of the process, in p × p float32": round(peak / (4 * p * p), 2)} if p > DENSE else {}

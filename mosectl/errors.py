@@ -19,7 +19,7 @@ EXIT_CODES = {
     10: ("below --fail-under", "a number is below its --fail-under"),
     11: ("stopped early", "the guard ended an edit; its patch holds the facts before"),
     12: ("patches conflict", "patches contradict each other; nothing was written"),
-    130: ("Ctrl-C", "interrupted; nothing half-written is left behind"),
+    130: ("Ctrl-C", "interrupted; nothing half-written is left behind, and what is kept to go on with is said"),
     141: ("closed pipe", "whoever read the output stopped reading"),
 }
 

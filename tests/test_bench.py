@@ -396,9 +396,13 @@ def test_damaged_records(tmp_path_factory: pytest.TempPathFactory, seed: int) ->
     ET.fromstring(svg_frontier(records) or "<svg/>")
 
 
-def test_ctrl_c_loses_only_the_running_cell(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_loses_only_the_running_cell(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     breaking(monkeypatch, "mose", KeyboardInterrupt())
     assert world.run() == 130 and len(world.lines()) == 1
+    told = capsys.readouterr().err
+    assert "results.jsonl holds the finished cells\n  → the same command goes on" in told and "half-written" not in told
     assert world.run("--report-only") == 0
     assert "not run yet" in (world.out / "tables.md").read_text()
 

@@ -7,12 +7,14 @@ import errno
 import io
 import json
 import os
+import re
 import signal
 import struct
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,7 @@ from mosectl.patch.file import Patch
 from mosectl.render import console
 from mosectl.storage import atomic, places
 from support.commands import EASY, TWO_PROCESSES, World, run
+from support.editors import rows
 from support.facts import FACT
 from support.models import make_tokenizer, pico, save
 from support.patches import hashes, patch_for
@@ -240,7 +243,7 @@ BAD: dict[str, Case] = {
     "Windows line ends, a bad line": (lambda w, _: w.with_facts(LINE + b"\r\n{}\r\n"), 3, "facts.jsonl:2: 'prompt'"),
     "missing facts": (lambda w, _: ("check", w.folder / "none"), 3, "no such file"),
     "subject not in prompt": (lambda w, _: w.with_facts(LINE.replace(b"I met Tomas", b"I met Thomas")), 3, "did you mean"),
-    "Ctrl-C in edit": (ctrl_c_in_edit, 130, "interrupted"),
+    "Ctrl-C in edit": (ctrl_c_in_edit, 130, "interrupted: nothing half-written"),
     "Ctrl-C in apply": (ctrl_c_in_apply, 130, "interrupted"),
     "unknown option": (lambda w, _: w.edit("--frobnicate"), 2, "frobnicate"),
     "unknown method": (lambda w, _: w.edit("--method", "magic"), 2, "choose one of"),
@@ -417,6 +420,26 @@ def test_progress_on_a_pipe_is_told_once_a_minute(
     assert capsys.readouterr().err.splitlines() == ["targets …", "targets 2/10", "targets 4/10"]
 
 
+@pytest.mark.parametrize("command", ["stats", "sample", "train-editor"])
+def test_work_on_a_pipe_is_told_of_from_its_beginning(
+    command: str, world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A phase's line comes before its first step, whose count is told where it took a minute."""
+    clock = count(0.0, 61.0)
+    monkeypatch.setattr("mosectl.render.console.time.monotonic", lambda: next(clock))
+    monkeypatch.setenv("MOSECTL_CACHE", str(world.folder / "cache"))  # statistics that are kept are not counted
+    world.facts.write_text(rows(9))
+    given = {
+        "stats": (),
+        "sample": ("-o", world.folder / "t.txt", "--samples", 2, "--tokens", 2),
+        "train-editor": (world.facts, "-o", world.folder / "e", "--rank", 2, "--steps", 2, "--batch-size", 3),
+    }[command]
+    assert run(command, *given, "--model", world.model) == 0
+    told = capsys.readouterr().err.splitlines()
+    phase = {"stats": "statistics", "sample": "sample", "train-editor": "training"}[command]
+    assert told[:2] == ["load …", f"{phase} …"] and re.fullmatch(rf"{phase} \d+/\d+", told[2]), told
+
+
 def test_a_model_writes_text_for_its_own_statistics(tmp_path: Path) -> None:
     model, one, two = save(tmp_path / "m"), tmp_path / "one.txt", tmp_path / "two.txt"
     few = ("--samples", 5, "--tokens", 4)
@@ -486,8 +509,10 @@ def test_a_chat_model_asked_without_its_template_gets_a_hint(world: World, capsy
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
     tokenizer.save_pretrained(world.model)
-    for command in (("ask", "I met", "-m", world.model, "--json"), world.edit("--overwrite", "--json")):
+    commands = {"asked": ("ask", "I met", "-m", world.model, "--json"), "edited": world.edit("--overwrite", "--json")}
+    for done, command in commands.items():
         assert run(*command) == 0
         out, err = capsys.readouterr()
         assert json.loads(out) and err.count("--chat") == 1
+        assert f"note: {done} without the tokenizer's chat template, as plain text: give --chat" in err
         assert run(*command, "--chat") in (0, 8) and "--chat" not in capsys.readouterr().err

@@ -204,7 +204,7 @@ def test_a_form_that_loses_answers_is_tightened_then_given_up(corpus: str, monke
         asked.append(tolerance)
         return Change({"U": torch.eye(W0.shape[0])[:, :1], "Q": torch.ones(1, 1)}), 1.0
 
-    monkeypatch.setattr("mosectl.editing.session.compact_change", useless)
+    monkeypatch.setattr("mosectl.editing.edited_layers.compact_change", useless)
     how = {"compaction": 0.4, "method": "mose", "targets": replace(default_options("mose").targets, steps=40)}
     result = mosectl.edit(FACTS, pico("llama"), make_tokenizer(), options=few(corpus, **how))
     assert asked == [t for t in (0.4, 0.2, 0.1, 0.05) for _ in range(3)], "three layers"

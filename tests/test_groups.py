@@ -11,9 +11,12 @@ import pytest
 import torch
 
 import mosectl
-from mosectl.bench.report import tables
+from mosectl.bench.report import _lead, _of_four, tables
+from mosectl.bench.runner import _check
 from mosectl.checkpoints.live import patched
-from mosectl.errors import NotFinite, PatchError
+from mosectl.editing.layers import settled
+from mosectl.editing.options import options_from
+from mosectl.errors import NotFinite, PatchError, UsageError
 from mosectl.facts.records import Fact, Probe, fact_from_dict
 from mosectl.measure import groups, next_tokens, qa
 from mosectl.measure.answers import FactAnswer, Interview, interview
@@ -22,7 +25,8 @@ from mosectl.measure.groups import KNOWN, Part, Share, parts, tallies, unedited_
 from mosectl.measure.own_probes import MOST_FACTS, own_probes, spread
 from mosectl.measure.protocols import Answers
 from mosectl.patch.file import Patch
-from mosectl.render.scores import disturbed
+from mosectl.render.scores import disturbed, token_of
+from mosectl.storage.schema import Misfit
 from support.commands import EASY, run
 from support.evaluations import FACTS, World
 from support.facts import CORPUS, few
@@ -337,18 +341,41 @@ def test_a_bench_has_columns_for_groups(tmp_path: Path) -> None:
     (record,) = found.values()
     assert set(record["groups"]) == {"neighborhood", "same_subject"} and "known" in record
     assert (svg_frontier([record]) or "").count("<title>") == 2, "a dot in both panels"
+    assert record["tallies_of_four"] is None or len(record["tallies_of_four"]) == 4
+    _check(record | {"tallies_of_four": [[[1, 1]]] * 4})
+    with pytest.raises(Misfit, match=r"tallies_of_four\.2: is not a pair a fact"):
+        _check(record | {"tallies_of_four": [[[1, 1]]] * 2 + [[[1, 1]] * 2]})
     reached = tables(cells(bench), found)[0]
-    assert reached.columns[-5:] == (
-        ">on known wordings (QA)", ">neighbours (QA)", ">same subject (QA)", ">harmonic mean of four", "note"
+    assert reached.columns[-6:] == (
+        ">on known wordings (QA)", ">neighbours (QA)", ">same subject (QA)", ">harmonic mean of four",
+        ">of four, behind the first", "note",
     )  # fmt: skip
     assert len(reached.rows[0]) == len(reached.columns) and "Harmonic mean of four" in markdown(bench, [reached])
     share = {"value": 0.5, "low": 0.25, "high": 0.75, "units": 2}
     older = {k: v for k, v in record.items() if k not in ("groups", "known", "harmonic_of_four")}
     full = record | {"known": share, "groups": {"neighborhood": share}, "harmonic_of_four": 0.4}
     key = record["key"]
-    assert tables(cells(bench), {key: full})[0].rows[0][-4:] == ("50.0 (25.0–75.0)", "50.0 (25.0–75.0)", "40.0", "")
+    assert tables(cells(bench), {key: full})[0].rows[0][-5:] == (
+        "50.0 (25.0–75.0)",
+        "50.0 (25.0–75.0)",
+        "40.0",
+        "–",
+        "",
+    )
     plain = tables(cells(bench), {key: older})[0]
     assert ">harmonic mean of four" not in plain.columns and "(QA)" not in markdown(bench, [plain]), "as before"
+
+
+def test_the_lead_in_the_mean_of_four_is_paired() -> None:
+    """Where the second method loses the same share of every fact there is nothing to doubt; by seeds there is no pairing."""
+    whole, half = [[(2.0, 2.0)] * 3] * 4, [[(1.0, 2.0)] * 3] * 4
+    first = {"seed": 0, "edits": 3, "harmonic_of_four": 1.0, "tallies_of_four": whole}
+    second = {"seed": 0, "edits": 3, "harmonic_of_four": 0.5, "tallies_of_four": half}
+    assert _lead([first], [second], _of_four) == "50.0 (50.0 to 50.0)"
+    assert _lead([first], [second | {"tallies_of_four": None}], _of_four) == "50.0", "of an older version"
+    assert _lead([first], [second | {"harmonic_of_four": None}], _of_four) == "–"
+    seeds = [[r, r | {"seed": 1, "harmonic_of_four": m}] for r, m in ((first, 0.9), (second, 0.4))]
+    assert _lead(*seeds, _of_four) == "50.0 (50.0 to 50.0)"
 
 
 def test_what_was_disturbed_is_said() -> None:
@@ -369,3 +396,17 @@ def test_what_was_disturbed_is_said() -> None:
     assert "--set fact_token=last" in told(other, at="subject_last") and told(low, at="").endswith(
         "facts may spare more"
     )
+
+
+def test_no_other_token_is_proposed_where_options_refuse_it() -> None:
+    def proposed(*settings: str, method: str = "isospectral") -> str:
+        record = settled(options_from(settings, method=method), 4).to_record()
+        lost = Share("locality", "same_subject", False, 3, 0.1, 0.1)
+        return disturbed([lost], token_of(method, record), "fewer facts")
+
+    assert "--set fact_token=last" in proposed() and "--set fact_token=last" in proposed("optimizer=adam")
+    assert options_from(["optimizer=adam", "fact_token=last"])
+    assert proposed("optimizer=published").endswith(": fewer facts may spare more")
+    with pytest.raises(UsageError, match="the published search"):
+        options_from(["optimizer=published", "fact_token=last"])
+    assert proposed(method="memit").endswith(": fewer facts may spare more")

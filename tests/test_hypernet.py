@@ -12,6 +12,7 @@ from torch import Tensor
 
 import mosectl
 from mosectl.editing.contexts import build_contexts
+from mosectl.editing.edited_layers import EditedLayers
 from mosectl.editing.methods import method
 from mosectl.editing.methods.base import ModelProblem
 from mosectl.editing.options import default_options, options_from
@@ -184,9 +185,7 @@ def test_edits_with_an_editor(trained: Path, tmp_path: Path) -> None:
 
 
 def test_the_isospectral_variant_keeps_the_spectrum(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "mosectl.editing.session.Session._compact", lambda _: pytest.fail("minutes of a search that finds nothing")
-    )
+    monkeypatch.setattr(EditedLayers, "_compact", lambda _: pytest.fail("minutes of a search that finds nothing"))
     result = edited("horse-isospectral", trained)
     assert result.patch.side == "both" and result.corpus_tokens == 0, (
         "no statistics for a compact form that is not sought"

@@ -108,7 +108,7 @@ def test_targets_are_the_same_after_memory_ran_out(monkeypatch: pytest.MonkeyPat
     arch = resolve(model)
     facts = as_facts(FACTS, "edit")
     contexts = build_contexts(model, tokenizer, facts, [""])
-    options = replace(TargetOptions(), steps=3, optimizer="adam")
+    options = TargetOptions(steps=3, optimizer="adam", margin=6.0)
     wanted = optimise_targets(model, arch, arch.projections[:2], contexts, options)
     sizes: list[int] = []
     real = targets._Optimiser

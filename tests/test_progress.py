@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import mosectl
 from mosectl.cli.main import main
+from mosectl.cli.params import Interrupted, resumable
 from mosectl.editing.resume import KIND, RECORD, Progress, beside
 from mosectl.editing.session import Session
 from mosectl.errors import OutputError
@@ -73,7 +74,7 @@ def test_the_same_patch(
 
     def counted(run: Session, *a: Any) -> Any:
         batches.append(a[2])
-        failures.append(list(run.earlier.failures))
+        failures.append(list(run.layers.earlier.failures))
         return real(run, *a)
 
     monkeypatch.setattr(Session, "_batch", counted)
@@ -205,7 +206,9 @@ def test_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     with monkeypatch.context() as m:
         interrupted(m, 3)
         assert edit() == 130
-    assert "--resume" in capsys.readouterr().err and not out.exists() and beside(out).exists()
+    told = capsys.readouterr().err
+    assert f"interrupted: {beside(out)} holds the finished batches\n  → give --resume to go on\n" in told
+    assert "nothing half-written" not in told and not out.exists() and beside(out).exists()
     assert edit() == 7 and "interrupted run" in capsys.readouterr().err, "what was reached is not thrown away"
     assert edit("--resume") == 0 and out.exists() and not beside(out).exists()
     resumed = mosectl.Patch.load(out).id
@@ -214,3 +217,20 @@ def test_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     capsys.readouterr()
     assert edit("--resume") == 0, "with nothing to resume it begins at the beginning"
     assert "to go on with: begun at the beginning" in capsys.readouterr().err
+
+
+def test_ctrl_c_tells_of_this_runs_work_alone(tmp_path: Path) -> None:
+    state = tmp_path / "p.progress"
+
+    def pressed(write: str = "", *, resume: bool = False) -> BaseException:
+        with pytest.raises((KeyboardInterrupt, Interrupted)) as e, resumable(state, "x", "y", resume=resume):
+            if write:
+                state.write_text(write)
+                os.utime(state, ns=(0, len(write)))
+            raise KeyboardInterrupt
+        return e.value
+
+    assert isinstance(pressed(), KeyboardInterrupt), "nothing was finished"
+    assert isinstance(pressed("ours"), Interrupted)
+    assert isinstance(pressed(), KeyboardInterrupt), "what lies there is of another run"
+    assert isinstance(pressed("of ours"), Interrupted) and isinstance(pressed(resume=True), Interrupted)

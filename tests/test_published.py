@@ -316,3 +316,20 @@ def test_other_methods_can_take_the_published_search(corpus: str) -> None:
     assert isinstance(method("isospectral").published, Published)
     result = mosectl.edit(FACTS[:1], pico("llama"), make_tokenizer(), options=o, refuse=False)
     assert result.facts[0].probability_after > result.facts[0].probability_before
+
+
+def test_statistics_are_of_all_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our own editor stops reading once C is known well enough; what is held to its publication is not given less."""
+    text = tmp_path / "long.txt"
+    text.write_text("\n".join([CORPUS] * 20))
+    monkeypatch.setattr("mosectl.editing.second_moments.BLOCK", 30)
+    monkeypatch.setattr("mosectl.editing.layers.LOW", 10.0)
+    read = {}
+    for run, name in (("first", "isospectral"), ("published", "memit"), ("again", "isospectral")):
+        options = replace(default_options(name), corpus=str(text), layers="0", wordings=0)
+        options = replace(options, targets=replace(options.targets, steps=1))
+        done = mosectl.edit(FACTS, pico("llama"), make_tokenizer(), options=options, refuse=False)
+        read[run] = done.corpus_tokens
+    assert read["first"] < 60 < 400 < read["published"] == read["again"], (
+        "better statistics that are kept serve as well"
+    )

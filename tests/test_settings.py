@@ -63,3 +63,24 @@ def test_what_is_no_choice_lists_the_choices(setting: str) -> None:
 def test_what_is_no_number_is_refused(setting: str) -> None:
     with pytest.raises(UsageError):
         options_from([setting])
+
+
+@pytest.mark.parametrize(
+    ("method", "setting", "what", "fix"),
+    [
+        ("isospectral", "rank=abc", "not a whole number", "rank=3"),
+        ("isospectral", "rank=0.5", "not a whole number", "rank=3"),
+        ("oft", "blocks=2.5", "not a whole number", "blocks=3"),
+        ("isospectral", "steps=abc", "not a whole number", "steps=3"),
+        ("isospectral", "preserve=abc", "not a number", "preserve=0.5"),
+        ("isospectral", f"rank=1{'0' * 400}", "out of range", "nor that large"),
+    ],
+)
+def test_a_whole_number_is_advised_where_one_is_asked(method: str, setting: str, what: str, fix: str) -> None:
+    with pytest.raises(UsageError, match=what) as e:
+        options_from([setting], method=method)
+    assert e.value.fix.endswith(fix)
+
+
+def test_a_methods_whole_numbers_are_recorded_as_before() -> None:
+    assert repr(dict(options_from(["rank=5", "preserve=2"]).solver)) == "{'rank': 5.0, 'preserve': 2.0}"

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mosectl.editing import guard, second_moments
+from mosectl.editing.enough_text import Work
 from mosectl.errors import UsageError
 from mosectl.facts import corpus
 from mosectl.facts.corpus import Corpus, read_corpus
@@ -135,7 +136,7 @@ def test_gradients_are_taken_of_one_text_at_least() -> None:
 def test_where_the_work_ends() -> None:
     """Blocks of two, three and two batches of ten tokens: whole ones are read, the first takes longer."""
     batches = [(i, block, [[0] * 5, [0] * 5]) for i, block in enumerate([0, 0, 1, 1, 1, 2, 2])]
-    work = second_moments._Work(batches, 0.1, 1.0)
+    work = Work(batches, 0.1, 1.0)
     assert work.so_far(1) == (400, 1300), "as if all were read"
     for done, error, end in (
         (1, 0.1, 2),

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from mosectl.editing import second_moments as stats
 from mosectl.editing.contexts import build_contexts, rows_of
+from mosectl.editing.edited_layers import metric_of
 from mosectl.editing.second_moments import second_moments
-from mosectl.editing.session import _metric
 from mosectl.editing.targets import TargetOptions, Targets, _Optimiser, optimise_targets
 from mosectl.facts.corpus import read_corpus
 from mosectl.facts.records import fact_from_dict
@@ -40,7 +40,8 @@ class Stage:
 
     def targets(self, metric: bool = True, **options: Any) -> Targets:
         inverse = {n: torch.linalg.inv(G) for n, G in self.G.items()} if metric else None
-        how = TargetOptions(**{"preserve_norm": 0, "kl_weight": 0.0, "decay": 0.0, "max_displacement": 1e6, **options})
+        usual = {"preserve_norm": 0, "kl_weight": 0.0, "decay": 0.0, "max_displacement": 1e6, "margin": 6.0}
+        how = TargetOptions(**{**usual, **options})
         return optimise_targets(self.model, self.arch, self.ps, self.contexts, how, metric=inverse)
 
     def shifts(self, found: Targets) -> list[Tensor]:
@@ -208,9 +209,9 @@ def test_gradients_are_taken_over_a_share_of_the_corpus(tmp_path: Path, monkeypa
 
 
 def test_a_metric_without_gradients_is_finite() -> None:
-    assert bool(torch.isfinite(_metric(torch.zeros(4, 4, dtype=torch.float64))).all())
+    assert bool(torch.isfinite(metric_of(torch.zeros(4, 4, dtype=torch.float64))).all())
     G = torch.diag(torch.tensor([1.0, 3.0], dtype=torch.float64))
-    assert torch.allclose(_metric(G), torch.diag(1 / torch.tensor([1.2, 3.2])))
+    assert torch.allclose(metric_of(G), torch.diag(1 / torch.tensor([1.2, 3.2])))
 
 
 def test_nll_and_leads_of_answers_that_differ_in_length() -> None:
@@ -233,7 +234,7 @@ def test_nll_and_leads_of_answers_that_differ_in_length() -> None:
 def test_the_divergence_is_from_what_the_unedited_model_said_of_the_subject() -> None:
     stage = Stage(layers=1)
     c, p = stage.contexts, stage.ps[0]
-    made = _Optimiser(stage.model, stage.arch, [p], c, TargetOptions(preserve_norm=0), None)
+    made = _Optimiser(stage.model, stage.arch, [p], c, TargetOptions(preserve_norm=0, margin=6.0), None)
     every = torch.arange(len(c.fact))
     assert made._forward(every)[2].tolist() == pytest.approx([0.0, 0.0], abs=1e-6)
     for i, delta in enumerate(made.deltas):

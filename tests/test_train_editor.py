@@ -341,7 +341,9 @@ def test_an_interrupted_training_is_kept(tmp_path: Path, monkeypatch: pytest.Mon
     with monkeypatch.context() as m:
         m.setattr(_Training, "advance", advance)
         assert run(*asked, "--batch-size", 3, "-o", out) == 130
-    assert "give --resume" in capsys.readouterr().err and state.exists() and not out.exists()
+    told = capsys.readouterr().err
+    assert f"interrupted: {state} holds the training up to its last validation\n  → give --resume to go on\n" in told
+    assert "nothing half-written" not in told and state.exists() and not out.exists()
     assert run(*asked, "--batch-size", 3, "-o", out) == 7 and "interrupted training" in capsys.readouterr().err
     assert run(*asked, "--batch-size", 3, "-o", out, "--resume") == 0
     assert out.read_bytes() == (tmp_path / "whole").read_bytes() and not state.exists()

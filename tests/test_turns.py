@@ -160,9 +160,10 @@ def test_batches_add_up_to_one_pair_of_rotations() -> None:
     run.solve(solver, C, first, None, 1.0, OPTIONS)
     assert not C, "its factor is kept instead"
     kept = run.keep()
-    assert torch.equal(run.drop(), kept), "nothing to forget"
+    assert torch.equal(run.turned(), kept) and run.pair is None, "the next batch begins there"
     dropped = run.solve(solver, C, columns(20, 50, 20), first, 1.0, OPTIONS)
-    assert not torch.equal(dropped, kept) and torch.equal(run.drop(), kept)
+    run.pair = None
+    assert not torch.equal(dropped, kept) and torch.equal(run.turned(), kept)
     run.solve(solver, C, columns(20, 50, 30), first, 1.0, OPTIONS)
     W = run.keep()
     made = of_rotations(*run.factors("both")).apply(W0)

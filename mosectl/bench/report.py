@@ -59,8 +59,8 @@ def tables(wanted: Sequence[Cell], found: Mapping[str, Record]) -> list[Grid]:
             records = [found[c.key] for c in cells if c.key in found]
             good = [r for r in records if r["status"] == "done"]
             note = _note(len(cells), records)
-            lead = _lead(first.setdefault(names[:2], good), good)
-            reached.append((*names, *_reached(good), lead, *_by_group(good, groups), note))
+            led = first.setdefault(names[:2], good)
+            reached.append((*names, *_reached(good), _lead(led, good, _of_three), *_by_group(good, groups, led), note))
             cost.append((*names, *_cost(good), note))
         columns = (*(f">{n}" for n in SHARES), ">on unseen wordings", ">harmonic mean", ">behind the first")
         columns += (*(f">{name}" for name in _group_columns(groups)), "note")
@@ -79,16 +79,17 @@ def _groups(records: Sequence[Record]) -> list[str]:
 def _group_columns(groups: Sequence[str]) -> list[str]:
     if not groups:
         return []
-    return ["on known wordings (QA)", *(f"{shown(g)} (QA)" for g in groups), "harmonic mean of four"]
+    of_four = ["harmonic mean of four", "of four, behind the first"]
+    return ["on known wordings (QA)", *(f"{shown(g)} (QA)" for g in groups), *of_four]
 
 
-def _by_group(records: Sequence[Record], groups: Sequence[str]) -> list[str]:
+def _by_group(records: Sequence[Record], groups: Sequence[str], first: Sequence[Record]) -> list[str]:
     if not groups:
         return []
     out = [_summary([r.get("known") for r in records], _percent)]
     out += [_summary([r.get("groups", {}).get(name) for r in records], _percent) for name in groups]
     four = [{"value": v} for r in records if (v := r.get("harmonic_of_four")) is not None]
-    return [*out, _summary(four, _percent)]
+    return [*out, _summary(four, _percent), _lead(first, records, _of_four)]
 
 
 def _grouped(cells: Sequence[Cell]) -> dict[tuple[str, str, str], list[Cell]]:
@@ -117,20 +118,33 @@ def _reached(records: Sequence[Record]) -> list[str]:
     return [*out, _summary([{"value": r["harmonic"]} for r in records], _percent)]
 
 
-def _lead(first: Sequence[Record], records: Sequence[Record]) -> str:
-    """How far the harmonic mean lies behind the first method's: points, with the 95 % interval of the paired difference."""
-    if records is first or not records:
+Mean = tuple[float | None, Any]  # a record's harmonic mean, and (total, weight) of every fact for each of its shares
+
+
+def _of_three(r: Record) -> Mean:
+    return r["harmonic"], r.get("tallies") and [r["tallies"][name] for name in SHARES]
+
+
+def _of_four(r: Record) -> Mean:
+    return r.get("harmonic_of_four"), r.get("tallies_of_four")
+
+
+def _lead(first: Sequence[Record], records: Sequence[Record], mean_of: Callable[[Record], Mean]) -> str:
+    """How far a harmonic mean lies behind the first method's: points, with the 95 % interval of the paired difference."""
+    if records is first:
         return "–"
     pairs = [(a, b) for a in first for b in records if a["seed"] == b["seed"]]
-    if not pairs:
+    found = [(mean_of(a), mean_of(b)) for a, b in pairs]
+    leads = [a - b for (a, _), (b, _) in found if a is not None and b is not None]
+    if not leads:
         return "–"
-    if len(pairs) > 1:
-        mean, half = over_seeds([a["harmonic"] - b["harmonic"] for a, b in pairs])
+    if len(leads) > 1:
+        mean, half = over_seeds(leads)
         low, high = mean - half, mean + half
-    elif all(r.get("tallies") for r in pairs[0]) and pairs[0][0]["edits"] == pairs[0][1]["edits"]:
-        mean, low, high = paired_lead(*([r["tallies"][name] for name in SHARES] for r in pairs[0]))
+    elif all(kept for _, kept in found[0]) and pairs[0][0]["edits"] == pairs[0][1]["edits"]:
+        mean, low, high = paired_lead(*(kept for _, kept in found[0]))
     else:
-        return _percent(pairs[0][0]["harmonic"] - pairs[0][1]["harmonic"])
+        return _percent(leads[0])
     return f"{_percent(mean)} ({_percent(low)} to {_percent(high)})"
 
 

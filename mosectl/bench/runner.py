@@ -32,7 +32,7 @@ from mosectl.facts.corpus import read_corpus
 from mosectl.facts.groups import NEIGHBOURS, SAME_SUBJECT
 from mosectl.facts.records import Fact
 from mosectl.measure.answers import Kept, judge, remembered, unseen
-from mosectl.measure.bootstrap import Measure, Tally, measure
+from mosectl.measure.bootstrap import Tally, measure
 from mosectl.measure.groups import KNOWN, Part, answers_of, as_interviewed, parts, tallies
 from mosectl.measure.perplexity import TextLoss, text_loss
 from mosectl.model.architecture import resolve
@@ -49,6 +49,7 @@ from mosectl.text.jsonable import jsonable
 
 RESULTS = "results.jsonl"
 TOKENS = 12  # of an answer about other facts, at most
+TEXT_BOUND = 0.25  # nats a token; looser than an evaluation's: reading text shall not take longer than the edit
 MAX_RESULTS = 1_000_000_000  # bytes; a cell of thousands of edits one by one may have two million
 BREAKDOWNS = (EditFailed, torch.linalg.LinAlgError)  # type: ignore[attr-defined]  # a collapsed weight may not decompose
 Record = dict[str, Any]  # one cell as results.jsonl has it
@@ -70,6 +71,7 @@ DONE = record(  # what tables and pictures use of a cell that did not fail
         "unseen": _MEASURE, "kept": _MEASURE, "groups": mapping(_MEASURE), "known": _MEASURE,
         "harmonic_of_four": optional(number), "stopped": optional(text), "curve": optional(listed(_POINT)),
         "tallies": optional(record(dict.fromkeys(SCORES, listed(listed(number))), others=anything)),
+        "tallies_of_four": optional(listed(listed(listed(number)))),
     },
     anything,
 )  # fmt: skip
@@ -170,7 +172,7 @@ class _Asked:
         return [answer(t) for t in texts]
 
     def text(self, like: TextLoss | None = None) -> TextLoss:
-        return text_loss(self.loaded.model, self.loaded.tokenizer, self.texts, like=like)
+        return text_loss(self.loaded.model, self.loaded.tokenizer, self.texts, bound=TEXT_BOUND, like=like)
 
     def before(self, key: Any, ask: Callable[[], Any]) -> Any:
         if key not in self._kept:
@@ -253,17 +255,19 @@ def _groups(facts: Sequence[Fact], result: EditResult) -> Record:
     before, after = map(answers_of, result.interviews)
     facts = as_interviewed(facts)
 
-    def of(part: Part) -> Measure | None:
-        return measure(tallies("qa", part, facts, after, before)[0])
+    def of(part: Part) -> Sequence[Tally]:
+        return tallies("qa", part, facts, after, before)[0]
 
     groups = {p.group: of(p) for p in parts(facts, before) if p.metric == "locality" and not p.own}
     known = of(Part("generalization", KNOWN))
-    four = [of(Part("reliability", "")), known, groups.get(NEIGHBOURS), groups.get(SAME_SUBJECT)]
-    values = [m.value for m in four if m]
+    four = [of(Part("reliability", "")), known, groups.get(NEIGHBOURS, ()), groups.get(SAME_SUBJECT, ())]
+    values = [m.value for found in four if (m := measure(found))]
+    whole = len(values) == len(four)
     return {
-        "groups": {name: asdict(m) for name, m in groups.items() if m},
-        "known": asdict(known) if known else None,
-        "harmonic_of_four": harmonic_mean(values) if len(values) == len(four) else None,
+        "groups": {name: asdict(m) for name, found in groups.items() if (m := measure(found))},
+        "known": _measure(known),
+        "harmonic_of_four": harmonic_mean(values) if whole else None,
+        "tallies_of_four": [[(t.total, t.weight) for t in found] for found in four] if whole else None,
     }
 
 
@@ -308,10 +312,11 @@ def _check(found: Any) -> None:
     if found["status"] != "done":
         return
     DONE(found)
-    for name in SCORES if found.get("tallies") else ():
-        pairs = found["tallies"][name]
+    kept = {f"tallies.{name}": found["tallies"][name] for name in SCORES} if found.get("tallies") else {}
+    kept |= {f"tallies_of_four.{i}": pairs for i, pairs in enumerate(found.get("tallies_of_four") or ())}
+    for name, pairs in kept.items():
         if len(pairs) != found["edits"] or {*map(len, pairs)} != {2}:
-            raise Misfit("is not a pair a fact", f"tallies.{name}")
+            raise Misfit("is not a pair a fact", name)
 
 
 def unusable(path: Path, bad: Mapping[int, str]) -> list[str]:

@@ -27,10 +27,10 @@ from mosectl.patch.finite import check_changed, check_weight
 from mosectl.storage.checkpoint import open_checkpoint
 
 
-def note_chat(tokenizer: Any, chat: bool) -> None:
-    """A hint where a model that may be one for chats is asked without its template."""
+def note_chat(tokenizer: Any, chat: bool, done: str) -> None:
+    """A hint where a model that may be one for chats is used without its template; ``done``: "asked", "edited"."""
     if not chat and getattr(tokenizer, "chat_template", None):
-        what = "the tokenizer has a chat template: a model that was trained for chats is asked and edited with --chat"
+        what = f"{done} without the tokenizer's chat template, as plain text: give --chat if the model is one for chats"
         warnings.warn(what, Notice, stacklevel=2)
 
 
@@ -131,7 +131,7 @@ def ask(
     if patches and not force:
         check_stack(open_checkpoint(model, revision), patches)
     loaded = load(model, revision=revision, device=device, dtype=dtype)
-    note_chat(loaded.tokenizer, chat)
+    note_chat(loaded.tokenizer, chat, "asked")
     note_prompts(loaded.model, loaded.tokenizer, prompts, chat)
 
     def answers() -> list[str]:

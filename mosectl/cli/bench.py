@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mosectl.cli.params import Device, Dtype, Json, OnError
+from mosectl.cli.params import Device, Dtype, Json, OnError, resumable
 from mosectl.errors import OutputError
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def bench(
     wanted = cells(plan, dtype)
     if not report_only:
         quiet = not sys.stderr.isatty()  # a log has a line a cell, that is enough
-        try:
+        with resumable(out / RESULTS, "the finished cells", "the same command goes on from there", resume=True):
             found = run_bench(
                 plan,
                 out,
@@ -49,9 +49,6 @@ def bench(
                 watch=lambda cell: console.progress(quiet),
                 on_cell=_tell,
             )
-        except KeyboardInterrupt:
-            console.hint(f"finished cells are kept in {out / RESULTS}: the same command goes on from there")
-            raise
     elif (out / RESULTS).is_file():
         found, bad = read_results(out / RESULTS)
         for line in unusable(out / RESULTS, bad):

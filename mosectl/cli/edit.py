@@ -22,6 +22,7 @@ from mosectl.cli.params import (
     OnError,
     Revision,
     not_thrown_away,
+    resumable,
 )
 from mosectl.editing.methods import DEFAULT, built_in
 from mosectl.errors import StoppedEarly, UsageError
@@ -187,25 +188,21 @@ def _computed(
     from mosectl.render import console
 
     place.reserve(patch_bytes(model, checked.facts, options, revision=where["revision"]))
-    with console.progress() as on_step, _told_of(kept):
+    ours = resumable(kept.path, "the finished batches", "give --resume to go on", resume=kept.resume)
+    with console.progress() as on_step, _failing(kept), ours:
         how: dict[str, Any] = {"options": options, "on_error": on_error, "progress": kept, "on_step": on_step, **where}
         return compute(checked.facts, model, **how)
 
 
 @contextmanager
-def _told_of(progress: Progress) -> Iterator[None]:
-    """Say how an interrupted run goes on; one that has failed has nothing to go on with."""
+def _failing(kept: Progress) -> Iterator[None]:
+    """A run that fails has nothing to go on with."""
     from mosectl.errors import EditFailed
-    from mosectl.render import console
 
     try:
         yield
     except EditFailed:
-        progress.done()
-        raise
-    except KeyboardInterrupt:
-        if progress.path.exists():
-            console.hint(f"{progress.path} holds the finished batches: give --resume to go on")
+        kept.done()
         raise
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import typer
 
 from mosectl.cli.app import app
+from mosectl.cli.params import Interrupted
 from mosectl.errors import MosectlError, Notice, OutputError, UsageError, debugging
 from mosectl.text.shown import guard_streams
 
@@ -73,7 +74,7 @@ def main() -> None:
         sys.exit(code or 0)
     except BaseException as e:
         # Libraries that are being imported turn Ctrl-C into errors of their own.
-        code = _failed(KeyboardInterrupt() if pressed else e)
+        code = _failed(KeyboardInterrupt() if pressed and not isinstance(e, Interrupted) else e)
         _no_more_interrupts()
         sys.exit(code)
 
@@ -100,6 +101,9 @@ def _failed(e: BaseException) -> int:
         return 141 if e.code == 1 else int(e.code or 0)  # 1: how rich leaves when the reader closes the pipe
     if isinstance(e, KeyboardInterrupt | typer.Abort):
         console.interrupted()
+        return 130
+    if isinstance(e, Interrupted):
+        console.interrupted(e.kept, e.fix)
         return 130
     invalid = isinstance(e, OSError) and e.filename is None and e.errno == errno.EINVAL
     if isinstance(e, BrokenPipeError) or (sys.platform == "win32" and invalid):  # what Windows calls a closed pipe

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -76,6 +76,37 @@ def not_thrown_away(state: Path, resume: bool, overwrite: bool, what: str) -> No
         if state.exists() and not resume and not overwrite:
             fix = "give --resume to go on with it, or --overwrite to start again"
             raise OutputError(what, where=str(state), fix=fix)
+
+
+class Interrupted(Exception):
+    """Ctrl-C where something is kept to go on with."""
+
+    def __init__(self, kept: str, fix: str) -> None:
+        self.kept, self.fix = kept, fix
+        super().__init__(f"{kept}\n  → {fix}")
+
+
+@contextmanager
+def resumable(state: Path, holds: str, fix: str, *, resume: bool) -> Iterator[None]:
+    """Inside the block Ctrl-C tells of the work that ``state`` holds, where it is this run's.
+
+    Args:
+        resume: what is there before belongs to this run.
+    Raises:
+        Interrupted: Ctrl-C, and there is such work.
+    """
+    before = None if resume else _written(state)
+    try:
+        yield
+    except KeyboardInterrupt:
+        if _written(state) not in (None, before):
+            raise Interrupted(f"{state} holds {holds}", fix) from None
+        raise
+
+
+def _written(path: Path) -> int | None:
+    """When a file was written last; None where there is none."""
+    return path.stat().st_mtime_ns if path.exists() else None
 
 
 def claimed(

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mosectl.cli.params import FILE, Corpus, Device, Dtype, Json, Model, Revision, named
+from mosectl.cli.params import FILE, Corpus, Device, Dtype, Json, Model, Revision
 from mosectl.text.shown import word
 
 
@@ -26,9 +26,7 @@ def stats(
     from mosectl.render import console, terminal
 
     with console.progress(quiet=not distributed.first()) as on_step:
-        found = prepare(
-            model, layers, corpus, revision=revision, device=device, dtype=dtype, on_step=named("statistics", on_step)
-        )
+        found = prepare(model, layers, corpus, revision=revision, device=device, dtype=dtype, on_step=on_step)
     if distributed.first():
         console.data(
             {"layers": sorted(found.C), "tokens": found.tokens, "error": found.error, "cached": found.cached}
@@ -54,11 +52,13 @@ def sample(
     with new_file(out, overwrite=overwrite, reads=(model,)) as place, console.progress() as on_step:
         from mosectl.model.generation import own_text
         from mosectl.model.loading import load
+        from mosectl.storage.progress import Clock
 
         place.reserve(8 * samples * tokens)  # bytes: a token has four or five
-        loaded = load(model, revision=revision, device=device, dtype=dtype)
-        texts = own_text(
-            loaded.model, loaded.tokenizer, samples, tokens=tokens, seed=seed, on_step=named("sample", on_step)
-        )
+        clock = Clock(on_step)
+        with clock("load"):
+            loaded = load(model, revision=revision, device=device, dtype=dtype)
+        with clock("sample") as step:
+            texts = own_text(loaded.model, loaded.tokenizer, samples, tokens=tokens, seed=seed, on_step=step)
         write_bytes(place.ready(), "".join(f"{text}\n" for text in texts).encode())
     console.hint(f"{len(texts)} samples in {out}; use them with: mosectl edit … --corpus {word(out)}")

@@ -21,8 +21,8 @@ from mosectl.cli.params import (
     Revision,
     claimed,
     file_option,
-    named,
     not_thrown_away,
+    resumable,
 )
 
 if TYPE_CHECKING:
@@ -133,20 +133,20 @@ def _trained(
     from mosectl.model import distributed
     from mosectl.model.loading import load
     from mosectl.render import console, terminal
+    from mosectl.storage.progress import Clock
 
     texts, options, first = read_corpus(corpus), TrainOptions(**given), distributed.first()
     check(options, facts, how["validation"])
-    try:
-        with console.progress(quiet=not first) as on_step:
+    kept = resumable(
+        how["state"], "the training up to its last validation", "give --resume to go on", resume=how["resume"]
+    )
+    with kept, console.progress(quiet=not first) as on_step:
+        clock = Clock(on_step)
+        with clock("load"):
             loaded = load(model, **where)
-            tell: dict[str, Any] = {"on_step": named("training", on_step)}
-            return train(
-                loaded, facts, options, texts, on_validation=terminal.validated if first else None, **tell, **how
-            )
-    except KeyboardInterrupt:
-        if how["state"].exists():
-            console.hint(f"{how['state']} holds the training up to its last validation: give --resume to go on")
-        raise
+        with clock("training") as step:
+            tell: dict[str, Any] = {"on_step": step, "on_validation": terminal.validated if first else None}
+            return train(loaded, facts, options, texts, **tell, **how)
 
 
 def _write(editor: Editor, places: dict[str, Place]) -> None:

@@ -12,21 +12,19 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from mosectl._version import __version__
 from mosectl.checkpoints.base import stored_patches
-from mosectl.checkpoints.journal import read_journal
 from mosectl.checkpoints.live import changes_on, note_chat
 from mosectl.editing.contexts import build_contexts
+from mosectl.editing.edited_layers import EditedLayers
 from mosectl.editing.guard import Health, canaries
-from mosectl.editing.layers import LAST, LayerScore, choose_layers, score_layers, settled, top_layers
+from mosectl.editing.layers import LAST, LayerScore, choose_layers, enough, score_layers, settled, top_layers
 from mosectl.editing.methods import method
 from mosectl.editing.options import EditOptions, trained_editor
+from mosectl.editing.outcome import FactResult, fact_results, metrics_of, patch_of
 from mosectl.editing.paraphrases import own_wordings
 from mosectl.editing.published import written_prefixes
 from mosectl.editing.resume import Progress
@@ -41,7 +39,7 @@ from mosectl.measure.answers import Interview, Scores, compare, interview
 from mosectl.measure.groups import Share, moved, recorded, shares
 from mosectl.measure.next_tokens import NextToken
 from mosectl.measure.own_probes import own_probes
-from mosectl.model.architecture import Architecture, disk_names, parse_layers, resolve
+from mosectl.model.architecture import Architecture, parse_layers, resolve
 from mosectl.model.edit_site import Projection
 from mosectl.model.generation import answer, says
 from mosectl.model.loading import Loaded, load
@@ -50,24 +48,8 @@ from mosectl.model.positions import fitted, window
 from mosectl.model.weights import turns, weight_of, weights_of
 from mosectl.patch.change import Change, changed
 from mosectl.patch.file import Patch
-from mosectl.patch.fingerprint import fingerprint
 from mosectl.patch.finite import all_zeros, check_weight
-from mosectl.patch.record import BaseTensor, PatchFact
 from mosectl.storage.progress import Clock, OnStep
-
-
-@dataclass(frozen=True)
-class FactResult:
-    """What became of one fact."""
-
-    fact: Fact
-    before: str
-    after: str
-    probability_before: float
-    probability_after: float
-    status: str  # "changed", "already known", "not reached", "not finite"; "not edited": the guard had stopped the run
-    loss: float  # right after its batch: −log P(target), nats a token, mean over its contexts
-    wordings: tuple[str, ...]  # the model's own, edited along with the prompt
 
 
 @dataclass(frozen=True)
@@ -128,7 +110,7 @@ def edit(
             source if isinstance(source, Loaded) else Loaded(source, tokenizer, None), checked, options, on_error
         )
         if isinstance(model, str | Path):
-            note_chat(ready.loaded.tokenizer, options.chat)
+            note_chat(ready.loaded.tokenizer, options.chat, "edited")
     loaded, checked = ready.loaded, ready.facts
     options = settled(options, len(ready.arch.projections))
     done = _computed(ready, options, trained, clock, progress, refuse)
@@ -136,16 +118,16 @@ def edit(
     on = changes_on(loaded.model, [(p, [done.changes[p.name]]) for p in edited])
     with made_by_the_edit(), on, clock("ask after") as step:
         after = interview(loaded.model, loaded.tokenizer, checked, on_step=step, **_asked(ready, options))
-    results = _results(checked, done.before, after, done.losses, done.wordings)
+    results = fact_results(checked, done.before, after, done.losses, done.wordings)
     if refuse:
         _refuse_failure(results, solver.remedy)
     with clock("check"):
         drifts = tuple(_stability(loaded, edited, done.changes))
         scored = compare(checked, done.before, after, done.wordings)
         felt = (shares(checked, done.before, after), moved(checked, done.before, after))
-        made = (edited, done.session, done.changes, results, scored, recorded(*felt), drifts)
-        patch = _patch(loaded, ready.arch, *made, options, ready.corpus)
-    told = (done.session.stopped, done.tokens, clock.seconds, (done.before, after), tuple(done.session.curve))
+        metrics = metrics_of(scored, recorded(*felt), drifts, done.layers.compaction)
+        patch = patch_of(loaded, ready.arch, ready.corpus, done.layers, done.changes, results, metrics)
+    told = (done.stopped, done.tokens, clock.seconds, (done.before, after), done.curve)
     return EditResult(patch, results, scored, drifts, done.scores, *told, solver.remedy, *felt)
 
 
@@ -186,13 +168,15 @@ def _ready(loaded: Loaded, facts: list[Fact], options: EditOptions, on_error: st
 class _Done:
     """What the computation came to; the live model is as it was."""
 
-    session: Session
+    layers: EditedLayers
     changes: dict[str, Change]  # by module path
     losses: Sequence[float]
     before: Interview
     wordings: Sequence[tuple[str, ...]]
     scores: tuple[LayerScore, ...]
     tokens: int  # of the corpus
+    stopped: str  # EditResult's
+    curve: tuple[tuple[int, Health], ...]
 
 
 def _computed(
@@ -220,18 +204,22 @@ def _computed(
             if method(options.method).needs_moments(options.form):
                 folder = loaded.checkpoint.folder if loaded.checkpoint else None
                 moments = second_moments(
-                    model, loaded.tokenizer, projections, ready.corpus, folder=folder, on_step=step
-                )
+                    model, loaded.tokenizer, projections, ready.corpus,
+                    enough=enough(options), folder=folder, on_step=step,
+                )  # fmt: skip
         with clock("wordings") as step:
             wordings = _wordings(loaded, facts, before, options, step)
-        session = Session(loaded, turned, projections, moments, options, trained)
-        with session.restored():
+        ending = loaded.tokenizer.eos_token_id
+        layers = EditedLayers(model, turned, projections, moments, options, trained, ending)
+        session = Session(loaded, layers)
+        with layers.restored():
             session.watch(canaries(loaded.tokenizer, ready.corpus.texts, ready.most))
             with made_by_the_edit():
                 losses = session.edit(facts, _prefixes(ready, options), wordings, clock, progress)
             with clock("solve"):
-                changes = {block_name(module): change for module, change in session.finish().items()}
-    return _Done(session, changes, losses, before, wordings, tuple(scores), moments.tokens)
+                changes = {block_name(module): change for module, change in layers.finish().items()}
+    told = (moments.tokens, session.stopped, tuple(session.curve))
+    return _Done(layers, changes, losses, before, wordings, tuple(scores), *told)
 
 
 def _all_zeros(loaded: Loaded, p: Projection) -> bool:
@@ -303,29 +291,6 @@ def _wordings(
     )
 
 
-def _results(
-    facts: Sequence[Fact],
-    before: Interview,
-    after: Interview,
-    losses: Sequence[float],
-    wordings: Sequence[tuple[str, ...]],
-) -> tuple[FactResult, ...]:
-    out = []
-    tried = [*losses, *[None] * (len(facts) - len(losses))]
-    for fact, old, new, loss, own in zip(facts, before.answers, after.answers, tried, wordings, strict=True):
-        if loss is None:
-            status, loss = "not edited", math.nan
-        elif not math.isfinite(loss):
-            status = "not finite"
-        elif not says(new.text, fact.target_new):
-            status = "not reached"
-        else:
-            status = "already known" if says(old.text, fact.target_new) else "changed"
-        p = old.probability, new.probability
-        out.append(FactResult(fact, answer(old.text), answer(new.text), *p, status, loss, own))
-    return tuple(out)
-
-
 def _refuse_failure(results: Sequence[FactResult], remedy: str) -> None:
     """An edit that changed nothing is an error, not a patch."""
     if any(r.status == "changed" for r in results):
@@ -347,89 +312,3 @@ def _stability(loaded: Loaded, edited: Sequence[Projection], changes: Mapping[st
         weight = p.representative(weights_of(loaded.model, p)[0].detach())
         W = p.oriented(weight).float().cpu()
         yield stability(p.weight_name, W, changed([changes[p.name]], W))
-
-
-def _patch(
-    loaded: Loaded,
-    arch: Architecture,
-    edited: Sequence[Projection],
-    run: Session,
-    changes: Mapping[str, Change],
-    results: Sequence[FactResult],
-    scores: Scores,
-    felt: Mapping[str, Sequence[Mapping[str, Any]]],
-    drifts: Sequence[Stability],
-    options: EditOptions,
-    corpus: Corpus,
-) -> Patch:
-    import transformers
-
-    journal = read_journal(loaded.checkpoint.folder) if loaded.checkpoint else None
-    recorded = options.to_record()
-    recorded["solver"] = run.solver_options
-    recorded["layers"] = [p.layer for p in edited]
-    recorded["editor"] = run.editor.id if run.editor else None
-    recorded["corpus"] = {"name": corpus.name, "sha256": corpus.sha256}
-    recorded["dtype"] = str(weights_of(loaded.model, edited[0])[0].dtype).removeprefix("torch.")
-    for key in ("method", "seed"):  # these stand in the record itself
-        del recorded[key]
-    return Patch(
-        changes=changes,
-        method=run.solver.name,
-        side=run.side,
-        options=recorded,
-        model=loaded.checkpoint.model if loaded.checkpoint else _model_name(loaded.model),
-        revision=loaded.checkpoint.revision if loaded.checkpoint else None,
-        model_type=arch.model_type,
-        base=_bases(loaded, arch, edited),
-        facts=tuple(_patch_fact(r) for r in results if r.status != "not edited"),
-        metrics={
-            "scores": _rounded(asdict(scores)),
-            "stability": [_rounded(asdict(s)) for s in drifts],
-            "compaction": _rounded({block_name(module): e for module, e in run.compaction.items()}),
-            **{name: [_rounded(values) for values in found] for name, found in felt.items()},
-        },
-        seed=options.seed,
-        versions={
-            "mosectl": __version__,
-            "torch": torch.__version__.split("+")[0],
-            "transformers": transformers.__version__,
-        },
-        parents=tuple(p.id for p in journal.patches) if journal else (),
-    )
-
-
-def _model_name(model: Any) -> str:
-    return Path(str(getattr(model.config, "_name_or_path", "") or "model")).name
-
-
-def _bases(loaded: Loaded, arch: Architecture, edited: Sequence[Projection]) -> dict[str, BaseTensor]:
-    """Fingerprints of the weights as the checkpoint stores them; of the live ones where there is no checkpoint."""
-    names = disk_names(arch, loaded.checkpoint.tensors) if loaded.checkpoint else {}
-    return {
-        p.name: fingerprint(
-            p.weight_name,
-            loaded.checkpoint.read(names[p.name][0]) if loaded.checkpoint else weights_of(loaded.model, p)[0],
-        )
-        for p in edited
-    }
-
-
-def _patch_fact(r: FactResult) -> PatchFact:
-    return PatchFact(
-        prompt=r.fact.prompt,
-        subject=r.fact.subject,
-        target_new=r.fact.target_new,
-        before=r.before,
-        after=r.after,
-        probability_before=round(r.probability_before, 6),
-        probability_after=round(r.probability_after, 6),
-        status=r.status,
-        wordings=r.wordings,
-        space_before_target=r.fact.space_before_target,
-    )
-
-
-def _rounded(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Six significant digits: more would be noise."""
-    return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mosectl.editing.options import EditOptions
-from mosectl.editing.targets import MARGIN
+from mosectl.editing.second_moments import ALL, HIGH, LOW
 from mosectl.model.architecture import Architecture, parse_layers
 from mosectl.model.edit_site import Projection
 from mosectl.model.forward import Batch, ffn_output, run_until_stopped
@@ -75,7 +75,7 @@ def score_layers(model: nn.Module, arch: Architecture, batch: Batch, subject: Te
 
 SUBJECT, LAST = "subject_last", "last"
 DEEP = 10  # layers from which a model has a place for either
-LAST_MARGIN = 3.0  # nats: what is asked of a key that is the prompt's own
+MARGINS = {SUBJECT: 6.0, LAST: 3.0}  # nats: less is asked of a key that is the prompt's own
 TOP = 4  # layers edited at the prompt's last token
 
 
@@ -90,10 +90,15 @@ def settled(options: EditOptions, n: int) -> EditOptions:
     if token == "auto":
         high = n >= DEEP and not options.published and (layers is None or min(layers) >= n / 2)
         token = LAST if high else SUBJECT
-    margin = options.targets.margin
-    if margin is None:
-        margin = LAST_MARGIN if token == LAST else MARGIN
+    margin = MARGINS[token] if options.targets.margin is None else options.targets.margin
     return replace(options, fact_token=token, targets=replace(options.targets, margin=margin))
+
+
+def enough(options: EditOptions) -> float:
+    """The relative error of the second moments C that an edit with settled options can live with; a published method is
+    given all of the text, as its own code is.
+    """
+    return ALL if options.published else HIGH if options.fact_token == LAST else LOW
 
 
 def top_layers(n: int) -> tuple[int, ...]:

@@ -74,18 +74,19 @@ def options_from(settings: Sequence[str], **given: Any) -> EditOptions:
     known = {f.name: str(f.type).removesuffix(" | None") for f in fields(TargetOptions)}
     numbers = {f.name: f.type for f in fields(EditOptions) if f.type in ("int", "float") or f.name in WORDS}
     own = {name: kind for name, kind in numbers.items() if name not in _FLAGS}
+    whole = {name: "int" if option.whole else "float" for name, option in solver.options.items()}
     searches = {"placement", "fact_token", *known} - {"margin", "max_rows"}
     searching = set() if solver.searches else searches  # a fit has no such search
     found: dict[str, dict[str, Any]] = {"solver": {}, "targets": {}, "edit": {}}
     for setting in settings:
-        name, value = _setting(setting, {**known, **own})
+        name, value = _setting(setting, {**known, **own, **whole})
         place = "solver" if name in solver.defaults else "targets" if name in known else "edit" if name in own else None
         if place is None:
             names = ", ".join(n for n in (*solver.defaults, *known, *own) if n not in searching)
             raise UsageError(f"--set {setting}: method '{solver.name}' has no such setting", fix=f"it has: {names}")
         if name in searching:
             raise UsageError(f"--set {setting}: '{solver.name}' has its own way to values", fix="leave it out")
-        found[place][name] = value
+        found[place][name] = float(value) if place == "solver" else value  # as records of patches have it
     if given.get("form") not in (None, *FORMS):
         raise UsageError(f"--form {given['form']}: no such form", fix=f"choose one of: {', '.join(FORMS)}")
     usual = default_options(solver.name)
@@ -137,8 +138,8 @@ def _number(setting: str, whole: bool) -> float:
     except ValueError:
         what, such = ("not a whole number", "3") if whole else ("not a number", "0.5")
         raise UsageError(f"--set {setting}: {what}", fix=f"write --set {name or 'name'}={such}") from None
-    if not 0 <= number < float("inf"):  # NaN too
-        raise UsageError(f"--set {setting}: out of range", fix="give a number that is not negative")
+    if not 0 <= number < (2**63 if whole else float("inf")):  # NaN too
+        raise UsageError(f"--set {setting}: out of range", fix="give a number that is neither negative nor that large")
     return number
 
 

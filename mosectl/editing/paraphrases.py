@@ -60,7 +60,7 @@ def _sure(model: Any, tokenizer: Any, facts: Sequence[Fact], olds: Sequence[str]
     sure: list[list[str]] = [[] for _ in facts]
     tried: list[set[str]] = [set() for _ in facts]
     for done in range(0, SAMPLES, ROUND):
-        seldom = 0 < done and SELDOM * sum(map(bool, sure)) < len(facts) >= SELDOM
+        seldom = done > 0 and SELDOM * sum(map(bool, sure)) < len(facts) >= SELDOM
         patience = ROUND if seldom else PATIENCE
         hopeful = [i for i, old in enumerate(olds) if 0 < len(old) <= LONGEST and (counted[i] or done < patience)]
         lacking = [i for i in hopeful if len(sure[i]) < most]

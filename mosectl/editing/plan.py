@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mosectl.editing.guard import CANARIES, CANARY_TOKENS
-from mosectl.editing.layers import LAST, likely_layers, settled, top_layers
+from mosectl.editing.layers import LAST, enough, likely_layers, settled, top_layers
 from mosectl.editing.low_rank import PROBES
 from mosectl.editing.methods import method
 from mosectl.editing.methods.base import seeks_compact
@@ -20,9 +20,9 @@ from mosectl.editing.moments_cache import known_hash, path_of
 from mosectl.editing.options import EditOptions, trained_editor
 from mosectl.editing.pace import Pace, pace
 from mosectl.editing.paraphrases import ROUND, TOKENS
-from mosectl.editing.second_moments import BATCH_TOKENS, BLOCK, cache_key, gradient_tokens
+from mosectl.editing.second_moments import ALL, BATCH_TOKENS, BLOCK, HIGH, LOW, cache_key, gradient_tokens, serving
 from mosectl.errors import ModelError, MosectlError
-from mosectl.facts.corpus import read_corpus
+from mosectl.facts.corpus import MAX_TOKENS, read_corpus
 from mosectl.facts.records import Fact
 from mosectl.linalg.metric import EXACT
 from mosectl.measure.next_tokens import TEXTS, WORDS
@@ -40,6 +40,7 @@ from mosectl.storage.hub import remote_tensors
 _STEPS = (
     6  # optimiser steps a fact takes over all rounds, of all its rows, as seen in practice; each round adds a forward
 )
+_PER_KEY = 16  # tokens for each of C's p directions, until it is known well enough low in the model
 _TURNED = 4  # rank of a compact rotation, a fact
 _SMALL = 0.3  # seconds of a solve's small problems up to rank 40
 
@@ -123,8 +124,11 @@ def estimate(
 def _known(folder: Path, arch: Architecture, layers: Sequence[int], options: EditOptions) -> bool:
     """Are the statistics of these layers kept from an earlier edit?"""
     weights = known_hash(folder)
-    key = cache_key(weights, read_corpus(options.corpus).sha256) if weights else ""
-    return bool(key) and all(path_of(key, p.name).exists() for p in arch.projections if p.layer in layers)
+    if not weights:
+        return False
+    corpus, edited = read_corpus(options.corpus).sha256, [p for p in arch.projections if p.layer in layers]
+    keys = [cache_key(weights, corpus, enough=level) for level in serving(enough(options))]
+    return any(all(path_of(key, p.name).exists() for p in edited) for key in keys)
 
 
 def patch_bytes(model: str | Path, facts: Sequence[Fact], options: EditOptions, *, revision: str | None = None) -> int:
@@ -291,7 +295,9 @@ class _Work:
         speed, o, (d, p) = self.pace, self.options, (self.projection.d, self.projection.p)
         below, above = max(self.layers) + 1, self.depth - min(self.layers)
         batches = -(-self.facts // (o.batch_size or max(1, self.facts)))
-        corpus = min(BLOCK, sum(len(t) for t in read_corpus(o.corpus).texts) / 4)
+        corpus = min(MAX_TOKENS, sum(len(t) for t in read_corpus(o.corpus).texts) / 4)
+        read = {ALL: corpus, LOW: _PER_KEY * p, HIGH: BLOCK}[enough(o)]
+        corpus = min(corpus, max(BLOCK, read))
         asked = min(corpus, gradient_tokens(d))
         product = speed.forward / self.per_layer  # of one operation in the model's type, two of them a weight
         statistics = corpus * (below * speed.forward + len(self.layers) * p * p * product) + asked * (

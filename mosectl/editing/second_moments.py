@@ -15,14 +15,14 @@ import random
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mosectl.editing.moments_cache import cached, check_writable, keep, remember_hash
+from mosectl.editing.enough_text import Halves, Work
+from mosectl.editing.moments_cache import Entry, cached, check_writable, keep, remember_hash
 from mosectl.facts.corpus import MAX_TOKENS, Corpus, read_corpus
 from mosectl.model import distributed as processes
 from mosectl.model.architecture import parse_layers, resolve
@@ -42,6 +42,7 @@ from mosectl.model.forward import (
 from mosectl.model.memory import fitting, halving
 from mosectl.model.positions import window
 from mosectl.model.weights import solve_device, turns, weight_of
+from mosectl.storage.progress import Clock, OnStep
 
 MAX_LENGTH = 512  # tokens a text: statistics do not need long contexts, and memory grows with them
 BEGINNING = 100_000  # characters of a text that may hold the few tokens that are read of it
@@ -52,8 +53,8 @@ BLOCK = 4096  # tokens of texts taken at random, in which those of like length t
 PER_DIRECTION = 2  # tokens for each of G's d directions, and
 LEAST = 1536  # tokens at least: a small model's cost little
 ASKED = 1  # one in so many of these tokens has its logits asked; which ones is drawn anew in each text
-ENOUGH = 0.3  # relative error of C at which no more text is read
-SKETCH = 64  # directions in which that error is judged
+# Relative errors of C at which no more text is read: never; low in the model; high in it, where less hangs on C (LOG.md).
+ALL, LOW, HIGH = LEVELS = (0.0, 0.1, 0.3)
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def second_moments(
     batch_tokens: int = BATCH_TOKENS,
     cache: bool = True,
     strict: bool = False,  # raise OutputError where the cache cannot be written
-    enough: float = ENOUGH,
+    enough: float = LOW,
     folder: Path | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Moments:
@@ -90,7 +91,8 @@ def second_moments(
 
     Args:
         folder: the checkpoint's, so that a plan can tell later whether statistics are kept.
-        enough: ‖C_A − C_B‖_F / 2‖C‖_F at which to stop, seen in SKETCH random directions; 0 = read everything.
+        enough: ‖C_A − C_B‖_F / 2‖C‖_F at which to stop, seen in some random directions; 0 = read everything. Statistics
+            that are kept and better serve as well.
     Raises:
         NotFinite: the model's numbers are not.
     """
@@ -98,7 +100,7 @@ def second_moments(
     key = cache_key(weights, corpus.sha256, max_tokens, enough) if cache else ""
     if folder is not None and weights and processes.first():
         remember_hash(folder, weights)
-    if cache and (found := cached(key, projections)):
+    if cache and (found := _kept(weights, corpus.sha256, projections, max_tokens, enough)):
         C, G = ({name: entry[part] for name, entry in found.items()} for part in "CG")
         error = max(float(entry["error"]) for entry in found.values())
         return Moments(C, G, int(next(iter(found.values()))["tokens"]), True, error)
@@ -124,9 +126,21 @@ def moments_of(model: nn.Module, projections: Sequence[Projection], batch: Batch
     return Moments(*sums.moments(), int(sums.tokens[0]), False, sums.error())
 
 
-def cache_key(weights: str, corpus: str, max_tokens: int = MAX_TOKENS, enough: float = ENOUGH) -> str:
+def cache_key(weights: str, corpus: str, max_tokens: int = MAX_TOKENS, enough: float = LOW) -> str:
     """What statistics are kept under: hashes of weights and corpus, how much is read, and by which rules."""
     return f"{weights}-{corpus[:16]}-{max_tokens}-{enough:g}-{BLOCK}-{PER_DIRECTION}-{LEAST}-{ASKED}"
+
+
+def serving(enough: float) -> list[float]:
+    """The levels of error whose statistics serve where ``enough`` is asked, the best first."""
+    return [*(level for level in LEVELS if level < enough), enough]
+
+
+def _kept(
+    weights: str, corpus: str, projections: Sequence[Projection], max_tokens: int, enough: float
+) -> dict[str, Entry] | None:
+    keys = (cache_key(weights, corpus, max_tokens, level) for level in serving(enough))
+    return next((found for key in keys if (found := cached(key, projections))), None)
 
 
 def prepare(
@@ -137,21 +151,24 @@ def prepare(
     revision: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
-    on_step: Callable[[int, int], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> Moments:
     """Load a model and fill the cache for some layers; under ``accelerate launch`` each process takes its own GPU.
 
+    Args:
+        on_step: called with (phase, done, total) as the work goes on.
     Raises:
         ModelError, HubError, UsageError.
     """
     from mosectl.model.loading import load
 
-    texts = read_corpus(corpus)
-    loaded = load(model, revision=revision, device=processes.process_device(device), dtype=dtype)
-    with turns(loaded.model, resolve(loaded.model)) as arch:
+    texts, clock = read_corpus(corpus), Clock(on_step)
+    with clock("load"):
+        loaded = load(model, revision=revision, device=processes.process_device(device), dtype=dtype)
+    with turns(loaded.model, resolve(loaded.model)) as arch, clock("statistics") as step:
         chosen = parse_layers(layers, len(arch.projections), every="all")
         wanted = [p for p in arch.projections if chosen is None or p.layer in chosen]
-        return second_moments(loaded.model, loaded.tokenizer, wanted, texts, strict=True, on_step=on_step)
+        return second_moments(loaded.model, loaded.tokenizer, wanted, texts, strict=True, on_step=step)
 
 
 def _accumulate(
@@ -169,7 +186,7 @@ def _accumulate(
         mine = mine[state.process_index :: state.num_processes]
     sums, share = _Sums(model, projections), _gradient_share(projections, blocks[0])
     chosen, stops = _with_gradients(blocks[0], share), 0.0 if distributed else enough
-    work = _Work(mine, stops, share)
+    work = Work(mine, stops, share)
     with frozen(model):
         for done, (number, block, sequences) in enumerate(mine, 1):
             batch = Batch.of(sequences, input_device(model))
@@ -217,7 +234,7 @@ class _Sums:
         for p in projections:
             place = torch.empty(0, device=solve_device(weight_of(model, p).device))
             self.sums |= {(p.name, "C"): place.new_zeros(p.p, p.p), (p.name, "G"): place.new_zeros(p.d, p.d)}
-        self.halves = {p.name: _Halves(self.sums[p.name, "C"]) for p in projections}
+        self.halves = {p.name: Halves(self.sums[p.name, "C"]) for p in projections}
         # Of C those that were read, of G those whose logits were asked.
         self.tokens = torch.zeros(2, dtype=torch.long, device=input_device(model))
 
@@ -258,55 +275,6 @@ class _Sums:
         n = dict(zip("CG", self.tokens.clamp_min(1).tolist(), strict=True))
         C, G = ({p.name: (self.sums[p.name, key] / n[key]).cpu() for p in self.projections} for key in "CG")
         return C, G
-
-
-class _Work:
-    """How many of the batches will be run, as far as one can tell, for a bar whose end and pace can be believed."""
-
-    def __init__(self, batches: Sequence[tuple[int, int, list[list[int]]]], enough: float, share: float) -> None:
-        self.enough, self.end = enough, len(batches)
-        blocks = [block for _, block, _ in batches]
-        self.ends = [i for i in range(1, len(blocks) + 1) if i == len(blocks) or blocks[i] > blocks[i - 1]]
-        self.tokens = [0, *accumulate(sum(map(len, sequences)) for _, _, sequences in batches)]
-        each = (
-            100 + (block == 0) * round(300 * share) for block in blocks
-        )  # of a forward pass; a gradient takes three
-        self.costs = [0, *accumulate(each)]
-
-    def foresee(self, done: int, error: float) -> None:
-        """The error of C falls with the root of the tokens read; whole blocks are read."""
-        needed = self.tokens[done] * (error / self.enough) ** 2
-        self.end = next((i for i in self.ends if i >= done and self.tokens[i] >= needed), self.ends[-1])
-
-    def so_far(self, done: int) -> tuple[int, int]:
-        return self.costs[done], self.costs[self.end]
-
-
-class _Halves:
-    """How well a layer's C is known, from two halves of the texts in a few random directions."""
-
-    def __init__(self, total: Tensor) -> None:
-        self.total = total  # (p, p) sum of k kᵀ over all texts, kept up to date by others
-        rng = torch.Generator().manual_seed(0)
-        self.directions = (torch.randn(len(total), SKETCH, generator=rng) / SKETCH**0.5).to(total)
-        self.sums = total.new_zeros(2, SKETCH, SKETCH)
-        self.tokens = [0, 0]
-
-    def add(self, k: Tensor, second: Tensor) -> None:
-        """k (tokens, p); second (tokens,) which of them belong to the second half."""
-        seen = k.to(self.directions) @ self.directions
-        for half in (0, 1):
-            x = seen[(second == half).to(seen.device)]
-            self.sums[half].addmm_(x.T, x)
-            self.tokens[half] += len(x)
-
-    def error(self) -> float:
-        """‖C_A − C_B‖_F / 2‖C‖_F; infinite while a half is empty."""
-        if not all(self.tokens):
-            return math.inf
-        a, b = (total / n for total, n in zip(self.sums, self.tokens, strict=True))
-        whole = torch.linalg.norm(self.total) / sum(self.tokens)
-        return float(torch.linalg.norm(a - b) / (2 * whole.clamp_min(torch.finfo(whole.dtype).tiny)))
 
 
 def _keys(model: nn.Module, projections: Sequence[Projection], batch: Batch) -> dict[str, Tensor]:

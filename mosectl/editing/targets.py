@@ -30,8 +30,6 @@ from mosectl.model.losses import NOTHING, leads, token_nll
 from mosectl.model.memory import fitting, halving
 from mosectl.model.partial_forward import Suffix
 
-MARGIN = 6.0
-
 
 @taking_old_names
 @dataclass(frozen=True)
@@ -55,8 +53,9 @@ class TargetOptions:
 
     @property
     def least_lead(self) -> float:
-        """The margin, nats."""
-        return MARGIN if self.margin is None else self.margin
+        """The margin, nats, of options in which it is no longer left open (layers.settled)."""
+        assert self.margin is not None, "which margin it is depends on the token that is edited: see layers.settled"
+        return self.margin
 
     def to_record(self) -> dict[str, Any]:
         """As a patch's record has it."""

@@ -61,11 +61,6 @@ class LayerTurns:
             self.right = R if self.right is None else times(self.right, R)
         return self.take(self.left, self.right)
 
-    def drop(self) -> Tensor:
-        """The present batch's rotations are forgotten; returns W (d, p)."""
-        self.pair = None
-        return self.begun
-
     def take(self, left: Rotation | None, right: Rotation | None) -> Tensor:
         """These are the rotations of all batches; returns W (d, p)."""
         self.left, self.right, self.pair = left, right, None

@@ -53,13 +53,18 @@ def error(e: BaseException) -> None:
         what = f"{type(e).__name__}: {e}"
         fix = "this is a bug in mosectl; MOSECTL_DEBUG=1 shows where. Please report it"
     _say(_err(), ("error", "bold red"), (f" {what}", ""))
+    _next(fix)
+
+
+def _next(fix: str) -> None:
     if fix:
         _say(_err(), ("  →", "green"), (f" {fix}", ""))
 
 
-def interrupted() -> None:
-    """Tell that the user has ended the command."""
-    warn("interrupted", ": nothing half-written is left behind")
+def interrupted(kept: str = "nothing half-written is left behind", fix: str = "") -> None:
+    """Tell that the user has ended the command, and what it leaves."""
+    warn("interrupted", f": {kept}")
+    _next(fix)
 
 
 def hint(text: str) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from mosectl.editing.methods import DEFAULT
+from mosectl.editing.settings import of_today
 from mosectl.facts.groups import FORGETFULNESS, NEIGHBOURS, SAME_SUBJECT, shown
 
 if TYPE_CHECKING:
@@ -44,11 +46,18 @@ def label(group: str, own: bool, otherwise: str) -> str:
     return (shown(group) or otherwise) + (" (own probes)" if own else "")
 
 
+def token_of(method: str, record: Mapping[str, Any]) -> str:
+    """The fact token of an edit, by its record of options; empty where its method or its search has no other one."""
+    optimizer = of_today("fisher", record["targets"]["fisher"])[1]
+    fixed = method != DEFAULT or optimizer == "published"
+    return "" if fixed else str(of_today("fact_token", record["fact_token"])[1])
+
+
 def disturbed(shares: Sequence[Share], fact_token: str, gentler: str) -> str:
     """What an edit has changed besides, where it is half of a group or more, and what may spare it; empty: nothing.
 
     Args:
-        fact_token: where it was edited; empty where there is no other place. gentler: how its method does less harm.
+        fact_token: as :func:`token_of` has it. gentler: how its method does less harm.
     """
     spared = {SAME_SUBJECT: "last", NEIGHBOURS: "subject_last"}  # where it is edited (docs/explanation/methods.md)
     lost = [s for s in shares if s.metric == "locality" and s.group and s.qa is not None and s.qa < KEPT]

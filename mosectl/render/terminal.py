@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mosectl.editing.methods import DEFAULT, method
+from mosectl.editing.methods import method
 from mosectl.editing.settings import of_today
 from mosectl.render import scores
 from mosectl.render.console import hint, line, size, table, warn
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from mosectl.checkpoints.inspection import Inspection
     from mosectl.checkpoints.live import Asked
     from mosectl.checkpoints.writer import ApplyReport
-    from mosectl.editing.edit import EditResult, FactResult
+    from mosectl.editing.edit import EditResult
+    from mosectl.editing.outcome import FactResult
     from mosectl.editing.plan import Diagnosis, Estimate
     from mosectl.editing.second_moments import Moments
     from mosectl.facts.records import FactsReport
@@ -61,8 +62,8 @@ def edit(result: EditResult, path: Path | None, model: str) -> None:
         edited = sum(r.status != "not edited" for r in result.facts)
         warn(f"{missed} of {edited} edited facts were not reached", f": {result.remedy} may help")
     made = result.patch
-    place = of_today("fact_token", made.options["fact_token"])[1] if made.method == DEFAULT else ""
-    if what := scores.disturbed(result.shares, place, method(made.method).gentler):
+    token = scores.token_of(made.method, made.options)
+    if what := scores.disturbed(result.shares, token, method(made.method).gentler):
         hint(what)
     if not s.rephrasings and not s.locality_prompts:
         hint("no rephrasings and no locality prompts were given: nothing says what else changed (mosectl eval)")

@@ -72,6 +72,7 @@ class Option:
 
     default: float
     help: str
+    whole: bool = False  # only whole numbers make sense
 
 
 @dataclass(frozen=True)

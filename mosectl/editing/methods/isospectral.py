@@ -35,11 +35,12 @@ class Isospectral(Turner):
     options = {
         "preserve": Option(10.0, "λ, how many edits one unit of C weighs"),
         "damping": Option(1e-4, "added to C as a share of its mean diagonal"),
-        "iterations": Option(5, "Newton steps of the dense form, at most"),
+        "iterations": Option(5, "Newton steps of the dense form, at most", whole=True),
         "tolerance": Option(1e-3, "relative gain of a Newton step below which they end"),
         "rank": Option(
             0,
             "largest rank of a batch's compact rotations; 0 = as it pays, as many as its facts have contexts at most",
+            whole=True,
         ),
         "rank_gain": Option(GAIN, "the share of all gained so far below which a larger rank does not pay"),
     }

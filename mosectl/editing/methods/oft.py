@@ -31,8 +31,8 @@ class Oft(Trainer):
     name, side, source = "oft", "input", "arXiv 2306.07280"
     settings = {"rounds": 1, "previous_edit_weight": 0.0}
     options = {
-        "blocks": Option(4.0, "blocks of the rotation"),
-        "steps_oft": Option(25.0, "steps of Adam"),
+        "blocks": Option(4.0, "blocks of the rotation", whole=True),
+        "steps_oft": Option(25.0, "steps of Adam", whole=True),
         "rate": Option(5e-4, "Adam's learning rate"),
     }
 
