@@ -63,6 +63,7 @@ def test_right_after_comes_from_the_patch(world: World) -> None:
     assert [f.held_right_after for f in found.facts] == [True, False, None] and found.facts[0].right_after == "so"
     assert [b.right_after for b in found.retention] == [1.0, 0.0, None]
     assert any("2 of 3 facts stand in the patches" in n for n in found.notes)
+    assert any("no answer for 1 locality prompt: generation and qa compare" in n for n in found.notes)
     other = replace(world.patch, facts=(replace(record(0, "changed"), target_new="else"),))
     none = world.evaluate(other, model=world.model).metric("generation", "reliability")
     assert none and none.right_after is None, "a record of another target says nothing about this one"
@@ -82,6 +83,7 @@ def test_an_edited_folder_is_the_patch_on_its_base(world: World) -> None:
     alone = world.evaluate(bare)
     assert alone.subject.base is None and all(m.before is None for m in alone.metrics)
     assert "no model from before the edit" in alone.notes[0]
+    assert "no answer for 1 locality prompt: without the unedited model (--base) there is nothing" in alone.notes[1]
     local = alone.metric("generation", "locality")
     assert local and local.asked == 1, "only prompts with a known answer"
     other = save(world.folder / "other", rms_norm_eps=1e-3)

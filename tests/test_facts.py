@@ -54,12 +54,15 @@ def test_easyedit_shape(tmp_path: Path) -> None:
         **GOOD,
         "portability": {"Reasoning": [{"prompt": "a is", "ground_truth": [["x"], ["y"]]}], "Other": None},
     }
-    assert one(tmp_path, grouped).portability == (Probe("a is", "x", "Reasoning"),)
+    assert one(tmp_path, grouped).portability == (Probe("a is", "x", "Reasoning", ("y",)),)
     alternatives = {**GOOD, "locality_prompt": "a", "locality_ground_truth": ["x", "y"], "ground_truth": ["Quill", "Q"]}
     fact = one(tmp_path, alternatives)
-    assert fact.locality == (Probe("a", "x"),) and fact.ground_truth == "Quill"
+    assert fact.locality == (Probe("a", "x", "", ("y",)),) and fact.ground_truth == "Quill"
     nested = {**GOOD, "locality": {"neighborhood": {"prompt": ["a is", "b is"], "ground_truth": ["x", ["y", "z"]]}}}
-    assert one(tmp_path, nested).locality == (Probe("a is", "x", "neighborhood"), Probe("b is", "y", "neighborhood"))
+    assert one(tmp_path, nested).locality == (
+        Probe("a is", "x", "neighborhood"),
+        Probe("b is", "y", "neighborhood", ("z",)),
+    )
 
 
 def test_probes_keep_their_groups(tmp_path: Path) -> None:
@@ -151,7 +154,14 @@ ZSRE = {
 UNEVEN = {"locality_prompt": ["a", "b", "c"], "locality_ground_truth": ["x", "y"]}
 BAD_LINES = {
     "words": ("not json", "not JSON: Expecting value .column 1", "one JSON object"),
-    "cut off": ('{"prompt": "x"', "not JSON", "one JSON object"),
+    "cut off": ('{"prompt": "x"', "not JSON", "seems cut off in its last line"),
+    "cut off in a text": ('{"prompt": "x y', "not JSON: Unterminated", "seems cut off"),
+    "cut off in an escape": (r'{"prompt": "\u00', "not JSON: Invalid", "seems cut off"),
+    "cut off after a colon": ('{"prompt":', "not JSON: Expecting value", "seems cut off"),
+    "cut off in a word": ('{"locality": tru', "not JSON: Expecting value", "seems cut off"),
+    "cut off in a list": ('{"locality": [{"prompt": "x"}', "not JSON: Expecting ','", "seems cut off"),
+    "no comma": ('{"prompt": "x" "subject": "y"', "not JSON: Expecting ',' ", "one JSON object"),
+    "a quote missing": ('{"prompt": "x}', "not JSON: Unterminated", "one JSON object"),
     "two objects": ('{"prompt": "x"} {}', "not JSON: Extra data .column 17", "one JSON object"),
     "list": ("[1]", "is a list, not an object", "give entries like"),
     "number": ("7", "is a number, not an object", "give entries like"),

@@ -123,7 +123,12 @@ def test_patches_on_a_model(desk: Desk) -> None:
 def test_edit(desk: Desk) -> None:
     out = desk.folder / "p.safetensors"
     how = ["--layers", "2-4", "--limit", 2, "--set", "wordings=0"]
-    desk.json("edit", "edit", FACTS, "--model", DEMO, "-o", out, *how, within=SEARCHED)
+    found = json.loads(desk.run("edit", FACTS, "--model", DEMO, "-o", out, *how, "--json"))
+    for probe in (
+        p for p in found["probes"] if p["own"]
+    ):  # what happens there is nobody's aim: it may differ elsewhere
+        probe |= dict.fromkeys(("after", "generation", "qa", "change"), "<not aimed at>")
+    check_json("edit.json", json.dumps(found), desk.places, SEARCHED)
     desk.json("edit-record", "inspect", out, within=SEARCHED)
 
 

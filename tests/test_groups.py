@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,13 +19,14 @@ from mosectl.editing.layers import settled
 from mosectl.editing.options import options_from
 from mosectl.errors import NotFinite, PatchError, UsageError
 from mosectl.facts.records import Fact, Probe, fact_from_dict
-from mosectl.measure import groups, next_tokens, qa
+from mosectl.measure import groups, next_tokens, probes, qa
 from mosectl.measure.answers import FactAnswer, Interview, interview
 from mosectl.measure.bootstrap import Tally
 from mosectl.measure.groups import KNOWN, Part, Share, parts, tallies, unedited_neighbours
 from mosectl.measure.own_probes import MOST_FACTS, own_probes, spread
 from mosectl.measure.protocols import Answers
 from mosectl.patch.file import Patch
+from mosectl.render import html, terminal
 from mosectl.render.scores import disturbed, token_of
 from mosectl.storage.schema import Misfit
 from support.commands import EASY, run
@@ -63,10 +65,10 @@ def test_comparison_as_qa_does(text: str, expected: str, strictly: bool | None) 
 def test_kept_is_the_known_answer_or_the_first_three_words() -> None:
     assert qa.kept(" Dublin, a city", " the city of Dublin", "Dublin")
     assert not qa.kept(" Dublin, a city", " Cork", "Dublin")
-    assert qa.kept(" a love of music and dance", " love of music. Also", None), "articles aside, three words"
-    assert not qa.kept(" love of music", " love of dance", None)
+    assert qa.kept(" a love of music and dance", " love of music. Also"), "articles aside, three words"
+    assert not qa.kept(" love of music", " love of dance")
     assert qa.kept(" Cork in the far south", " Cork in the far north", "Dublin"), "wrong before: the same words again"
-    assert qa.kept("", " ", None) and not qa.kept("", " Cork", None)
+    assert qa.kept("", " ") and not qa.kept("", " Cork")
     assert qa.mentions("of old Dublin town", "The Dublin") and not qa.mentions("Dubliners", "Dublin")
 
 
@@ -263,6 +265,7 @@ def test_an_edit_measures_and_records_groups(tmp_path: Path, capsys: pytest.Capt
         and "as QA compares" in shown
         and "ordinary text" in shown
     )
+    assert "What else changed" in shown.split("as QA compares: ")[1].split("# Next token")[0]
     metrics = Patch.load(out).metrics
     assert [(s["metric"], s["group"]) for s in metrics["shares"]][:1] == [("reliability", "")]
     assert {"neighborhood", "same_subject"} <= {s["group"] for s in metrics["shares"]}
@@ -272,7 +275,9 @@ def test_an_edit_measures_and_records_groups(tmp_path: Path, capsys: pytest.Capt
     assert "Measured when it was made" in told and "  same subject\t" in told and "ordinary text\t" in told
     (tmp_path / "f.jsonl").write_text(json.dumps({k: NAMED[0][k] for k in ("prompt", "subject", "target_new")}))
     assert run("edit", tmp_path / "f.jsonl", "--model", model, "-o", out, "--overwrite", *how) == 0
-    assert "same subject (own probes)" in capsys.readouterr().out
+    alone = capsys.readouterr()
+    assert "same subject (own probes)" in alone.out
+    assert "what else changed is measured at mosectl's own probes only; give some in a facts file" in alone.err
 
 
 def test_an_edits_shares_are_those_of_its_scores(tmp_path: Path) -> None:
@@ -280,6 +285,8 @@ def test_an_edits_shares_are_those_of_its_scores(tmp_path: Path) -> None:
     model, tokenizer = pico("llama"), make_tokenizer()
     facts = [fact_from_dict(r, "x") for r in NAMED]
     result = mosectl.edit(facts, model, tokenizer, options=few(str(tmp_path / "corpus.txt")), refuse=False)
+    local = [p.generation for p in result.probes if p.metric == "locality" and not p.own]
+    assert len(local) == result.scores.locality_prompts and sum(map(bool, local)) == len(local) * result.scores.locality
     whole = {s.metric: s.strict for s in result.shares if not s.group}
     assert whole == {n: getattr(result.scores, n) for n in ("reliability", "generalization", "locality")}
     before = interview(model, tokenizer, facts)
@@ -410,3 +417,103 @@ def test_no_other_token_is_proposed_where_options_refuse_it() -> None:
     with pytest.raises(UsageError, match="the published search"):
         options_from(["optimizer=published", "fact_token=last"])
     assert proposed(method="memit").endswith(": fewer facts may spare more")
+
+
+# Every probe by itself.
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+def test_probes_by_hand() -> None:
+    """A line each: prompt, metric, group, own, before, after, kept or followed strictly and as QA compares, change."""
+    found = probes.probe_answers([FACT], [BEFORE], [NOW])
+    told = [(p.prompt, p.metric, p.group, p.own, p.before, p.after, p.generation, p.qa, p.change) for p in found]
+    assert told == [
+        ("Ava's seat is", "generalization", KNOWN, False, "the Brin", "Rome", True, True, ""),
+        ("Ava obeys", "generalization", "", False, "Quill…", "Rome", True, True, ""),
+        ("Q: Ava? A:", "generalization", KNOWN, False, "Brin", "Brin…", False, False, "not yet"),
+        ("Oz is", "locality", "neighborhood", False, "Em", "the Em", False, True, "expected answer, other form"),
+        ("Ava speaks", "locality", "same_subject", False, "old tongues of the east", "old tongues of west", False, True,
+         "first words kept"),
+        ("The cello", "locality", "", False, "c", "d", False, False, "changed"),
+        ("Ava is", "locality", "same_subject", True, "large", "large and wide", False, False, "changed"),
+        ("p", "portability", "one_hop", False, "x", "x", True, True, ""),
+        ("r", "portability", "other", False, "n…", "n…", False, False, "not yet"),
+    ]  # fmt: skip
+    assert {p.fact for p in found} == {1} and [p.expected for p in found[2:5]] == ["Rome", "Em", None]
+    assert [p.prompt for p in probes.surprising(found)] == [
+        "The cello", "Ava is", "Ava speaks", "Oz is", "Q: Ava? A:", "r",
+    ], "what should have stayed first, and of it what changed most"  # fmt: skip
+
+
+def test_a_probe_that_says_the_new_object_is_the_most_surprising() -> None:
+    spilled = replace(NOW, local=(" Cork", " old tongues", " the city of Rome, d"))
+    found = probes.surprising(probes.probe_answers([FACT], [BEFORE], [spilled]))
+    assert (found[0].prompt, found[0].change) == ("The cello", "says the new object")
+    before = replace(BEFORE, local=(" Em", " old tongues", " Rome, c"))
+    (cello,) = [p for p in probes.probe_answers([FACT], [before], [spilled]) if p.prompt == "The cello"]
+    assert cello.change == "changed", "it named it before"
+
+
+def test_probes_without_a_model_from_before_and_of_unedited_facts() -> None:
+    alone = {p.prompt: p for p in probes.probe_answers([FACT], None, [replace(NOW, local=(" Cork", " t", " d"))])}
+    assert alone["Oz is"].change == "not the known answer" and alone["Oz is"].before is None
+    assert alone["The cello"].generation is None and not alone["The cello"].change and "Ava is" not in alone
+    bare = replace(FACT, locality=(), portability=())
+    now, before = (replace(a, local=(), portable=(), own=(), probes=()) for a in (NOW, BEFORE))
+    found = probes.probe_answers([bare, bare], [before] * 2, [now] * 2, {1}, {1})
+    (neighbour,) = [p for p in found if p.metric == "locality"]
+    assert (neighbour.fact, neighbour.own, neighbour.group) == (
+        2,
+        True,
+        "neighborhood",
+    ) and neighbour.change == "changed"
+    assert [p.fact for p in probes.surprising(found) if p.metric == "generalization"] == [1]
+    assert [p.change for p in found if p.fact == 2][2] == "its fact was not edited"
+
+
+def test_probes_add_up_to_the_shares(world: World) -> None:
+    """Per metric and group the share of probes is the number in the table."""
+    found, seen = world.evaluate(protocols=["generation", "qa"]), 0
+    for m in (m for m in found.metrics if m.name != "reliability" and m.asked):
+        of = [p for p in found.probes if (p.metric, p.own) == (m.name, m.own) and m.group in ("", p.group)]
+        hits = [getattr(p, m.protocol) for p in of]
+        assert m.after and len(hits) == m.asked and sum(hits) / len(hits) == pytest.approx(m.after.value)
+        seen += 1
+    assert seen >= 8 and any(p.own for p in found.probes) and any(p.change for p in found.probes)
+
+
+def test_probes_are_shown_and_written(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    table, page = world.folder / "p.csv", world.folder / "p.html"
+    assert run(*world.cli("--probes-csv", table, "--html", page, "--json", "--protocol", "generation")) == 0
+    listed = json.loads(capsys.readouterr().out)["probes"]
+    rows = list(csv.DictReader(table.read_text().splitlines(keepends=True)))
+    assert [r["prompt"] for r in rows] == [p["prompt"] for p in listed] and list(rows[0]) == list(listed[0])
+    assert {r["generation"] for r in rows} <= {"true", "false"} and rows[0]["own"] == "false"
+    text = page.read_text()
+    assert "<details><summary>" in text and text.count("<summary>") == 1
+    assert run(*world.cli("--protocol", "generation")) == 0
+    shown = capsys.readouterr().out.split("# What else changed\n")[1].split("\n\n")[0].splitlines()
+    changed = [p for p in listed if p["change"]]
+    assert shown[0] == "prompt\tgroup\tbefore\tafter\t" and len(shown) == 1 + min(len(changed), 10)
+    assert all(any(line.startswith(p["prompt"] + "\t") for p in changed) for line in shown[1:])
+
+
+def test_at_most_ten_probes_are_drawn_and_the_page_escapes_them(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = world.evaluate(protocols=["generation"])
+    evil = "</td><script>x</script>"
+    one = probes.ProbeAnswer(1, evil, "locality", evil, False, evil, evil, evil, False, False, "changed")
+    terminal.evaluation(replace(found, probes=(one,) * 13))
+    out = capsys.readouterr().out
+    assert out.count("\tchanged\n") == 10 and "3 more: --json, --probes-csv and --html have them all\n" in out
+    page = html.render(replace(found, probes=(one,) * 13))
+    assert "<script" not in page and page.count("<td>changed</td>") == 13 and "13 of 13 probes" in page
+    calm = (replace(one, change="", generation=True, qa=True),) * 2
+    terminal.evaluation(replace(found, probes=calm))
+    assert "What else changed: nothing, at 2 probes" in capsys.readouterr().out
+    assert "<p>Nothing, at 2 probes.</p>" in html.render(replace(found, probes=calm))

@@ -53,7 +53,7 @@ def answers(model: Any, tokenizer: Any, facts: list[Fact], batch_size: int = 4) 
             said(model, tokenizer, f.prompt),
             tuple(said(model, tokenizer, p) for p in f.rephrase_prompts),
             tuple(said(model, tokenizer, p.prompt) for p in f.locality),
-            tuple(said(model, tokenizer, p) for p, _ in portable_probes(f)),
+            tuple(said(model, tokenizer, p.prompt) for p in portable_probes(f)),
             scores,
         )
         for f in facts

@@ -18,6 +18,7 @@ from mosectl.model.architecture import resolve
 from mosectl.model.loading import load
 from mosectl.patch.change import change_between, changed
 from mosectl.patch.file import Patch
+from mosectl.render import terminal
 from mosectl.storage.checkpoint import open_checkpoint
 from support.models import save
 from support.patches import hashes, patch_for
@@ -48,6 +49,16 @@ def test_apply_and_revert(model_type: str, shard: str, dtype: torch.dtype, tmp_p
     assert back.restored and hashes(tmp_path / "out") == original
     assert not (tmp_path / "out" / "mosectl.json").exists() and not (tmp_path / "out" / "mosectl").exists()
     assert {f.name for f in (tmp_path / "out").iterdir()} == {f.name for f in base.iterdir()}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_apply_says_that_drifts_include_rounding(
+    dtype: torch.dtype, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = save(tmp_path / "base", dtype=dtype)
+    terminal.applied(apply([patch_for(base)], base, tmp_path / "out"), "Applied")
+    name = {torch.bfloat16: "BF16", torch.float16: "F16"}.get(dtype)
+    assert (f"these drifts include rounding the changed weights to {name}; " in capsys.readouterr().out) == bool(name)
 
 
 def test_stack_is_rounded_once_and_undone_in_any_order(tmp_path: Path) -> None:

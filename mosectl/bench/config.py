@@ -17,8 +17,10 @@ from typing import Any
 from mosectl._version import __version__
 from mosectl.editing.options import EditOptions, options_from, trained_editor
 from mosectl.errors import MosectlError, UsageError
+from mosectl.facts.choices import choices
 from mosectl.facts.corpus import read_corpus
 from mosectl.facts.records import Fact, read_facts
+from mosectl.facts.shapes import Chosen
 from mosectl.hub.place import SCHEME
 from mosectl.storage.safe_yaml import read_yaml
 
@@ -36,6 +38,7 @@ class Dataset:
     facts: tuple[Fact, ...]  # after those skipped
     skip: int
     sha256: str
+    read: Chosen  # what the file calls fields, where the configuration says so
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,7 @@ def _key(
     what = {
         "mosectl": __version__, "model": model, "dtype": dtype, "facts": dataset.sha256, "skip": dataset.skip,
         "run": asdict(run), "options": {**options.to_record(), "corpus": bench.corpus_sha256, "editor": editor},
-        "text": bench.text_sha256,
+        "text": bench.text_sha256, **({"read": dataset.read} if dataset.read else {}),
     }  # fmt: skip
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -162,7 +165,7 @@ def read_bench(path: str | Path, on_error: str = "fail") -> Bench:
     corpus, text = (_beside(path, top.get(name, str, None)) for name in ("corpus", "text"))
     statistics, held_out = _read_text(corpus, top, "corpus"), _read_text(text, top, "text") if text else None
     runs = tuple(_run(t) for t in top.tables("runs", required=("edits",), optional=("batch_size",)))
-    tables = top.tables("datasets", required=("facts",), optional=("name", "skip"))
+    tables = top.tables("datasets", required=("facts",), optional=("name", "skip", "read"))
     datasets = tuple(_dataset(t, path, on_error, runs) for t in tables)
     methods = tuple(
         _method(t, path, top, corpus)
@@ -253,12 +256,16 @@ def _run(table: _Table) -> RunKind:
 def _dataset(table: _Table, path: Path, on_error: str, runs: tuple[RunKind, ...]) -> Dataset:
     file = path.parent / table.get("facts", str, "")
     name, skip = table.get("name", str, file.stem), table.get("skip", int, 0)
-    facts = read_facts(file, on_error).facts
+    try:
+        read = choices(table.items("read", str, []), "read:")
+    except UsageError as e:
+        raise table.bad(e.what, e.fix, "read") from e
+    facts = read_facts(file, on_error, read=read).facts
     needed = max(r.edits for r in runs)
     if len(facts) < skip + needed:
         what = f"{file} holds {len(facts)} usable facts; {skip} are skipped and a run edits {needed}"
         raise table.bad(what, "give more facts, a smaller skip or fewer edits")
-    return Dataset(name, file, facts[skip:], skip, hashlib.sha256(file.read_bytes()).hexdigest())
+    return Dataset(name, file, facts[skip:], skip, hashlib.sha256(file.read_bytes()).hexdigest(), read)
 
 
 def _method(table: _Table, path: Path, top: _Table, corpus: str | None) -> BenchMethod:

@@ -23,10 +23,11 @@ PROTOCOL = "protocol generation: greedy answers, asked after all edits"
 SHARES = ("reliability", "generalization", "locality")
 PROPER = ("layers", "wordings", "targets", "solve", "guard", "check")  # phases of the edit proper
 _GROUPS = (
-    "\n(QA): compared as question answering does: case, articles, punctuation and a leading 'the city of' aside; a locality "
-    "prompt is kept where it gets the known answer again, else the same first three words. Known wordings: rephrasings that "
-    "the unedited model answered with the old object. Harmonic mean of four: of reliability, generalization over known "
-    "wordings, neighbours and same subject, all (QA)."
+    "\n(QA): compared as question answering does: differences in case, articles, punctuation and a leading 'the city of' "
+    "are ignored; a locality prompt is kept if the model gives the known answer again or, where none is known or it gave "
+    "another one before, if the first three words of its answer are the same. Known wordings: rephrasings that the unedited "
+    "model answered with the old object. Harmonic mean of four: of reliability, generalization over known wordings, "
+    "neighbours and same subject, all (QA)."
 )
 
 

@@ -63,14 +63,14 @@ def _lost(
             before = generate(loaded.model, loaded.tokenizer, prompts) if prompts else []
         with patched(loaded.model, *patches[: n + 1], force=True):
             after = generate(loaded.model, loaded.tokenizer, prompts) if prompts else []
-            own = [f for f in patch.facts if says(f.after, f.target_new)]  # held when the edit was made
+            own = [f for f in patch.facts if says(f.after, *f.targets)]  # held when the edit was made
             said = generate(loaded.model, loaded.tokenizer, [f.prompt for f in own]) if own else []
         for fact, new in zip(own, said, strict=True):
-            if not says(new, fact.target_new):
+            if not says(new, *fact.targets):
                 what = f"'{fact.target_new}' of {patch.id[:12]} does not take hold here: '{answer(new)}'"
                 out.append(Conflict("lost", patch.id, patch.id, fact.prompt, what, None))
         for (owner, fact), old, new in zip(earlier, before, after, strict=True):
-            if says(old, fact.target_new) and not says(new, fact.target_new):
+            if says(old, *fact.targets) and not says(new, *fact.targets):
                 what = f"'{fact.target_new}' of {owner[:12]} becomes '{answer(new)}' with {patch.id[:12]}"
                 out.append(Conflict("lost", owner, patch.id, fact.prompt, what, None))
         earlier += [(patch.id, f) for f in patch.facts]

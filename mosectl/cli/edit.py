@@ -20,6 +20,7 @@ from mosectl.cli.params import (
     Limit,
     Model,
     OnError,
+    Read,
     Revision,
     not_thrown_away,
     resumable,
@@ -108,6 +109,7 @@ def edit(
     device: Device = "auto",
     dtype: Dtype = "auto",
     limit: Limit = None,
+    read: Read = None,
     on_error: OnError = "fail",
     chat: Chat = False,
     dry_run: DryRun = False,
@@ -119,7 +121,7 @@ def edit(
     from mosectl.render import console, terminal
     from mosectl.storage.places import new_file
 
-    checked = _facts(facts, {"prompt": prompt, "subject": subject, "target": target}, on_error, limit)
+    checked = _facts(facts, {"prompt": prompt, "subject": subject, "target": target}, on_error, limit, read or ())
     terminal.problems(checked)
     given = {
         "method": method, "layers": layers, "batch_size": batch_size, "rounds": rounds, "targets": targets, "seed": seed,
@@ -145,15 +147,18 @@ def edit(
     _tell(result, out, model, options, as_json)
 
 
-def _facts(file: str | None, one: Mapping[str, str | None], on_error: str, limit: int | None) -> FactsReport:
+def _facts(
+    file: str | None, one: Mapping[str, str | None], on_error: str, limit: int | None, read: Sequence[str]
+) -> FactsReport:
     """The facts of a file, or the one that the options state."""
+    from mosectl.facts.choices import choices
     from mosectl.facts.records import one_fact, read_facts
 
     said = {name: text for name, text in one.items() if text is not None}
     if file is not None and said:
         raise UsageError(f"both a facts file and --{next(iter(said))}", fix="give the file, or the one fact by options")
     if file is not None:
-        return read_facts(file, on_error, limit)
+        return read_facts(file, on_error, limit, choices(read))
     if not said:
         raise UsageError("no facts", fix="give a facts file, - for standard input, or --prompt, --subject and --target")
     if missing := [name for name in one if name not in said]:

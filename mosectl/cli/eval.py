@@ -9,7 +9,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mosectl.cli.params import FACTS, Chat, Device, Dtype, Force, Json, Limit, OnError, Revision, claimed, file_option
+from mosectl.cli.params import (
+    FACTS,
+    Chat,
+    Device,
+    Dtype,
+    Force,
+    Json,
+    Limit,
+    OnError,
+    Read,
+    Revision,
+    claimed,
+    file_option,
+)
 from mosectl.errors import UsageError
 
 if TYPE_CHECKING:
@@ -57,6 +70,9 @@ FailUnder = Annotated[
     typer.Option(help="Exit with 10 below it: reliability=0.95, memit.locality=0.9, abilities.TASK=0.6. Repeatable."),
 ]
 Csv = Annotated[Path | None, typer.Option(help="Write one row a fact to this file.", **file_option("--csv"))]
+ProbesCsv = Annotated[
+    Path | None, typer.Option(help="Write one row a probe to this file.", **file_option("--probes-csv"))
+]
 Png = Annotated[Path | None, typer.Option(help="Write a picture (needs matplotlib).", **file_option("--png"))]
 Html = Annotated[
     Path | None, typer.Option(help="Write a report, one file that needs nothing else.", **file_option("--html"))
@@ -77,6 +93,7 @@ def evaluate(
     abilities_limit: AbilitiesLimit = None,
     fail_under: FailUnder = None,
     csv: Csv = None,
+    probes_csv: ProbesCsv = None,
     png: Png = None,
     html: Html = None,
     overwrite: Overwrite = False,
@@ -85,18 +102,21 @@ def evaluate(
     dtype: Dtype = "auto",
     batch_size: BatchSize = None,
     limit: Limit = None,
+    read: Read = None,
     on_error: OnError = "fail",
     chat: Chat = False,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Measure an edit: reliability, generalization, locality, portability, fluency, perplexity, retention, abilities."""
+    from mosectl.facts.choices import choices
     from mosectl.facts.records import read_facts
     from mosectl.render import console, terminal
 
-    checked = read_facts(facts, on_error, limit)
+    checked = read_facts(facts, on_error, limit, choices(read or ()))
     terminal.problems(checked)
-    files = {name: path for name, path in (("--csv", csv), ("--png", png), ("--html", html)) if path is not None}
+    named = {"--csv": csv, "--probes-csv": probes_csv, "--png": png, "--html": html}
+    files = {name: path for name, path in named.items() if path is not None}
     how = {
         "model": model, "base": base, "text": text, "chat": chat, "revision": revision, "device": device, "dtype": dtype,
         "batch_size": batch_size, "force": force, "on_error": on_error,
@@ -148,10 +168,16 @@ def _tasks(names: str | None, limit: int | None, allow_code: bool, on_step: OnSt
 
 def _write(found: Evaluation, places: dict[str, Place]) -> None:
     from mosectl.measure.evaluate import to_csv
+    from mosectl.measure.probes import probes_csv
     from mosectl.render import charts
     from mosectl.render import html as webpage
     from mosectl.storage.atomic import write_bytes
 
-    how = {"--csv": to_csv, "--png": charts.png, "--html": lambda e: webpage.render(e).encode()}
+    how: dict[str, Callable[[Evaluation], bytes]] = {
+        "--csv": to_csv,
+        "--probes-csv": lambda e: probes_csv(e.probes),
+        "--png": charts.png,
+        "--html": lambda e: webpage.render(e).encode(),
+    }
     for option, place in places.items():
         write_bytes(place.ready(), how[option](found))

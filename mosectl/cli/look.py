@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mosectl.cli.params import FACTS, Chat, Device, Dtype, Force, Json, Limit, Model, Revision
+from mosectl.cli.params import FACTS, Chat, Device, Dtype, Force, Json, Limit, Model, Read, Revision
 from mosectl.errors import FactsError, UsageError
 
 
@@ -20,15 +20,17 @@ def check(
     revision: Revision = None,
     chat: Chat = False,
     limit: Limit = None,
+    read: Read = None,
     as_json: Json = False,
 ) -> None:
     """Check every line of a facts file; with --model show how it is tokenised."""
+    from mosectl.facts.choices import choices
     from mosectl.facts.readers import shown
     from mosectl.facts.records import read_facts
     from mosectl.render import console, terminal
     from mosectl.text.shown import counted
 
-    found = read_facts(facts, "report", limit)
+    found = read_facts(facts, "report", limit, choices(read or ()))
     tokens, unreadable = None, 0
     if model is not None:
         from mosectl.editing.plan import reader
@@ -41,7 +43,7 @@ def check(
         found = replace(found, problems=(*found.problems, *long))
         unreadable = sum(p.severity == "error" for p in long)
     if as_json:
-        console.data({"facts": found.facts, "problems": found.problems, "skipped": found.skipped, "tokens": tokens})
+        console.data({**vars(found), "tokens": tokens})
     else:
         terminal.check(found, tokens)
     if found.skipped or not found.facts:

@@ -23,6 +23,15 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout 
 Chat = Annotated[bool, typer.Option("--chat", help="Wrap prompts in the tokenizer's chat template.")]
 Force = Annotated[bool, typer.Option("--force", help="Skip the check that the patch was made for this base.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Take only the first N facts.")]
+Read = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--read",
+        metavar="FIELD=NAME",
+        help="What the file calls a field, e.g. target_new=answers (zsRE as MEMIT reads it), subject=prompt (the whole "
+        "prompt). Repeatable.",
+    ),
+]
 OnError = Annotated[str, typer.Option(help="Bad lines: fail, or skip them.")]
 Corpus = Annotated[
     str | None,

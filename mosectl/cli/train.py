@@ -18,6 +18,7 @@ from mosectl.cli.params import (
     Limit,
     Model,
     OnError,
+    Read,
     Revision,
     claimed,
     file_option,
@@ -89,19 +90,22 @@ def train_editor(
     device: Device = "auto",
     dtype: Dtype = "auto",
     limit: Limit = None,
+    read: Read = None,
     on_error: OnError = "fail",
     resume: Resume = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Train HORSE's or MALMEN's network on a model, for edit --method horse. Many GPUs: `accelerate launch -m mosectl …`."""
+    from mosectl.facts.choices import choices
     from mosectl.facts.records import read_facts
     from mosectl.model import distributed
     from mosectl.render import console, terminal
 
-    checked = read_facts(facts, on_error, limit)
+    called = choices(read or ())
+    checked = read_facts(facts, on_error, limit, called)
     terminal.problems(checked)
-    unseen = read_facts(validation, on_error).facts if validation else ()
+    unseen = read_facts(validation, on_error, read=called).facts if validation else ()
     first, state = distributed.first(), out.with_name(out.name + ".progress")
     given = {
         "method": method, "layers": layers, "rank": rank, "blocks": blocks, "batch_size": batch_size, "steps": steps,

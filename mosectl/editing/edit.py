@@ -39,6 +39,7 @@ from mosectl.measure.answers import Interview, Scores, compare, interview
 from mosectl.measure.groups import Share, moved, recorded, shares
 from mosectl.measure.next_tokens import NextToken
 from mosectl.measure.own_probes import own_probes
+from mosectl.measure.probes import ProbeAnswer, probes_of
 from mosectl.model.architecture import Architecture, parse_layers, resolve
 from mosectl.model.edit_site import Projection
 from mosectl.model.generation import answer, says
@@ -69,6 +70,7 @@ class EditResult:
     remedy: str  # what may help where facts were not reached
     shares: tuple[Share, ...] = ()  # the scores and those of groups of prompts, compared strictly and as QA does
     next_tokens: tuple[NextToken, ...] = ()  # how far what comes next moved: at locality prompts, in ordinary text
+    probes: tuple[ProbeAnswer, ...] = ()  # every rephrasing and locality prompt, answered before and after
 
 
 def edit(
@@ -128,7 +130,8 @@ def edit(
         metrics = metrics_of(scored, recorded(*felt), drifts, done.layers.compaction)
         patch = patch_of(loaded, ready.arch, ready.corpus, done.layers, done.changes, results, metrics)
     told = (done.stopped, done.tokens, clock.seconds, (done.before, after), done.curve)
-    return EditResult(patch, results, scored, drifts, done.scores, *told, solver.remedy, *felt)
+    asked = probes_of(checked, done.before, after)
+    return EditResult(patch, results, scored, drifts, done.scores, *told, solver.remedy, *felt, asked)
 
 
 def _asked(ready: _Ready, options: EditOptions) -> dict[str, Any]:
@@ -191,7 +194,7 @@ def _computed(
     loaded, facts, model = ready.loaded, ready.facts, ready.loaded.model
     with clock("ask before") as step:
         before = interview(model, loaded.tokenizer, facts, on_step=step, **_asked(ready, options))
-    if refuse and all(says(a.text, f.target_new) for a, f in zip(before.answers, facts, strict=True)):
+    if refuse and all(says(a.text, *f.targets) for a, f in zip(before.answers, facts, strict=True)):
         what = "nothing changed: the model already says every new target"
         raise EditFailed(what, fix="no patch is needed")
     with turns(model, ready.arch) as turned:
@@ -209,8 +212,7 @@ def _computed(
                 )  # fmt: skip
         with clock("wordings") as step:
             wordings = _wordings(loaded, facts, before, options, step)
-        ending = loaded.tokenizer.eos_token_id
-        layers = EditedLayers(model, turned, projections, moments, options, trained, ending)
+        layers = EditedLayers(model, turned, projections, moments, options, trained)
         session = Session(loaded, layers)
         with layers.restored():
             session.watch(canaries(loaded.tokenizer, ready.corpus.texts, ready.most))

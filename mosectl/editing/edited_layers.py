@@ -61,10 +61,9 @@ class EditedLayers:
         moments: Moments,
         options: EditOptions,
         editor: Editor | None = None,
-        ending: int | None = None,  # the tokenizer's end-of-text token
     ) -> None:
         self.model, self.arch, self.projections, self.options = model, arch, projections, options
-        self.solver, self.editor, self.ending = method(options.method), editor, ending
+        self.solver, self.editor = method(options.method), editor
         own = options.placement == "method" or not self.solver.searches
         self.placement = self.solver.placement if own else options.placement
         self.side = self.solver.side_on(projections)
@@ -126,7 +125,9 @@ class EditedLayers:
     def resume(
         self, W: Mapping[str, Tensor], turns: Mapping[str, Mapping[str, Tensor]], carried: Mapping[str, Tensor]
     ) -> None:
-        """Go on from what an interrupted run had: weights (d, p) and rotations by module path, and what was carried."""
+        """Go on from the weights (d, p) and rotations of an interrupted run, by module path, and what its method carries
+        (resume.State).
+        """
         place = self.W[self.projections[0].name].device
         self.carried = {name: x.to(place) for name, x in carried.items()}
         for p in self.projections:
@@ -144,18 +145,12 @@ class EditedLayers:
 
     # Solves
 
-    def solve(
-        self, contexts: Contexts, targets: Targets, keep: float, urgency: Tensor,
-        on_step: Callable[[int, int], None] | None = None,
-    ) -> None:  # fmt: skip
-        """Bring the layers to these targets, or let a method train on the facts.
+    def solve(self, contexts: Contexts, targets: Targets, keep: float, urgency: Tensor) -> None:
+        """Bring the layers to these targets.
 
         Args:
-            keep: scales what must keep still. urgency: (facts,) weight of each fact. on_step: is told how far a training is.
+            keep: scales what must keep still. urgency: (facts,) weight of each fact.
         """
-        if isinstance(self.solver, Trainer):
-            self._fit(self.solver, contexts, on_step)
-            return
         ways = {PER_LAYER: self._solve_each, SPREAD: self._solve_spread}
         way = self._solve_published if self.published else ways[self.placement]
         way(contexts, targets, keep, urgency)
@@ -224,11 +219,13 @@ class EditedLayers:
             if W is not self.W[p.name]:
                 self.set_weight(p, W)
 
-    def _fit(self, trainer: Trainer, contexts: Contexts, on_step: Callable[[int, int], None] | None) -> None:
-        """Let a method train on the model itself."""
+    def fit(
+        self, trainer: Trainer, contexts: Contexts, ending: int | None, on_step: Callable[[int, int], None]
+    ) -> None:
+        """Let a method train on the model itself; ``ending``: the tokenizer's end-of-text token."""
         problem = ModelProblem(
             self.model, self.arch, self.projections, contexts, self.W, self.solver_options, self.editor, self.text,
-            self.earlier.contexts, self.carried, self.ending, self.options.seed, on_step,
+            self.earlier.contexts, self.carried, ending, self.options.seed, on_step,
         )  # fmt: skip
         W = trainer.fit(problem)
         for p in self.projections:

@@ -58,10 +58,10 @@ def fact_results(
             status, loss = "not edited", math.nan
         elif not math.isfinite(loss):
             status = "not finite"
-        elif not says(new.text, fact.target_new):
+        elif not says(new.text, *fact.targets):
             status = "not reached"
         else:
-            status = "already known" if says(old.text, fact.target_new) else "changed"
+            status = "already known" if says(old.text, *fact.targets) else "changed"
         p = old.probability, new.probability
         out.append(FactResult(fact, answer(old.text), answer(new.text), *p, status, loss, own))
     return tuple(out)
@@ -157,6 +157,7 @@ def _patch_fact(r: FactResult) -> PatchFact:
         status=r.status,
         wordings=r.wordings,
         space_before_target=r.fact.space_before_target,
+        target_aliases=r.fact.target_aliases,
     )
 
 

@@ -14,7 +14,7 @@ from mosectl.editing.edited_layers import EditedLayers, Standing
 from mosectl.editing.ends import ends_asked, going_on, running_on
 from mosectl.editing.guard import Health, harm, health, remedy
 from mosectl.editing.layers import LAST
-from mosectl.editing.methods.base import SPREAD
+from mosectl.editing.methods.base import SPREAD, Trainer
 from mosectl.editing.published import published_targets
 from mosectl.editing.resume import Progress, State
 from mosectl.editing.targets import Targets, optimise_targets
@@ -162,7 +162,10 @@ class Session:
             if r:
                 urgency[~(targets.margin_before > 0)] *= options.unreached_weight_growth
             with clock("solve") as step:
-                layers.solve(contexts, targets, options.preservation_decay**r, urgency, told(step, r))
+                if isinstance(layers.solver, Trainer):
+                    layers.fit(layers.solver, contexts, self.loaded.tokenizer.eos_token_id, told(step, r))
+                else:
+                    layers.solve(contexts, targets, options.preservation_decay**r, urgency)
         assert best is not None
         layers.go_back(best.layers)
         return best.targets

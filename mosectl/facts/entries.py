@@ -1,99 +1,51 @@
-"""One row of a facts file, whatever its data set calls the fields: texts checked, probes found, nothing dropped unsaid."""
+"""One fact of a facts file, whatever its data set calls the fields: texts checked, probes found, nothing dropped unsaid."""
 
 from __future__ import annotations
 
-import difflib
 import re
 import unicodedata
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from mosectl.errors import FactsError
 from mosectl.facts.groups import NEIGHBOURS, canonical
-from mosectl.facts.readers import MAX_LINE, SAMPLE, bad, rename
+from mosectl.facts.messages import MAX_LINE, WHOLE, bad, empty, kind, meant, rename, short
+from mosectl.facts.shapes import KNOWN, Chosen, names_of, nearest_shape
+from mosectl.facts.shapes.own import OTHERS, OWN, PROBES, REQUIRED
+from mosectl.facts.shapes.shape import Part, Shape
+from mosectl.facts.words import last_word
+from mosectl.text.shown import word
 
-# What is read: our name for a field, and what it is called. Where several are filled the first counts.
-NAMES: dict[str, tuple[str, ...]] = {
-    "prompt": ("prompt",),
-    "subject": ("subject",),
-    "target_new": ("target_new",),
-    "ground_truth": ("ground_truth", "target_true", "target_old"),
-    "rephrase_prompts": (
-        "rephrase_prompts", "rephrase_prompt", "rephrase", "rephrases", "paraphrase_prompts", "paraphrases",
-    ),
-    "space_before_target": ("space_before_target",),
-}  # fmt: skip
-ZSRE = {
-    "prompt": ("src",),
-    "target_new": ("alt",),
-    "ground_truth": ("answers", "pred"),
-}  # these are called otherwise there
-PROBES = {  # where probes stand, and where their answers stand if not with them
-    "locality": {
-        "locality": "", "locality_inputs": "", "locality_prompt": "locality_ground_truth",
-        "neighborhood_prompts": "ground_truth", "loc": "loc_ans",  # CounterFact's neighbours share the true object
-    },
-    "portability": {
-        "portability": "", "portability_inputs": "", "portability_prompt": "portability_ground_truth",
-    },
-}  # fmt: skip
-PROMPT = ("prompt", "question", "New Question")  # within a probe
+PROMPT = ("prompt", "question", "New Question", "loc")  # within a probe
 GROUP = "group"  # a probe may say which group it stands in
-ANSWER = ("ground_truth", "answer", "answers", "target", "New Answer")
-# What known data sets carry besides; mosectl has no use for it.
-OTHERS = {
-    *(
-        "",
-        "id",
-        "idx",
-        "index",
-        "case_id",
-        "known_id",
-        "pararel_idx",
-        "relation",
-        "relation_id",
-        "template",
-        "prediction",
-    ),
-    *("attribute", "attribute_prompts", "generation_prompts", "cond", "requested_rewrite", "Recalled Relation"),
-    *("Unnamed: 0", "labels", "concept", "source", "split", "category", "type"),
-    *(name for names in ZSRE.values() for name in names),
-}
-OPTIONAL = {
-    *(name for field in ("ground_truth", "rephrase_prompts", "space_before_target") for name in NAMES[field]),
-    *(name for places in PROBES.values() for pair in places.items() for name in pair if name),
-}
-KNOWN = OPTIONAL | OTHERS | {name for names in NAMES.values() for name in names}
+ANSWER = ("ground_truth", "answer", "answers", "target", "New Answer", "loc_ans")
+ALIASES = "aliases"  # a probe may name other right answers
 MOST_UNKNOWN = 100  # names remembered of one row, and of one file
 MAX_NAME = 5_000  # characters of a subject or target
-ProbeText = tuple[str, str | None, str]  # prompt, answer, group
+ProbeText = tuple[str, str | None, str, tuple[str, ...]]  # prompt, answer, group, aliases of the answer
 _BREAK = re.compile("[\n\r\v\f\x85\u2028\u2029]")
 _CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff]")  # and half characters
 
 
 class Entry:
-    """A row under construction; messages name the fields as the file does.
+    """A fact under construction; messages name the fields as the file does.
 
     ``unknown`` are names of fields that are not used, ``notes`` (what, what happens) is said of what is used all the same.
     """
 
-    def __init__(self, row: Mapping[str, Any], where: str) -> None:
-        """Raises FactsError: the row is no object, or of no known shape."""
-        if not isinstance(row, Mapping):
-            raise bad(where, f"is {kind(row)}, not an object", SAMPLE.replace("lines", "entries"))
-        self.where, self.given, self.names, self.paths = where, dict(row), NAMES, dict[str, str]()
+    def __init__(self, part: Part, shape: Shape, where: str, chosen: Chosen) -> None:
+        self.where, self.shape, self.chosen, self.asked = where, shape, chosen, part.asked
+        self.given, self.paths = dict(part.given), dict(part.called)
+        self.names = names_of(shape, chosen)
         self.room = 20 * MAX_LINE  # characters of all prompts
         self.unknown: dict[str, None] = {}
         self.notes: list[tuple[str, str]] = []
-        self._not_used(row, KNOWN, "")
-        if "requested_rewrite" in row:  # CounterFact
-            rewrite = row["requested_rewrite"]
-            if not isinstance(rewrite, Mapping):
-                raise bad(where, f"'requested_rewrite' is {kind(rewrite)}, not an object", "see CounterFact's shape")
-            self._not_used(rewrite, KNOWN, "requested_rewrite.")
-            self.given |= rewrite
-            self.paths = {n: f"requested_rewrite.{n}" for n in (*rewrite, "prompt", "subject", "target_new")}
-        elif "src" in row and "prompt" not in row:
-            self.names = NAMES | ZSRE
+        known = {*KNOWN, *shape.fields, *(name for names in chosen.values() for name in names)}
+        for place, fields in part.objects:
+            self._not_used(fields, known, place)
+        for ours in REQUIRED:  # so may the user call them, too
+            if ours not in self.given and (name := self._first(ours)) in self.given:
+                self.given[ours], self.paths[ours] = self.given[name], self.paths.get(name, name)
         for field in ("target_new", "ground_truth"):
             for name in self.names[field]:
                 if isinstance(value := self.given.get(name), Mapping):  # as in ROME's and MEMIT's requests
@@ -105,11 +57,22 @@ class Entry:
             if name not in known and not empty(fields.get(name)) and len(self.unknown) < MOST_UNKNOWN:
                 self.unknown[f"{within}{name[:60]}"] = None
 
+    def _first(self, field: str) -> str:
+        """The first of a field's names that is filled, or is there, or is the usual one."""
+        names = self.names.get(field, (field,))
+        filled = (n for n in names if not empty(self.given.get(n)))
+        return next(filled, next((n for n in names if n in self.given), names[0]))
+
     def name(self, field: str) -> str:
         """What a field is called here, quoted."""
-        names = self.names.get(field, (field,))
-        name = next((n for n in names if n in self.given), names[0])
+        name = self._first(field)
         return f"'{self.paths.get(name, name)}'"
+
+    def origins(self) -> str:
+        """Which fields of the file are read for ours, where they are called otherwise."""
+        filled = (f for f in ("ground_truth", "rephrase_prompts") if not empty(self.given.get(self._first(f))))
+        fields = (*REQUIRED, *filled)
+        return ", ".join(f"{field} from {name}" for field in fields if (name := self.name(field)) != f"'{field}'")
 
     def filled(self, field: str) -> dict[str, Any]:
         """All that is given for a field, by the name it is given under; said if two of them differ."""
@@ -119,9 +82,7 @@ class Entry:
 
     def _compare(self, found: Mapping[str, Any], all_used: bool = False, of: str = "") -> None:
         first, *others = found or [""]
-        if self.names is not NAMES and "pred" in others:
-            return  # what the model of zsRE said, which need not be an answer
-        for other in others:
+        for other in (o for o in others if o not in self.shape.guesses):
             if sorted(map(str, _leaves(found[first]))) != sorted(map(str, _leaves(found[other]))):
                 used = "all of it is used" if all_used else f"'{first}' is used"
                 self.notes.append((f"'{first}' and '{other}'{of} differ", used))
@@ -130,14 +91,52 @@ class Entry:
 
     def text(self, field: str, *, lines: bool = False) -> str:
         """A required field."""
-        name = self.name(field)
-        value = next((self.given[n] for n in self.names[field] if n in self.given), None)
-        if value is None and (name != f"'{field}'" or field not in self.given):
-            add = f'add {name}: "…"'.replace("'", '"')
-            if field == "target_new" and "attribute" in self.given:
-                add = "the file tells what is known ('attribute'), not what shall be: " + add
-            raise bad(self.where, f"{name} is missing", rename(field, list(self.given), add))
-        return self.checked(value, name, lines=lines)
+        self.filled(field)
+        name = self._first(field)
+        if name not in self.given or (self.given[name] is None and name in self.paths):
+            raise self._missing(field)
+        return self.checked(self.given[name], self.name(field), lines=lines)
+
+    def _missing(self, field: str) -> FactsError:
+        name, given = self.name(field), list(self.given)
+        near = nearest_shape(given) if self.shape is OWN and field not in self.chosen else None
+        if near:
+            shape, lacking = near
+            also = " and ".join(f"'{n}'" for n in lacking)
+            ours = [f"--read {f}={word(str(n)) if (n := meant(f, given)) else '…'}" for f in REQUIRED if f not in given]
+            what = f"of no known shape: the nearest, {shape.name}, has {also} besides"
+            return bad(self.where, what, f"add {also}, or say what the fields are called: {' '.join(ours)}")
+        fix = f'add {name}: "…"'.replace("'", '"')
+        if field == "target_new" and "attribute" in self.given:
+            fix = "the file tells what is known ('attribute'), not what shall be: " + fix
+        if self.shape is OWN:
+            fix = rename(field, given, fix)
+        return bad(self.where, f"{name} is missing", f"{fix}, or {WHOLE}" if field == "subject" else fix)
+
+    def subject(self, prompt: str) -> str:
+        """What the fact is about; of several fields that the user named the first that stands in the prompt."""
+        names = [n for n in self.names["subject"] if not empty(self.given.get(n))]
+        if "subject" not in self.chosen or not names:
+            return self.text("subject")
+        found = [self.checked(self.given[n], f"'{self.paths.get(n, n)}'").strip() for n in names]
+        at = next((i for i, s in enumerate(found) if "{}" in prompt or last_word(prompt, s) >= 0), 0)
+        if at:
+            self.notes.append(
+                (f"subject '{short(found[0])}' is not in the prompt", f"'{names[at]}' is read as the subject")
+            )
+        return found[at]
+
+    def target(self) -> tuple[str, tuple[str, ...]]:
+        """The new object, and its aliases; of a list that the user named the first is the object, the others its aliases."""
+        name, others = self._first("target_new"), list[str]()
+        value = self.given.get(name)
+        if isinstance(value, list) and "target_new" in self.chosen:
+            value, *others = self.answers(value, self.name("target_new")) or [""]
+            self.given[name] = value
+        target = self.text("target_new")
+        for given in self.filled("target_aliases").values():
+            others += self.answers(given, self.name("target_aliases"))
+        return target, tuple(alias for alias in dict.fromkeys(others) if alias != target)
 
     def checked(self, value: Any, name: str, *, lines: bool = True) -> str:
         """``value`` as clean text; ``lines`` allows line breaks and tabs."""
@@ -217,6 +216,9 @@ class Entry:
                 value = {"prompt": value, "ground_truth": next(iter(known.values()), None)}
             before = {probe[:2] for probe in out}
             out += [probe for probe in self._probes(value, name) if probe[:2] not in before]
+        for a in self.asked:
+            if a.metric == field and not empty(a.prompt):
+                out.append(self._probe(a.prompt, a.answers, self._group(a.group, a.field), a.field))
         return out
 
     def _probes(self, value: Any, name: str) -> Iterator[ProbeText]:
@@ -227,15 +229,21 @@ class Entry:
             if not isinstance(entry, Mapping) or not any(n in entry for n in PROMPT):
                 fix = 'write {"prompt": "…", "ground_truth": "…"}'
                 raise bad(self.where, f"an entry of '{name}' has no prompt", fix)
-            self._not_used(entry, {*PROMPT, *ANSWER, *OTHERS, GROUP}, f"{name}.")
+            self._not_used(entry, {*PROMPT, *ANSWER, *OTHERS, GROUP, ALIASES}, f"{name}.")
             self._compare({n: entry[n] for n in ANSWER if not empty(entry.get(n))}, of=f" of '{name}'")
             answers = next((entry[n] for n in ANSWER if not empty(entry.get(n))), None)
             prompts = max((entry[n] for n in PROMPT if n in entry), key=lambda p: not empty(p))  # the first filled one
             of = self._group(entry.get(GROUP) or group or (NEIGHBOURS if name == "neighborhood_prompts" else ""), name)
             for p, a in self._paired(prompts, answers, name):
-                known = self.answers(a, f"an answer of '{name}'")
                 if p != "":
-                    yield self.checked(p, f"a prompt of '{name}'").rstrip(" "), known[0] if known else None, of
+                    yield self._probe(p, a, of, name, entry.get(ALIASES))
+
+    def _probe(self, prompt: Any, answers: Any, group: str, name: str, aliases: Any = None) -> ProbeText:
+        """One prompt; of its answers the first is the usual one, the others are right, too."""
+        told = f"an answer of '{name}'"
+        known = list(dict.fromkeys((*self.answers(answers, told), *self.answers(aliases, told))))
+        text = self.checked(prompt, f"a prompt of '{name}'").rstrip(" ")
+        return text, known[0] if known else None, group, tuple(known[1:])
 
     def _group(self, group: Any, name: str) -> str:
         return canonical(self.checked(group, f"the name of a group of '{name}'", lines=False)) if group != "" else ""
@@ -268,48 +276,3 @@ def _leaves(value: Any) -> Iterator[Any]:
             yield from _leaves(v)
     elif not empty(value):
         yield value.strip() if isinstance(value, str) else value
-
-
-def empty(value: Any) -> bool:
-    """Whether a field holds nothing."""
-    return value is None or value in ("", [], {}, ())
-
-
-def kind(value: Any) -> str:
-    """The type of a JSON value, in words."""
-    kinds = {dict: "an object", list: "a list", bool: "true or false", int: "a number", float: "a number", str: "text"}
-    return "null" if value is None else kinds.get(type(value), type(value).__name__)
-
-
-def nearest(subject: str, prompt: str) -> str:
-    """Did-you-mean: the same words in another case or Unicode form, or the most similar stretch of the prompt."""
-    if len(subject) < 200 and (found := re.search(re.escape(subject), prompt, re.IGNORECASE)):
-        return f"did you mean '{short(found[0])}'?"
-    if unicodedata.normalize("NFKC", subject) in unicodedata.normalize("NFKC", prompt):
-        return "the same letters in another Unicode form: write both in NFC"
-    if " ".join(subject.split()) in " ".join(prompt.split()):
-        return "the spaces differ: write the subject as the prompt does, space by space"
-    words = prompt[:1000].split()  # a whole book would take minutes
-    n = len(subject.split())
-    stretches = [" ".join(words[i : i + n]).strip(".,;:?!'\"") for i in range(max(1, len(words) - n + 1))]
-    near = difflib.get_close_matches(subject[:200], stretches, n=1, cutoff=0.6)
-    return f"did you mean '{short(near[0])}'?" if near else "write the subject as the prompt spells it"
-
-
-def unused(names: Mapping[str, int], shown: int = 10) -> tuple[str, str] | None:
-    """What to say of fields that are not used, with how often each is given, and what to do."""
-    if not names:
-        return None
-    told = [f"'{name}'" + (f" ({n} times)" if n > 1 else "") for name, n in list(names.items())[:shown]]
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    what = f"field {told[0]} is not used" if len(names) == 1 else f"fields {', '.join(told)}{more} are not used"
-    near = {name: difflib.get_close_matches(name, OPTIONAL, n=1, cutoff=0.75) for name in list(names)[:shown]}
-    meant = [(f" for '{n}'" if len(names) > 1 else "", found[0]) for n, found in near.items() if found]
-    if not meant:
-        return what, f"read are: {', '.join((*NAMES, *PROBES))}"
-    return what, "did you mean " + ", ".join(f"'{name}'{of}" for of, name in meant) + "?"
-
-
-def short(text: str) -> str:
-    """A text as messages quote it: 60 characters at most."""
-    return text if len(text) <= 60 else text[:57] + "…"

@@ -7,7 +7,6 @@ deserves, so that the caller may go on with the next.
 from __future__ import annotations
 
 import csv
-import difflib
 import io
 import json
 import re
@@ -18,30 +17,22 @@ from pathlib import Path
 from typing import Any
 
 from mosectl.errors import FactsError
+from mosectl.facts.messages import MAX_LINE, SAMPLE, WHOLE, bad, rename
+from mosectl.facts.shapes import Chosen, names_of, shape_of
+from mosectl.facts.shapes.own import REQUIRED, SEVERAL
 from mosectl.storage.inputs import MAX_JSON, MAX_VALUES, parse_json, read_bytes
 
-MAX_LINE = 100_000  # characters; no fact is that long, a wrong file often is
 MAX_ENTRIES = 1_000_000
 STDIN = Path("-")
 FIX = "check the path; facts are .jsonl, .json or .csv"
 WRAPPERS = ("facts", "data")
-SAMPLE = 'give lines like {"prompt": …, "subject": …, "target_new": …}'
-_OTHER_NAMES = {  # what people write for a required field, where the spelling alone does not tell
-    "prompt": ("question", "text", "query"),
-    "subject": ("entity", "name"),
-    "target_new": ("target", "object", "answer", "new_answer", "completion"),
-}
-_NOT_MEANT = ("rephrase_prompt", "rephrase_prompts", "locality_prompt", "portability_prompt", "target_true")
 
 
-def bad(where: object, what: str, fix: str) -> FactsError:
-    """The error to raise, or to hand on."""
-    return FactsError(what, where=str(where), fix=fix)
-
-
-def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
+def read_rows(path: Path, chosen: Chosen) -> Iterator[tuple[str, Any]]:
     """Place and row of each entry of a facts file; the row is a FactsError where it cannot be read.
 
+    Args:
+        chosen: what fields are called, as the user says; the columns of a table have to be there.
     Raises:
         FactsError: the file as a whole cannot be read.
     """
@@ -50,7 +41,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
     text = _text(path, _stdin() if piped else read_bytes(path, FactsError, FIX))
     suffix, start = ".csv" if piped else path.suffix.lower(), text.lstrip()[:1]
     if start not in ("[", "{") and suffix in (".csv", ".tsv"):
-        rows = _csv_rows(path, text)
+        rows = _csv_rows(path, text, chosen)
     elif start in ("[", "{") or suffix in (".jsonl", ".json"):
         rows = _json_rows(path, text)
     else:
@@ -100,6 +91,8 @@ def _refuse_binary(path: Path, data: bytes) -> None:
         raise bad(where, f"is a binary file, not UTF-8 text (byte {at} is 0)", "give .jsonl, .json or .csv")
 
 
+CUT_OFF = "the file seems cut off in its last line: get all of it again, or remove that line"
+
 # JSON. Where an entry ends is found first; the strict reader then takes entry by entry, so that one bad one is one.
 
 _LENIENT = json.JSONDecoder(parse_int=str, parse_float=str)
@@ -137,7 +130,8 @@ def _lines(path: Path, text: str) -> Iterator[tuple[str, Any]]:
         if len(line) >= MAX_LINE:
             yield where, bad(where, f"a line of {len(line):,} characters", f"keep it under {MAX_LINE:,}")
         else:
-            yield where, _strict(line, where, "put one JSON object on each line")
+            last = not _SOLID.search(text, at)
+            yield where, _strict(line, where, "put one JSON object on each line", CUT_OFF if last else "")
 
 
 def _document(path: Path, text: str, start: int) -> Iterator[tuple[str, Any]]:
@@ -176,11 +170,16 @@ def _behind_space(text: str, at: int) -> int:
     return found.end()
 
 
-def _strict(text: str, where: str, fix: str) -> Any:
-    """A JSON value, or the FactsError it deserves."""
+def _strict(text: str, where: str, fix: str, unfinished: str = "") -> Any:
+    """A JSON value, or the FactsError it deserves.
+
+    Args:
+        unfinished: the remedy where the text ends in the middle of a value.
+    """
     try:
-        return parse_json(text)
+        return parse_json(text, nan_is_null=True)
     except json.JSONDecodeError as e:
+        fix = unfinished if unfinished and _ends_within(text, e) else fix
         return bad(where, f"not JSON: {e.msg} (column {e.colno})", fix)
     except UnicodeEncodeError as e:
         return bad(where, f"holds half a character, U+{ord(e.object[e.start]):04X}", "write the character itself")
@@ -188,7 +187,17 @@ def _strict(text: str, where: str, fix: str) -> Any:
         return bad(where, f"not JSON: {e}", fix)
 
 
-def _csv_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+def _ends_within(text: str, e: json.JSONDecodeError) -> bool:
+    """Does an object or a list end before its last bracket?"""
+    if text[:1] not in ("{", "["):
+        return False
+    if e.msg.startswith("Unterminated string"):
+        return text[-1] not in "}]"  # else a quotation mark is missing rather
+    # At the end; or where a word such as true begins, or an escape, and nothing comes after it.
+    return not re.search(r"[\s,:{}\[\]\"]", text[e.pos :].strip())
+
+
+def _csv_rows(path: Path, text: str, chosen: Chosen) -> Iterator[tuple[str, Any]]:
     first = text.lstrip().split("\n", 1)[0]
     reader = csv.reader(_csv_lines(path, text), delimiter=max(",;\t", key=first.count), strict=True)
     header: list[str] | None = None
@@ -206,7 +215,7 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
         if not any(cell.strip() for cell in cells):
             continue
         if header is None:
-            header = _header(cells, where)
+            header = _header(cells, where, chosen)
         elif len(cells) > len(header):
             yield where, bad(where, "more cells than the header has", 'quote cells with commas: "a, b"')
         elif sum(map(len, cells)) >= MAX_LINE:
@@ -224,29 +233,25 @@ def _csv_lines(path: Path, text: str) -> Iterator[str]:
         yield line
 
 
-def _header(cells: Sequence[str], where: str) -> list[str]:
+def _header(cells: Sequence[str], where: str, chosen: Chosen) -> list[str]:
     if sum(map(len, cells)) >= MAX_LINE:
-        raise bad(where, f"a header of more than {MAX_LINE:,} characters", f"begin with: {','.join(_OTHER_NAMES)}")
+        raise bad(where, f"a header of more than {MAX_LINE:,} characters", f"begin with: {','.join(REQUIRED)}")
     header = [cell.strip() for cell in cells]
-    required = ("src", "subject", "alt") if "src" in header else tuple(_OTHER_NAMES)
-    missing = [name for name in required if name not in header]
-    if len(missing) == len(required):
-        raise bad(where, "the first line is not a header", "begin with: prompt,subject,target_new")
+    names = names_of(shape_of(dict.fromkeys(header)), chosen)
+    there = {*header, *(ours for ours in REQUIRED if {*header} & {*names[ours]})}
+    missing = [(field, names[field][0]) for field in REQUIRED if not there & {*names[field]}]
+    if len(missing) == len(REQUIRED):
+        raise bad(where, "the first line is not a header", f"begin with: {','.join(REQUIRED)}")
     if missing:
-        raise bad(where, f"column '{missing[0]}' is missing", rename(missing[0], header, f"add it: {missing[0]}"))
+        field, name = missing[0]
+        fix = rename(field, header, f"add it: {name}")
+        if field == "subject":
+            fix += f", or {WHOLE}"
+        raise bad(where, f"column '{name}' is missing", fix)
     if twice := [name for name, n in Counter(header).items() if name and n > 1]:
         raise bad(where, f"column '{twice[0]}' stands there twice", "rename one of the two")
     return header
 
 
 def _cell(name: str, value: str) -> str | list[str]:
-    several = name.startswith(("rephrase", "paraphrase", "locality", "neighborhood", "portability")) and "|" in value
-    return [part.strip() for part in value.split("|")] if several else value
-
-
-def rename(field: str, given: Sequence[object], otherwise: str) -> str:
-    """Did-you-mean for a missing field."""
-    names = {str(g).strip().lower(): g for g in given[:100] if g not in _NOT_MEANT and g not in _OTHER_NAMES}
-    near = [n for n in _OTHER_NAMES.get(field, ()) if n in names]
-    near += difflib.get_close_matches(field, list(names), n=1, cutoff=0.6)
-    return f"did you mean '{field}' where it says '{names[near[0]]}'?" if near else otherwise
+    return [part.strip() for part in value.split("|")] if name in SEVERAL and "|" in value else value

@@ -1,15 +1,9 @@
 """Facts files: every shape people have, each line checked before a model is loaded.
 
-| shape       | fields                                                                                                |
-|-------------|-------------------------------------------------------------------------------------------------------|
-| own         | prompt, subject, target_new, [ground_truth, rephrase_prompts, locality, portability]                  |
-| EasyEdit    | the same with rephrase_prompt, locality_prompt, locality_ground_truth, portability_…, or nested       |
-| CounterFact | requested_rewrite{prompt with {}, subject, target_new{str}, target_true{str}}, paraphrase_prompts, …  |
-| zsRE        | src, subject, alt, answers, rephrase, loc, loc_ans                                                    |
-
-as .jsonl (one object a line), .json (a list, or {"facts": [...]} or {"data": [...]}) or .csv/.tsv (a header; several values
-in one cell separated by "|"). The shape is found row by row; entries.py lists every name that is read, other fields are
-told once a file. "{}" stands for the subject.
+An entry is of mosectl's own shape, or of one of a known data set: one reader a shape in :mod:`mosectl.facts.shapes`, all of
+them in docs/reference/facts-files.md. Files are .jsonl (one object a line), .json (a list, or {"facts": [...]} or
+{"data": [...]}) or .csv/.tsv (a header; several values in one cell separated by "|"). The shape is found row by row; fields
+that are not used are told once a file. "{}" stands for the subject.
 Spaces at the end of a prompt are cut off: tokenizers put them before the next word. Line breaks and tabs stay.
 The target follows the prompt behind one space, or none where script or prompt ask for none (words.py): 中国的首都是 + 上海,
 after a line break, after an opening quotation mark. "space_before_target": true or false in a row decides for its prompts.
@@ -20,17 +14,21 @@ from __future__ import annotations
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from mosectl.errors import FactsError, UsageError
-from mosectl.facts.entries import MOST_UNKNOWN, Entry, nearest, short, unused
-from mosectl.facts.readers import MAX_LINE as MAX_LINE
-from mosectl.facts.readers import SAMPLE, bad, read_rows, shown
+from mosectl.facts.entries import MOST_UNKNOWN, Entry
+from mosectl.facts.messages import MAX_LINE as MAX_LINE
+from mosectl.facts.messages import SAMPLE, bad, kind, nearest, short, unused
+from mosectl.facts.readers import read_rows, shown
+from mosectl.facts.shapes import Chosen, shape_of
+from mosectl.facts.shapes.mquake import SINGLE_HOP
+from mosectl.facts.shapes.own import NAMES, OPTIONAL, OWN, PROBES
 from mosectl.facts.words import is_word, last_word, surrounding
 from mosectl.facts.words import join as join
-from mosectl.text.shown import word
+from mosectl.text.shown import counted, word
 
 MAX_WRONG = 100_000  # entries: what is wrong so often is another kind of file
 HINTS = 100  # problems that a likely spelling is searched for: it takes milliseconds each
@@ -43,6 +41,12 @@ class Probe:
     prompt: str
     answer: str | None = None
     group: str = ""  # what the file calls the group that it stands in (groups.canonical); "": it names none
+    aliases: tuple[str, ...] = ()  # other right answers
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """All right answers, the usual one first; none where none is known."""
+        return (self.answer, *self.aliases) if self.answer else ()
 
 
 @dataclass(frozen=True)
@@ -58,13 +62,21 @@ class Fact:
     portability: tuple[Probe, ...] = ()
     source: str = ""  # file:line, or file[index]
     space_before_target: bool | None = None  # between a prompt and what follows it; None: as both ask (words.gap)
+    target_aliases: tuple[str, ...] = ()  # other names of the new object: right answers, but not what is edited in
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """All right answers, the new object first."""
+        return (self.target_new, *self.target_aliases)
 
     def fields(self) -> dict[str, Any]:
         """All of it, for hashes: what a fact does not use is not in it."""
-        out = {k: v for k, v in asdict(self).items() if k != "space_before_target" or v is not None}
+        unused = {"space_before_target": None, "target_aliases": ()}
+        out = {k: v for k, v in asdict(self).items() if k not in unused or v != unused[k]}
         for probe in (*out["locality"], *out["portability"]):
-            if not probe["group"]:
-                del probe["group"]
+            for name in ("group", "aliases"):
+                if not probe[name]:
+                    del probe[name]
         return out
 
 
@@ -85,33 +97,43 @@ class FactsReport:
     facts: tuple[Fact, ...]
     problems: tuple[Problem, ...]
     skipped: int  # lines left out
+    shapes: tuple[str, ...] = ()  # which entries are not of mosectl's own shape, and what of theirs is read for what
 
 
-def read_facts(path: str | Path, on_error: str = "fail", limit: int | None = None) -> FactsReport:
+@dataclass
+class _Seen:
+    """What is said of a file as a whole, gathered entry by entry."""
+
+    problems: list[Problem] = field(default_factory=list)
+    unknown: Counter[str] = field(default_factory=Counter)  # fields that are not used
+    remarks: Counter[tuple[str, str]] = field(default_factory=Counter)  # what happens, and how to avoid it
+    shapes: Counter[str] = field(default_factory=Counter)
+
+
+def read_facts(
+    path: str | Path, on_error: str = "fail", limit: int | None = None, read: Chosen | None = None
+) -> FactsReport:
     """Read and check a facts file.
 
     Args:
         path: "-" is standard input.
         on_error: "fail" raises at the end of the check, "skip" leaves bad lines out, "report" returns them as problems.
-        limit: take the first ``limit`` entries only; those behind are not checked.
+        limit: take the first ``limit`` entries only; those behind are not checked. (An entry of MQuAKE is several facts.)
+        read: what fields are called in this file (:func:`mosectl.facts.choices.choices`): for one of ours, theirs.
     Raises:
         FactsError: the file cannot be read; a line is wrong ("fail"); no usable fact is left ("fail", "skip").
         UsageError: unknown ``on_error``, or a limit below 1.
     """
     _check_how(on_error, limit)
-    file, path = Path(path), shown(Path(path))
+    file, path, chosen, seen = Path(path), shown(Path(path)), read or {}, _Seen()
     facts: dict[str, Fact] = {}  # by prompt
-    problems: list[Problem] = []
-    unknown: Counter[str] = Counter()  # fields that are not used
     entries = unusable = 0
-    for where, row in read_rows(file):
+    for where, row in read_rows(file, chosen):
         entries += 1
         try:
-            fact = _fact(row, where, problems, unknown)
-            _check_against(fact, facts)
-            facts[_plain(fact.prompt)] = fact
+            facts |= _new_ones(_facts(row, where, seen, chosen), facts, seen, shape_of(row).cases)
         except FactsError as e:
-            problems.append(Problem(e.where or where, e.what, e.fix))
+            seen.problems.append(Problem(e.where or where, e.what, e.fix))
             unusable += 1
             if unusable > MAX_WRONG:
                 raise bad(
@@ -119,9 +141,13 @@ def read_facts(path: str | Path, on_error: str = "fail", limit: int | None = Non
                 ) from e
         if entries == limit:
             break
-    if told := unused(unknown):
-        problems.append(Problem(str(path), *told, "warning"))
-    report = FactsReport(tuple(facts.values()), tuple(problems), unusable)
+    _leave_edited(facts, seen)
+    if told := unused(seen.unknown, (*NAMES, *PROBES), sorted(OPTIONAL)):
+        seen.problems.append(Problem(str(path), *told, "warning"))
+    for (what, fix), n in seen.remarks.items():
+        seen.problems.append(Problem(str(path), f"{what} ({counted(n, 'time')})", fix, "warning"))
+    shapes = tuple(f"{counted(n, 'entry', 'entries')} read as {name}" for name, n in seen.shapes.items())
+    report = FactsReport(tuple(facts.values()), tuple(seen.problems), unusable, shapes)
     if on_error != "report":
         _check_usable(report, path, entries, skip=on_error == "skip")
     return report
@@ -150,18 +176,21 @@ def one_fact(prompt: str, subject: str, target: str) -> FactsReport:
     Raises:
         FactsError: the subject is not in the prompt, or a text is empty or not usable.
     """
-    problems: list[Problem] = []
+    seen = _Seen()
     row = {"prompt": prompt, "subject": subject, "target_new": target}
-    return FactsReport((_fact(row, "the fact given", problems, Counter()),), tuple(problems), 0)
+    return FactsReport(tuple(_facts(row, "the fact given", seen, {})), tuple(seen.problems), 0)
 
 
 def fact_from_dict(row: Mapping[str, Any], source: str) -> Fact:
     """One fact from a row of any shape.
 
     Raises:
-        FactsError: a field is missing or wrong.
+        FactsError: a field is missing or wrong; the row is a case of several facts.
     """
-    return _fact(row, source, [], Counter())
+    fact, *others = _facts(row, source, _Seen(), {})
+    if others:
+        raise bad(source, f"is a case of {1 + len(others)} facts, not one", "write it to a file, for read_facts")
+    return fact
 
 
 def as_facts(facts: str | Path | Sequence[Fact | Mapping[str, Any]], purpose: str) -> list[Fact]:
@@ -190,14 +219,36 @@ def _summary(path: Path, errors: Sequence[Problem], entries: int) -> FactsError:
 # Rows to facts.
 
 
-def _fact(row: Any, where: str, problems: list[Problem], unknown: Counter[str]) -> Fact:
+def _facts(row: Any, where: str, seen: _Seen, chosen: Chosen) -> list[Fact]:
+    """The facts of an entry: one, or in MQuAKE those of a case, none of which is of use without the others.
+
+    Raises:
+        FactsError: one of them is wrong.
+    """
     if isinstance(row, FactsError):
         raise row
-    entry = Entry(row, where)
-    prompt, subject, target = entry.text("prompt", lines=True), entry.text("subject"), entry.text("target_new")
+    if not isinstance(row, Mapping):
+        raise bad(where, f"is {kind(row)}, not an object", SAMPLE.replace("lines", "entries"))
+    shape = shape_of(row)
+    parts = list(shape.parts(row, where))
+    places = [where] if len(parts) == 1 else [f"{where} edit {i + 1}" for i in range(len(parts))]
+    entries = [Entry(part, shape, place, chosen) for part, place in zip(parts, places, strict=True)]
+    facts = [_fact(entry, seen) for entry in entries]
+    for entry, part in zip(entries, parts, strict=True):
+        seen.problems += [Problem(entry.where, what, fix, "warning") for what, fix in entry.notes]
+        seen.unknown.update(n for n in entry.unknown if n in seen.unknown or len(seen.unknown) < MOST_UNKNOWN)
+        seen.remarks.update(part.remarks if "subject" not in chosen else ())
+    if shape is not OWN or chosen:
+        seen.shapes[f"{shape.name}: {entries[0].origins()}".removesuffix(": ")] += 1
+    return facts
+
+
+def _fact(entry: Entry, seen: _Seen) -> Fact:
+    where, prompt = entry.where, entry.text("prompt", lines=True)
+    subject, (target, aliases) = entry.subject(prompt), entry.target()
     prompt = entry.filled_in(prompt, subject)
     if (at := last_word(prompt, subject)) < 0:
-        fix = nearest(subject, prompt) if len(problems) < HINTS else "write the subject as the prompt spells it"
+        fix = nearest(subject, prompt) if len(seen.problems) < HINTS else "write the subject as the prompt spells it"
         raise bad(where, f"subject '{short(subject)}' is not in prompt '{short(prompt)}'", fix)
     if not is_word(prompt, at, at + len(subject)):
         other = short(surrounding(prompt, at, at + len(subject)))
@@ -209,31 +260,68 @@ def _fact(row: Any, where: str, problems: list[Problem], unknown: Counter[str]) 
     kept = tuple(r for r in dict.fromkeys(given) if r != prompt)
     if len(kept) < len(given):
         entry.notes.append(("a rephrasing repeats the prompt or another rephrasing", "it is not used"))
-    locality, portability = (tuple(Probe(*p) for p in entry.probes(field)) for field in ("locality", "portability"))
+    locality, portability = (tuple(Probe(*p) for p in entry.probes(f)) for f in ("locality", "portability"))
     space = entry.flag("space_before_target")
-    asked = (prompt, *kept, *(p.prompt for p in (*locality, *portability)))
-    if broken := next(
-        (a for a in asked if a.endswith("\n") and a.count("\n") == 1), ""
-    ):  # a rendered template has more
+    _note_line_breaks(entry, (prompt, *kept, *(p.prompt for p in (*locality, *portability))))
+    truth = truths[0] if truths else None
+    right = _not_old(entry, aliases, truths)
+    return Fact(prompt, subject, target, truth, kept, locality, portability, where, space, right)
+
+
+def _not_old(entry: Entry, aliases: tuple[str, ...], truths: Sequence[str]) -> tuple[str, ...]:
+    """The aliases of the new object that are not names of the old one."""
+    old = {*map(_plain, truths)}
+    if both := [a for a in aliases if _plain(a) in old]:
+        entry.notes.append(
+            (f"'{short(both[0])}' is an alias of the new object and the old one", "it is not a right answer")
+        )
+    return tuple(a for a in aliases if _plain(a) not in old)
+
+
+def _note_line_breaks(entry: Entry, asked: Sequence[str]) -> None:
+    broken = next((a for a in asked if a.endswith("\n") and a.count("\n") == 1), "")  # a rendered template has more
+    if broken:
         what = f"'{short(broken.rstrip())}' ends with a line break: the answer is asked for on the next line"
         entry.notes.append((what, "remove the line break if that is not meant"))
-    problems += [Problem(where, what, fix, "warning") for what, fix in entry.notes]
-    unknown.update(n for n in entry.unknown if n in unknown or len(unknown) < MOST_UNKNOWN)
-    truth = truths[0] if truths else None
-    return Fact(prompt, subject, target, truth, kept, locality, portability, where, space)
 
 
-def _check_against(fact: Fact, earlier: Mapping[str, Fact]) -> None:
-    """Refuse a fact that repeats or contradicts one before it."""
-    other = earlier.get(_plain(fact.prompt))
-    if other is None:
-        return
+def _new_ones(facts: Sequence[Fact], earlier: Mapping[str, Fact], seen: _Seen, cases: bool) -> dict[str, Fact]:
+    """The facts of an entry by prompt; where ``cases`` share an edit, the one before with what is asked of both.
+
+    Raises:
+        FactsError: one repeats or contradicts one before it.
+    """
+    out: dict[str, Fact] = {}
+    for fact in facts:
+        key = _plain(fact.prompt)
+        other = out.get(key, earlier.get(key))
+        out[key] = fact if other is None else _joined(other, fact, seen, cases)
+    return out
+
+
+def _joined(other: Fact, fact: Fact, seen: _Seen, cases: bool) -> Fact:
     line = other.source.rsplit("/", 1)[-1]
-    if _plain(other.target_new) == _plain(fact.target_new):
+    if _plain(other.target_new) != _plain(fact.target_new):
+        here, there = short(fact.target_new), short(other.target_new)
+        what = f"contradicts {line}: '{short(fact.prompt)}' → '{here}' here, '{there}' there"
+        raise bad(fact.source, what, "keep one of the two")
+    if not cases:
         raise bad(fact.source, f"stands already in {line}", "remove one of the two")
-    here, there = short(fact.target_new), short(other.target_new)
-    what = f"contradicts {line}: '{short(fact.prompt)}' → '{here}' here, '{there}' there"
-    raise bad(fact.source, what, "keep one of the two")
+    seen.remarks["an edit stands in a case before", "it is made once, with the questions of both"] += 1
+    both: dict[str, Any] = {
+        name: tuple(dict.fromkeys((*getattr(other, name), *getattr(fact, name))))
+        for name in ("rephrase_prompts", "locality", "portability", "target_aliases")
+    }
+    return replace(other, **both)
+
+
+def _leave_edited(facts: dict[str, Fact], seen: _Seen) -> None:
+    """Take out single hops of cases, which hold before and after, that another case edits."""
+    for key, fact in facts.items():
+        kept = tuple(p for p in fact.locality if p.group != SINGLE_HOP or _plain(p.prompt) not in facts)
+        if n := len(fact.locality) - len(kept):
+            facts[key] = replace(fact, locality=kept)
+            seen.remarks["a single hop of a case is edited in another", "it is not asked"] += n
 
 
 def _plain(text: str) -> str:

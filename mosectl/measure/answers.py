@@ -1,8 +1,8 @@
 """Asking a model: greedy answers and probabilities, and what an edit changed in them.
 
 Protocol `generation`: greedy decoding from the bare prompt, the answer cut at the first '.', newline or end of text; it
-counts when it starts with the expected object at a word boundary. Nothing of the answer is shown to the model
-(no teacher forcing); see "The Mirage of Model Editing" (arXiv 2502.11177) for why that matters.
+counts when it starts with the expected object, or an alias of it, at a word boundary. Nothing of the answer is shown to
+the model (no teacher forcing); see "The Mirage of Model Editing" (arXiv 2502.11177) for why that matters.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Scores:
     protocol: str
     reliability: float | None  # edit prompts answered with the new target
     generalization: float | None  # rephrased prompts answered with the new target
-    locality: float | None  # unrelated prompts answered as before the edit
+    locality: float | None  # prompts that the edit should leave alone, answered as before it
     facts: int
     rephrasings: int
     locality_prompts: int
@@ -140,7 +140,7 @@ def talk(
     model: nn.Module,
     tokenizer: Any,
     facts: Sequence[Fact],
-    hops: Sequence[Sequence[tuple[str, str]]],
+    hops: Sequence[Sequence[Probe]],
     scores: Mapping[Pair, Scored],
     *,
     long: bool,
@@ -153,7 +153,7 @@ def talk(
     """All that is to be written about some facts, in one pass; and what comes next at some places.
 
     Args:
-        hops: per fact, portability prompts with their answers.
+        hops: per fact, portability prompts whose answers are known.
         scores: of every fact's target at least.
         long: go on with the edit prompts for MAX_NEW_TOKENS tokens, too.
         probes, texts: as of :func:`interview`.
@@ -184,12 +184,12 @@ def _of_facts(tokenizer: Any, facts: Sequence[Fact]) -> Iterator[Question]:
         need = Need.SAYS if f.ground_truth else Need.ALL
         yield from (Question(p, tokens, need, _both(f)) for p in f.rephrase_prompts)
     for f in facts:
-        yield from (Question(p.prompt, tokens, Need.ANSWER, frozenset({p.answer or ""})) for p in f.locality)
+        yield from (Question(p.prompt, tokens, Need.ANSWER, frozenset(p.answers or ("",))) for p in f.locality)
 
 
-def _of_hops(tokenizer: Any, hops: Sequence[Sequence[tuple[str, str]]]) -> Iterator[Question]:
-    tokens = _room(tokenizer, (known for of in hops for _, known in of), 0)
-    return (Question(prompt, tokens, Need.SAYS, frozenset({known})) for of in hops for prompt, known in of)
+def _of_hops(tokenizer: Any, hops: Sequence[Sequence[Probe]]) -> Iterator[Question]:
+    tokens = _room(tokenizer, (known for of in hops for p in of for known in p.answers), 0)
+    return (Question(p.prompt, tokens, Need.SAYS, frozenset(p.answers)) for of in hops for p in of)
 
 
 def _room(tokenizer: Any, objects: Iterable[str], default: int) -> int:
@@ -199,12 +199,12 @@ def _room(tokenizer: Any, objects: Iterable[str], default: int) -> int:
 
 
 def _both(fact: Fact) -> frozenset[str]:
-    """The new object and the old."""
-    return frozenset(t for t in (fact.target_new, fact.ground_truth) if t)
+    """The new object, by all its names, and the old."""
+    return frozenset(t for t in (*fact.targets, fact.ground_truth) if t)
 
 
 def _objects(fact: Fact) -> list[str]:
-    return [t for t in (fact.target_new, fact.ground_truth, *(p.answer for p in fact.locality)) if t]
+    return [*_both(fact), *(a for p in fact.locality for a in p.answers)]
 
 
 def compare(
@@ -232,7 +232,7 @@ def unseen(facts: Sequence[Fact], rephrased: Sequence[Sequence[str]], wordings: 
         rephrased: the continuations of each fact's rephrasings.
     """
     return [
-        Tally.of([says(t, f.target_new) for p, t in zip(f.rephrase_prompts, texts, strict=True) if p not in own])
+        Tally.of([says(t, *f.targets) for p, t in zip(f.rephrase_prompts, texts, strict=True) if p not in own])
         for f, texts, own in zip(facts, rephrased, wordings, strict=True)
     ]
 
@@ -253,18 +253,18 @@ def judge_fact(
         before: the locality prompts' continuations before the edit; without them the known answers are expected.
     """
     if before is not None:
-        kept = [same_answer(old, new, p.answer) for old, new, p in zip(before, local, fact.locality, strict=True)]
+        kept = [same_answer(old, new, *p.answers) for old, new, p in zip(before, local, fact.locality, strict=True)]
     else:
-        kept = [says(new, p.answer) for new, p in zip(local, fact.locality, strict=True) if p.answer]
+        kept = [says(new, *p.answers) for new, p in zip(local, fact.locality, strict=True) if p.answer]
     return {
-        "reliability": Tally.of([says(said, fact.target_new)]),
-        "generalization": Tally.of([says(t, fact.target_new) for t in rephrased]),
+        "reliability": Tally.of([says(said, *fact.targets)]),
+        "generalization": Tally.of([says(t, *fact.targets) for t in rephrased]),
         "locality": Tally.of(kept),
     }
 
 
-def same_answer(before: str, after: str, known: str | None) -> bool:
-    """Is the answer unchanged? If the model gave the known answer before, it must give it again; else the same text."""
-    if known and says(before, known):
-        return says(after, known)
+def same_answer(before: str, after: str, *known: str) -> bool:
+    """Is the answer unchanged? If the model gave a known answer before, it must give one again; else the same text."""
+    if says(before, *known):
+        return says(after, *known)
     return answer(before) == answer(after)

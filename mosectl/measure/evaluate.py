@@ -7,8 +7,6 @@ the difference is what later edits (or rounding, or another dtype) have cost.
 
 from __future__ import annotations
 
-import csv
-import io
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +29,7 @@ from mosectl.measure.next_tokens import NextToken, NextTokens, compare_next
 from mosectl.measure.notes import notes_of, own_notes
 from mosectl.measure.own_probes import own_probes
 from mosectl.measure.perplexity import BOUND, TextLoss, ngram_entropy, text_loss
+from mosectl.measure.probes import ProbeAnswer, probe_answers
 from mosectl.measure.protocols import METRICS, PROTOCOLS, Answers, portable_probes
 from mosectl.model.generation import answer, says
 from mosectl.model.loading import Loaded
@@ -39,7 +38,7 @@ from mosectl.model.questions import MAX_NEW_TOKENS
 from mosectl.model.scoring import encode_pairs, paired, score
 from mosectl.patch.record import PatchFact
 from mosectl.storage.progress import OnStep
-from mosectl.text.shown import spreadsheet
+from mosectl.text.table import csv_bytes
 
 BINS = 20
 BATCH = 64  # prompts of the ability tasks asked together
@@ -96,6 +95,7 @@ class Evaluation:
     settings: dict[str, Any]
     seconds: float
     next_tokens: tuple[NextToken, ...] = ()  # how far what comes next moved; empty without a model from before
+    probes: tuple[ProbeAnswer, ...] = ()  # every rephrasing, locality and portability prompt that counts
 
     def metric(self, protocol: str, name: str, group: str = "") -> Metric | None:
         """One of the metrics, None where it was not asked for; of all prompts, or of a group."""
@@ -211,6 +211,8 @@ def _evaluation(
     neighbours = unedited_neighbours(checked, edited)
     measured = tuple(metrics(checked, chosen, judged, records, sides, neighbours))
     moved = _moved(checked, before, after)
+    unedited = frozenset(range(len(checked))) - set(edited) if subject.patches else frozenset()
+    probes = probe_answers(checked, sides.before, sides.now, neighbours, unedited)
     notes = notes_of(checked, chosen, subject, sides, after.text, asked.bound, corpus, chat, records)
     notes += own_notes(checked, measured)
     if abilities is not None and after.abilities is not None:
@@ -231,6 +233,7 @@ def _evaluation(
         settings=settings,
         seconds=time.perf_counter() - start,
         next_tokens=moved,
+        probes=probes,
     )
 
 
@@ -352,7 +355,7 @@ def _rows(
             after=answer(after.facts[i].said),
             probability_before=before.probabilities[i] if before else None,
             probability_after=after.probabilities[i],
-            holds=says(after.facts[i].said, fact.target_new),
+            holds=says(after.facts[i].said, *fact.targets),
             held_right_after=held(record) if record else None,
             shares={f"{p}.{m}": share(judged[f"{p}.{m}"][i]) for p in protocols for m in METRICS},
         )
@@ -366,11 +369,9 @@ def _rows(
 def to_csv(evaluation: Evaluation) -> bytes:
     """One row a fact: prompt, subject, target, the answers, and its share under every protocol (empty: not asked)."""
     names = list(evaluation.facts[0].shares)
-    text = io.StringIO(newline="")
-    table = csv.writer(text, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")  # so that no text ends a row
     head = ["prompt", "subject", "target_new", "before", "right_after", "after", "probability_before"]
-    table.writerow([*head, "probability_after", *names])
+    rows: list[list[str | float | None]] = []
     for f in evaluation.facts:
         row = [f.prompt, f.subject, f.target_new, f.before, f.right_after, f.after, f.probability_before]
-        table.writerow([spreadsheet(c) for c in (*row, f.probability_after, *(f.shares[n] for n in names))])
-    return text.getvalue().encode("utf-8", "backslashreplace")
+        rows.append([*row, f.probability_after, *(f.shares[n] for n in names)])
+    return csv_bytes([*head, "probability_after", *names], rows)

@@ -71,7 +71,9 @@ def _named(facts: Sequence[Fact], field: str) -> list[str]:
 
 
 def wording(fact: Fact) -> str:
-    """A fact's prompt without its subject: facts of one relation often share it."""
+    """A fact's prompt without its subject: facts of one relation often share it. A prompt that is all subject stays."""
+    if fact.subject == fact.prompt:
+        return fact.prompt
     return " ".join(fact.prompt.replace(fact.subject, "{}").split())
 
 
@@ -117,7 +119,7 @@ def _narrowed(part: Part, fact: Fact, now: Answers, before: Answers | None) -> A
     """The fact and what was answered, with the part's prompts alone."""
     if part.metric == "generalization":
         known = before.rephrased if before else ()
-        which = [i for i, text in enumerate(known) if before and _known(fact, before.said, text)]
+        which = [i for i, text in enumerate(known) if before and known_wording(fact, before.said, text)]
         return _picked(fact, now, before, "rephrase_prompts", fact.rephrase_prompts, "rephrased", which)
     if part.own:
         which = own_counted(fact, before) if before else []
@@ -127,8 +129,7 @@ def _narrowed(part: Part, fact: Fact, now: Answers, before: Answers | None) -> A
     field, said = ("locality", "local") if part.metric == "locality" else ("portability", "portable")
     probes = getattr(fact, field)
     if field == "portability":
-        probes = tuple(p for p in probes if p.answer)  # as portable_probes
-        assert len(probes) == len(portable_probes(fact))
+        probes = tuple(portable_probes(fact))
     which = [i for i, p in enumerate(probes) if p.group == part.group]
     return _picked(fact, now, before, field, probes, said, which)
 
@@ -152,7 +153,7 @@ def _as_neighbour(fact: Fact, now: Answers, before: Answers | None, is_one: bool
     return replace(fact, locality=probes), new, old
 
 
-def _known(fact: Fact, said: str, text: str) -> bool:
+def known_wording(fact: Fact, said: str, text: str) -> bool:
     """Did the model answer a rephrasing with the old object, or, where the file has none, as it answered the prompt?"""
     old = fact.ground_truth or answer(said)
     return bool(old) and says(text, old)

@@ -10,10 +10,12 @@ from mosectl.facts.records import Fact
 from mosectl.measure.answers import unseen
 from mosectl.measure.before_after import Subject
 from mosectl.measure.bootstrap import measure
+from mosectl.measure.groups import GREEDY
 from mosectl.measure.metrics import Metric, Sides
 from mosectl.measure.own_probes import made
 from mosectl.measure.perplexity import TextLoss, read_note
 from mosectl.patch.record import PatchFact
+from mosectl.text.shown import counted
 
 
 def notes_of(
@@ -34,9 +36,7 @@ def notes_of(
             "there is no model from before the edit: locality under generation, qa and easyedit is against the facts' "
             "known answers (right or wrong), not against the earlier answers (changed or not); --base gives that model"
         )
-    unknown = sum(p.answer is None for f in facts for p in f.locality)
-    if unknown and (subject.base is None or not set(protocols) <= {"generation", "qa"}):
-        out.append(f"{unknown} locality prompts without a known answer count under generation and qa with a base only")
+    out += _unknown_answers(facts, protocols, subject)
     no_truth = sum(f.ground_truth is None for f in facts)
     if no_truth and "memit" in protocols:
         out.append(f"{no_truth} facts without ground_truth do not count for reliability and generalization under memit")
@@ -59,6 +59,19 @@ def notes_of(
     if known < len(facts) and subject.patches:
         out.append(f"{known} of {len(facts)} facts stand in the patches; only these have a 'right after'")
     return out
+
+
+def _unknown_answers(facts: Sequence[Fact], protocols: Sequence[str], subject: Subject) -> list[str]:
+    """Which protocols judge locality prompts without a known answer."""
+    unknown = sum(p.answer is None for f in facts for p in f.locality)
+    if not unknown or (subject.base is not None and set(protocols) <= set(GREEDY)):
+        return []
+    without = f"the facts file gives no answer for {counted(unknown, 'locality prompt')}"
+    if subject.base is None:
+        return [
+            f"{without}: without the unedited model (--base) there is nothing to compare with, so they are left out"
+        ]
+    return [f"{without}: generation and qa compare the answers before and after, the other protocols leave them out"]
 
 
 def own_notes(facts: Sequence[Fact], metrics: Sequence[Metric]) -> list[str]:

@@ -28,11 +28,14 @@ def spread(items: Sequence[T], most: int) -> list[T]:
 
 
 def own_probes(facts: Sequence[Fact], chat: bool) -> Probes:
-    """Same-subject prompts for facts whose file names no such group; none in a chat, nor in scripts without spaces."""
+    """Same-subject prompts for facts whose file names no such group; none in a chat, in scripts without spaces, nor
+    where the whole prompt is the subject.
+    """
     none: Probes = ((),) * len(facts)
     if chat or any(p.group == SAME_SUBJECT for f in facts for p in f.locality):
         return none
-    asked = set(spread([i for i, f in enumerate(facts) if gap(f.subject, "is")], MOST_FACTS))
+    about = [i for i, f in enumerate(facts) if gap(f.subject, "is") and f.subject != f.prompt]
+    asked = set(spread(about, MOST_FACTS))
     return tuple(_of(f) if i in asked else () for i, f in enumerate(facts))
 
 
@@ -55,7 +58,7 @@ def counts(fact: Fact, said: str, before: str) -> bool:
         said: what the model said to the edit prompt before the edit.
         before: what it said to the probe.
     """
-    objects = (fact.ground_truth or answer(said), fact.target_new)
+    objects = (fact.ground_truth or answer(said), *fact.targets)
     heard = answer(before)  # what follows it was not asked for
     return bool(heard) and not any(mentions(heard, o) for o in objects)
 

@@ -8,6 +8,7 @@
 | memit      | NLL(new) < NLL(true)                 | NLL(known answer) < NLL(new)      | not defined     | prompts, facts |
 | zsre       | share of target tokens = argmax      | share of known answer's tokens    | as reliability  | tokens, facts  |
 
+Where an object or an answer has aliases, `generation` and `qa` take any of them; the others score the first name alone.
 "Mean over prompts, facts": first within each fact, then over facts. All but `generation` and `qa` are teacher-forced: the
 model is shown the answer's earlier tokens, which flatters it (arXiv 2502.11177). Without a model from before the edit,
 locality under `generation`, `qa` and `easyedit` is measured against the known answer instead.
@@ -55,9 +56,9 @@ class Protocol:
     judge: Callable[[Fact, Answers, Answers | None], Tallies]  # fact, the model asked, the model before the edit
 
 
-def portable_probes(fact: Fact) -> list[tuple[str, str]]:
+def portable_probes(fact: Fact) -> list[Probe]:
     """The portability prompts whose answer is known: the others cannot be judged."""
-    return [(p.prompt, p.answer) for p in fact.portability if p.answer]
+    return [p for p in fact.portability if p.answer]
 
 
 def asks(protocol: str, fact: Fact) -> set[str]:
@@ -85,7 +86,7 @@ def generation(fact: Fact, now: Answers, before: Answers | None) -> Tallies:
     hops = zip(now.portable, portable_probes(fact), strict=True)
     return {
         **judge_fact(fact, now.said, now.rephrased, now.local, before.local if before else None),
-        "portability": Tally.of([says(said, expected) for said, (_, expected) in hops]),
+        "portability": Tally.of([says(said, *p.answers) for said, p in hops]),
     }
 
 
@@ -97,7 +98,7 @@ def qa(fact: Fact, now: Answers, before: Answers | None) -> Tallies:
     hops = zip(now.portable, portable_probes(fact), strict=True)
     return {
         **lenient.judge_fact(fact, now.said, now.rephrased, now.local, before.local if before else None),
-        "portability": Tally.of([lenient.says(said, expected) for said, (_, expected) in hops]),
+        "portability": Tally.of([lenient.says(said, *p.answers) for said, p in hops]),
     }
 
 
@@ -195,8 +196,9 @@ PROTOCOLS = {
         ),
         Protocol(
             "qa",
-            "the answers of generation, compared as QA does: case, articles, punctuation, a leading 'the city of' aside; "
-            "locality: kept, which is the known answer again, else the same first three words",
+            "the answers of generation, compared as QA does: differences in case, articles, punctuation and a leading 'the "
+            "city of' are ignored; locality: the model gives the known answer again or, where none is known or it gave "
+            "another one before, an answer with the same first three words",
             "arXiv 1606.05250",
             lambda fact: [],
             qa,

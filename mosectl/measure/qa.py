@@ -18,12 +18,12 @@ from mosectl.text.normalised import normalised
 KEPT_WORDS = 3
 
 
-def says(text: str, expected: str) -> bool:
-    """Does a greedy continuation start with ``expected``, strictly or when both are normalised?"""
-    if says_strictly(text, expected):
+def says(text: str, *expected: str) -> bool:
+    """Does a greedy continuation start with one of ``expected``, strictly or when both are normalised?"""
+    if says_strictly(text, *expected):
         return True
-    wanted = normalised(expected)
-    return bool(wanted) and any(says_strictly(normalised(t), wanted) for t in (text, answer(text)))
+    wanted = [w for e in expected if (w := normalised(e))]
+    return bool(wanted) and any(says_strictly(normalised(t), *wanted) for t in (text, answer(text)))
 
 
 def mentions(text: str, wanted: str) -> bool:
@@ -31,10 +31,10 @@ def mentions(text: str, wanted: str) -> bool:
     return bool(words := normalised(wanted)) and f" {words} " in f" {normalised(text)} "
 
 
-def kept(before: str, after: str, known: str | None) -> bool:
-    """Is an answer kept? The known one, where the model gave it before; else its first words."""
-    if known and says(before, known):
-        return says(after, known)
+def kept(before: str, after: str, *known: str) -> bool:
+    """Is an answer kept? One of the known, where the model gave one of them before; else its first words."""
+    if says(before, *known):
+        return says(after, *known)
     old, new = (normalised(answer(t)).split()[:KEPT_WORDS] for t in (before, after))
     return old == new
 
@@ -44,11 +44,11 @@ def judge_fact(
 ) -> dict[str, Tally]:
     """As :func:`mosectl.measure.answers.judge_fact`, compared as QA does."""
     if before is not None:
-        hits = [kept(old, new, p.answer) for old, new, p in zip(before, local, fact.locality, strict=True)]
+        hits = [kept(old, new, *p.answers) for old, new, p in zip(before, local, fact.locality, strict=True)]
     else:
-        hits = [says(new, p.answer) for new, p in zip(local, fact.locality, strict=True) if p.answer]
+        hits = [says(new, *p.answers) for new, p in zip(local, fact.locality, strict=True) if p.answer]
     return {
-        "reliability": Tally.of([says(said, fact.target_new)]),
-        "generalization": Tally.of([says(t, fact.target_new) for t in rephrased]),
+        "reliability": Tally.of([says(said, *fact.targets)]),
+        "generalization": Tally.of([says(t, *fact.targets) for t in rephrased]),
         "locality": Tally.of(hits),
     }

@@ -202,11 +202,12 @@ def ended(text: str) -> bool:
     return end is not None and (end[0] == "\n" or end.end() < len(text))  # a last "." may be that of "U.S."
 
 
-def says(text: str, expected: str) -> bool:
-    """Does a greedy continuation start with ``expected``, and end its last word there (case counts)?"""
-    text, expected = text.strip(), expected.strip()
-    following = text[len(expected) : len(expected) + 1]
-    return text.startswith(expected) and not within_word(expected[-1:], following)
+def says(text: str, *expected: str) -> bool:
+    """Does a greedy continuation start with one of ``expected``, and end its last word there (case counts)?"""
+    text = text.strip()
+    return any(
+        text.startswith(e) and not within_word(e[-1:], text[len(e) : len(e) + 1]) for e in map(str.strip, expected)
+    )
 
 
 def told(text: str, expected: str) -> bool:

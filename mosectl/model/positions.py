@@ -16,6 +16,7 @@ from mosectl.facts.records import Fact, Probe, Problem
 from mosectl.model.tokens import encode, render_chat
 
 UNLIMITED = 1_000_000
+NO_TOKENS = "give a prompt of at least one word"  # the remedy where a prompt has no token
 SHOWN = 3  # problems told one by one
 MOST_A_CHARACTER = 64  # tokens, outside ASCII: normalising makes up to 18 letters of one, each of a few bytes
 
@@ -78,7 +79,8 @@ def prompt_ids(tokenizer: Any, prompt: str, chat: bool) -> Sequence[int]:
 def check_prompt(window: Window, prompt: str, ids: Sequence[int]) -> None:
     """Raises UsageError: the model cannot read the prompt."""
     if what := window.refuses(ids):
-        raise UsageError(f"the prompt {what}", where=_short(prompt), fix="shorten it, or ask another model")
+        fix = "shorten it, or ask another model" if ids else NO_TOKENS
+        raise UsageError(f"the prompt {what}", where=_short(prompt), fix=fix)
 
 
 def note_prompts(model: Any, tokenizer: Any, prompts: Sequence[str], chat: bool) -> None:
@@ -137,7 +139,7 @@ def fit(
             if what or (what := window.strains(ids)):
                 severity = "error" if (name, prompt) in bad else "warning"
                 about = f"the {name} '{_short(prompt)}' {what}" + " (with its answer)" * bool(answers)
-                problems.append(Problem(fact.source, about, "shorten it", severity))
+                problems.append(Problem(fact.source, about, "shorten it" if ids else NO_TOKENS, severity))
         if ("prompt", fact.prompt) not in bad:
             kept.append(_without(fact, bad) if bad else fact)
     return tuple(kept), tuple(problems)

@@ -98,7 +98,7 @@ def parsed(file: BinaryIO) -> Patch:
     """
     found, factors = contents(file)
     base = {name: BaseTensor.of(entry) for name, entry in found["base"].items()}
-    facts = tuple(PatchFact(**{**fact, "wordings": tuple(fact["wordings"])}) for fact in found["facts"])
+    facts = tuple(PatchFact.of(fact) for fact in found["facts"])
     rest = {k: v for k, v in found.items() if k not in ("format", "id")}
     changes = {module: Change(kinds) for module, kinds in factors.items()}
     patch = Patch(changes, **{**rest, "base": base, "facts": facts, "parents": tuple(found["parents"])})

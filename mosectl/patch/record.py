@@ -46,6 +46,12 @@ class PatchFact:
     status: str  # "changed", "already known", "not reached", "not finite"
     wordings: tuple[str, ...] = ()  # other prompts that were edited along with it, the model's own
     space_before_target: bool | None = None  # as the facts file said; in the record only if it did
+    target_aliases: tuple[str, ...] = ()  # other right answers; in the record only if there are any
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """All right answers, the new object first."""
+        return (self.target_new, *self.target_aliases)
 
     def to_record(self) -> dict[str, Any]:
         """As a patch's record has it."""
@@ -55,4 +61,11 @@ class PatchFact:
             "after": self.after, "probability_before": self.probability_before,
             "probability_after": self.probability_after, "status": self.status, "wordings": self.wordings,
             **({} if space is None else {"space_before_target": space}),
+            **({"target_aliases": self.target_aliases} if self.target_aliases else {}),
         }  # fmt: skip
+
+    @staticmethod
+    def of(entry: Mapping[str, Any]) -> PatchFact:
+        """From a record's entry."""
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}
+        return PatchFact(**values)

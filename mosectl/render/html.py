@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 from mosectl.measure.bootstrap import interval_text, value_text
 from mosectl.measure.lm_harness import COLUMNS, table
+from mosectl.measure.probes import surprising
 from mosectl.render import scores
 from mosectl.render.charts import shown, svg_retention, svg_shares
-from mosectl.text.shown import markup
+from mosectl.text.shown import counted, markup
 
 if TYPE_CHECKING:
     from mosectl.measure.evaluate import EvaluatedFact, Evaluation
@@ -28,7 +29,7 @@ th, td { text-align: left; vertical-align: top; padding: .3rem .6rem; border-bot
 td { overflow-wrap: anywhere; } th { color: var(--soft); font-weight: 600; }
 .n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .soft, dd { color: var(--soft); } .yes { color: var(--good); } .no { color: var(--mark); }
-.wide { overflow-x: auto; } dt { font-weight: 600; } dd { margin: 0 0 .5rem 0; }
+.wide { overflow-x: auto; } summary { cursor: pointer; } dt { font-weight: 600; } dd { margin: 0 0 .5rem 0; }
 svg { width: 100%; max-width: 46rem; height: auto; }
 svg text { fill: var(--ink); font: 13px system-ui, sans-serif; } svg text.small { fill: var(--soft); font-size: 11px; }
 .bar { fill: var(--accent); } .whisker { stroke: var(--ink); stroke-width: 1.5; } .grid { stroke: var(--line); }
@@ -62,6 +63,7 @@ def render(evaluation: Evaluation) -> str:
         "<h2>Retention</h2>" + svg_retention(e.retention),
         '<p class="soft">Facts in the order of the file; the share that holds under generation.</p>',
         _facts(e.facts),
+        _probes(e),
         _definitions(e),
         f'<p class="soft">{markup(settings)}</p></body></html>',
     ]
@@ -104,6 +106,20 @@ def _facts(facts: Sequence[EvaluatedFact]) -> str:
         )  # fmt: skip
     head = "".join(f"<th>{h}</th>" for h in ("prompt", "new object", "before", "right after", "after", "P(new)", ""))
     return f'<h2>Facts</h2><div class="wide"><table><tr>{head}</tr>{"".join(body)}</table></div>'
+
+
+def _probes(e: Evaluation) -> str:
+    """The probes that changed and should not have, or the other way round; folded, as they may be many."""
+    if not e.probes:
+        return ""
+    found = surprising(e.probes)
+    heading = f"<h2>{'What else changed' if e.subject.base else 'Probes without the expected answer'}</h2>"
+    if not found:
+        return f"{heading}<p>Nothing, at {counted(len(e.probes), 'probe')}.</p>"
+    rows = [(str(p.fact), *row, p.expected or "–") for p, row in zip(found, scores.of_probes(found), strict=True)]
+    shown_rows = _table((">fact", *scores.CHANGED, "expected"), rows)
+    told = f"{len(found):,} of {counted(len(e.probes), 'probe')}"
+    return f"{heading}<details><summary>{told}, the most surprising first</summary>{shown_rows}</details>"
 
 
 def _definitions(e: Evaluation) -> str:

@@ -13,17 +13,19 @@ if TYPE_CHECKING:
     from mosectl.measure.answers import Scores
     from mosectl.measure.groups import Share
     from mosectl.measure.next_tokens import NextToken
+    from mosectl.measure.probes import ProbeAnswer
 
 KEPT = 0.5  # of a group of probes, below which it is said
 COLUMNS = ("", ">share", ">as QA compares", ">of", "meaning")
 AS_QA = (
-    "as QA compares: case, articles, punctuation and a leading 'the city of' aside; of locality: kept, which is the known "
-    "answer again, else the same first three words"
+    "as QA compares: differences in case, articles, punctuation and a leading 'the city of' are ignored; a locality prompt "
+    "counts as kept if the model gives the known answer again or, where none is known or it gave another one before, if the "
+    "first three words of its answer are the same"
 )
 MEANINGS = {
     "reliability": "edit prompts answered with the new object",
     "generalization": "rephrased prompts answered with the new object",
-    "locality": "unrelated prompts answered as before",
+    "locality": "prompts that the edit should leave alone, answered as before",
 }
 _OF_GROUPS = {
     NEIGHBOURS: "the relation of other subjects",
@@ -33,6 +35,7 @@ _OF_GROUPS = {
 }
 NEXT = ("where", ">prompts", ">KL, nats", ">95 % interval", ">top-1 kept", ">95 % interval")
 NEXT_RECORDED = ("where", ">prompts", ">KL, nats", ">top-1 kept")
+CHANGED = ("prompt", "group", "before", "after", "")
 NEXT_TITLE = "Next token: KL (before ‖ after), and the likeliest token kept"
 
 
@@ -48,9 +51,9 @@ def label(group: str, own: bool, otherwise: str) -> str:
 
 def token_of(method: str, record: Mapping[str, Any]) -> str:
     """The fact token of an edit, by its record of options; empty where its method or its search has no other one."""
-    optimizer = of_today("fisher", record["targets"]["fisher"])[1]
-    fixed = method != DEFAULT or optimizer == "published"
-    return "" if fixed else str(of_today("fact_token", record["fact_token"])[1])
+    if method != DEFAULT or of_today("fisher", record["targets"]["fisher"])[1] == "published":
+        return ""
+    return str(of_today("fact_token", record["fact_token"])[1])
 
 
 def disturbed(shares: Sequence[Share], fact_token: str, gentler: str) -> str:
@@ -103,6 +106,18 @@ def _part(group: str, own: bool, strict: float | None, lenient: float | None, as
     if own:
         meaning += ": prompts of mosectl's own, as the file has none"
     return f"  {label(group, own, '')}", percent(strict), percent(lenient), str(asked), meaning
+
+
+def of_probes(probes: Sequence[ProbeAnswer]) -> list[tuple[str, ...]]:
+    """Probes with their answers before and after."""
+    return [(p.prompt, of_probe(p), "–" if p.before is None else p.before, p.after, p.change) for p in probes]
+
+
+def of_probe(probe: ProbeAnswer) -> str:
+    """The group that a probe stands in, as tables name it."""
+    if probe.metric == "generalization":
+        return "rephrasing"
+    return label(probe.group, probe.own, probe.metric)
 
 
 def of_next(tokens: Sequence[NextToken]) -> list[tuple[str, ...]]:

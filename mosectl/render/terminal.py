@@ -27,13 +27,19 @@ if TYPE_CHECKING:
     from mosectl.hypernetwork.file import Editor
     from mosectl.linalg.spectrum import Stability
     from mosectl.measure.evaluate import Evaluation
+    from mosectl.measure.probes import ProbeAnswer
     from mosectl.model.tokens import TokenView
     from mosectl.patch.compose import Conflict
     from mosectl.patch.record import PatchFact
 
 
+PROBES = 10  # that changed, shown on a terminal
+
+
 def problems(found: FactsReport) -> None:
-    """What is wrong in a facts file that is used all the same."""
+    """What is wrong in a facts file that is used all the same, and what is read in it for what."""
+    for shape in found.shapes:
+        hint(shape)
     for p in found.problems:
         hint(f"{p.where}: {p.what} ({'left out' if p.severity == 'error' else p.fix})")
 
@@ -52,6 +58,7 @@ def edit(result: EditResult, path: Path | None, model: str) -> None:
     title = f"Scores (protocol {s.protocol}: greedy decoding from the bare prompt)"
     table(title, scores.COLUMNS, list(scores.of_edit(s, result.shares)))
     line(scores.AS_QA)
+    _changed(result.probes, "--json has")
     if result.next_tokens:
         table(scores.NEXT_TITLE, scores.NEXT, scores.of_next(result.next_tokens))
     _stability("Stability of the changed W against W, float32", result.stability)
@@ -66,10 +73,30 @@ def edit(result: EditResult, path: Path | None, model: str) -> None:
     if what := scores.disturbed(result.shares, token, method(made.method).gentler):
         hint(what)
     if not s.rephrasings and not s.locality_prompts:
-        hint("no rephrasings and no locality prompts were given: nothing says what else changed (mosectl eval)")
+        given = "no rephrasings and no locality prompts were given: "
+        own = (
+            "what else changed is measured at mosectl's own probes only"
+            if result.probes
+            else "what else changed is unknown"
+        )
+        hint(f"{given}{own}; give some in a facts file (mosectl edit FACTS or mosectl eval)")
     if path:
         line(f"patch {result.patch.id[:12]} → {path} ({size(path.stat().st_size)})")
         hint(f"next: mosectl inspect {word(path)}   |   mosectl apply {word(path)} --model {word(model)} -o edited/")
+
+
+def _changed(probes: Sequence[ProbeAnswer], elsewhere: str, title: str = "What else changed") -> None:
+    """The probes whose answer should have stayed and did not, and those whose answer did not follow."""
+    from mosectl.measure.probes import surprising  # here: torch is slow to import
+
+    found = surprising(probes)
+    if not found:
+        if probes:
+            line(f"{title}: nothing, at {counted(len(probes), 'probe')}")
+        return
+    table(title, scores.CHANGED, scores.of_probes(found[:PROBES]))
+    if len(found) > PROBES:
+        line(f"{len(found) - PROBES} more: {elsewhere} them all")
 
 
 def _mark(status: str) -> str:
@@ -135,6 +162,8 @@ def check(report: FactsReport, views: Sequence[TokenView] | None) -> None:
                 for f, v in zip(report.facts, views, strict=True)
             ],
         )
+    for shape in report.shapes:
+        line(shape)
     rephrasings = sum(len(f.rephrase_prompts) for f in report.facts)
     locality = sum(len(f.locality) for f in report.facts)
     usable = f"{counted(len(report.facts), 'fact')} usable, {report.skipped} not"
@@ -280,6 +309,10 @@ def applied(r: ApplyReport, verb: str) -> None:
     worst = {_alike(s.name): s for s in sorted(shown, key=lambda s: s.spectrum_drift)}
     if drifts := [s for s in shown if worst[_alike(s.name)] is s]:
         _stability("Stability on the stored dtype", drifts)
+        if rounded := sorted({t.dtype for t in r.tensors if t.stability and t.dtype not in ("F32", "F64")}):
+            line(
+                f"these drifts include rounding the changed weights to {', '.join(rounded)}; those that edit shows do not"
+            )
     for warning in r.warnings:
         warn("warning", f" {warning}")
     if r.restored:
@@ -341,6 +374,8 @@ def evaluation(e: Evaluation) -> None:
         ("metric", ">before", ">after", ">95 % interval", "of what"),
         [(t.name, value(t.before, ".3f"), value(t.after, ".3f"), interval(t.after, ".3f"), t.about) for t in e.texts],
     )
+    title = "What else changed" if e.subject.base else "Probes without the expected answer"
+    _changed(e.probes, "--json, --probes-csv and --html have", title)
     if e.next_tokens:
         table(scores.NEXT_TITLE, scores.NEXT, scores.of_next(e.next_tokens))
     if e.abilities:

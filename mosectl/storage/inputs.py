@@ -76,13 +76,14 @@ def read_json(path: str | Path, error: type[MosectlError], fix: str, *, special:
         raise error(f"damaged: {e}", where=str(path), fix=fix) from e
 
 
-def parse_json(raw: bytes | str, *, special: bool = False) -> Any:
+def parse_json(raw: bytes | str, *, special: bool = False, nan_is_null: bool = False) -> Any:
     """Strict JSON: UTF-8, no name twice in an object, nesting up to MAX_DEPTH, integers of 64 bits, no half characters,
     MAX_VALUES values.
 
     Args:
         special: allow NaN, infinite numbers and integers of 40 digits, which models' configurations hold: in many,
             model_max_length is int(1e30).
+        nan_is_null: read NaN as null: so tables are written where a cell is empty.
     Raises:
         ValueError: with the reason in few words.
     """
@@ -90,7 +91,7 @@ def parse_json(raw: bytes | str, *, special: bool = False) -> Any:
         text = raw.decode("utf-8") if isinstance(raw, bytes) else raw
         if sum(map(text.count, ",[{")) > MAX_VALUES:
             raise ValueError(f"holds more than {MAX_VALUES:,} values")
-        value = json.loads(text, object_pairs_hook=_unique, **_numbers(special))
+        value = json.loads(text, object_pairs_hook=_unique, **_numbers(special, nan_is_null))
     except UnicodeDecodeError as e:
         raise ValueError(f"not UTF-8 (byte {e.start})") from e
     except RecursionError as e:
@@ -108,10 +109,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return out
 
 
-def _numbers(special: bool) -> dict[str, Any]:
+def _numbers(special: bool, nan_is_null: bool) -> dict[str, Any]:
     """The arguments of json.loads that say how numbers are read."""
 
-    def constant(name: str) -> float:
+    def constant(name: str) -> float | None:
+        if nan_is_null and name == "NaN":
+            return None
         if not special:
             raise ValueError(f"{name} is not a number")
         return float(name)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import csv
+import io
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+from mosectl.text.shown import spreadsheet
 
 
 @dataclass(frozen=True)
@@ -12,3 +17,13 @@ class Grid:
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+
+
+def csv_bytes(head: Sequence[str], rows: Iterable[Sequence[str | float | None]]) -> bytes:
+    """A CSV file: no cell is a formula to a spreadsheet; None is empty, truth is "true" or "false"."""
+    text = io.StringIO(newline="")
+    table = csv.writer(text, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")  # so that no text ends a row
+    table.writerow(head)
+    for row in rows:
+        table.writerow([str(c).lower() if isinstance(c, bool) else spreadsheet(c) for c in row])
+    return text.getvalue().encode("utf-8", "backslashreplace")
