@@ -20,6 +20,7 @@ from mosectl.editing.resume import KIND, RECORD, Progress
 from mosectl.editing.session import Session
 from mosectl.errors import EditFailed, OutputError, UsageError
 from mosectl.facts.records import as_facts
+from mosectl.measure.answers import interview
 from mosectl.storage.state_file import read_state, write_state
 from support.facts import CORPUS, FACTS
 from support.models import pico, save
@@ -46,7 +47,7 @@ def strong(name: str, corpus: str, **changes: Any) -> EditOptions:
     [("llama", torch.float32, {"tie_word_embeddings": True}), ("gpt2", torch.float32, {}), ("qwen2", torch.bfloat16, {}),
      ("opt", torch.float32, {})],
 )  # fmt: skip
-def test_an_edit(name: str, kind: str, dtype: torch.dtype, over: dict[str, Any], corpus: str) -> None:
+def test_an_edit(name: str, kind: str, dtype: torch.dtype, over: dict[str, Any], corpus: str, tmp_path: Path) -> None:
     model = pico(kind, **over).to(dtype)
     before = deepcopy(model.state_dict())
     result = mosectl.edit(ALL, model, TOKENIZER, options=strong(name, corpus, layers="1,2"), refuse=False)
@@ -55,6 +56,12 @@ def test_an_edit(name: str, kind: str, dtype: torch.dtype, over: dict[str, Any],
     assert result.patch.side == "additive" and all(s.norm_drift > 0 for s in result.stability)
     assert all(torch.equal(w, before[n]) for n, w in model.state_dict().items()), "the model is as it was"
     assert (result.corpus_tokens > 0) == (name == "crispedit")
+    result.patch.save(tmp_path / "p")
+    assert mosectl.Patch.load(tmp_path / "p").id == result.patch.id, "the reader's schema takes what an edit writes"
+    with mosectl.patched(model, result.patch):
+        asked = interview(model, TOKENIZER, [f.fact for f in result.facts])
+    expected = [f.probability_after for f in result.facts]
+    assert [a.probability for a in asked.answers] == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("name", NAMES)

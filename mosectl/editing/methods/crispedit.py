@@ -58,10 +58,12 @@ class CrispEdit(Ft):
     published = Published(layers={"qwen2": (15, 19, 28), "": (19, 23, 32)})
     options = {
         **Ft.options,
-        "minibatch": Option(32, "prompts a step of Adam is made for; 0: all"),
-        "end": Option(0, "1: the end of the text is asked behind each target; 0: nothing is"),
+        "minibatch": Option(32, "prompts a step of Adam is made for; 0: all", whole=True),
+        "end": Option(0, "1: the end of the text is asked behind each target; 0: nothing is", whole=True),
         "energy": Option(0.9, "γ, between 0 and 1: the share of all curvature whose directions are left alone"),
-        "earlier_facts": Option(1000, "earlier facts whose curvature counts along with that of text, at most; 0: none"),
+        "earlier_facts": Option(
+            1000, "earlier facts whose curvature counts along with that of text, at most; 0: none", whole=True
+        ),
     }
     gentler = "a larger --set energy=…, a smaller --set rate=…"
 

@@ -66,9 +66,9 @@ class Ft(Trainer):
     settings = TRAINED
     options = {
         "rate": Option(5e-4, "Adam's learning rate"),
-        "epochs": Option(25, "passes over all facts of a batch, at most"),
-        "minibatch": Option(100, "prompts a step of Adam is made for; 0: all"),
-        "end": Option(1, "1: the end of the text is asked behind each target; 0: nothing is"),
+        "epochs": Option(25, "passes over all facts of a batch, at most", whole=True),
+        "minibatch": Option(100, "prompts a step of Adam is made for; 0: all", whole=True),
+        "end": Option(1, "1: the end of the text is asked behind each target; 0: nothing is", whole=True),
     }
     remedy = "a larger --set rate=…, more --set epochs=… or other --layers"
     gentler = "a smaller --set rate=…, or fewer --set epochs=…"

@@ -9,7 +9,8 @@ As in github.com/XiaojieGu/UltraEdit (editor/ultraedit.py, nets.py, config/): th
 not normalised; mean and deviation are shared by edited weights of one shape; the loss is the mean over the target tokens of
 ``minibatch`` facts, longest first. There 100 facts are a batch. What is not as published: FFN output projections are edited
 where there gate and up projections are, for Llama and Qwen (Mistral's layers stand for them); a lone token, which has no
-variance, counts as 0 instead of NaN.
+variance, counts as 0 instead of NaN. It is a method for many facts: of the first two tokens ever seen one is pushed the
+wrong way, as the mean is taken out of their gradients.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class UltraEdit(Trainer):
     options = {
         "rate": Option(1e-6, "scales what the outputs change by, which grows with p: ‖k̂‖² is about p"),
         "ridge": Option(1.0, "damping of the solve, on the scale of k kᵀ"),
-        "minibatch": Option(10, "facts whose loss is one mean; 0: all"),
+        "minibatch": Option(10, "facts whose loss is one mean; 0: all", whole=True),
     }
     remedy = "a larger --set rate=… or other --layers"
     gentler = "a smaller --set rate=…"
