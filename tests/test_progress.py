@@ -56,7 +56,10 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
     monkeypatch.setattr(Session, "_batch", batch)
 
 
-def test_every_phase_of_an_edit_has_its_total_from_the_start_and_an_end(options: Any, tmp_path: Path) -> None:
+def test_every_phase_of_an_edit_has_its_total_from_the_start_and_an_end(
+    options: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOSECTL_CACHE", str(tmp_path / "cache"))  # another test may have kept these statistics
     told: dict[str, list[tuple[int, int]]] = {}
     how = replace(options, wordings=1, rounds=7)
     on_step = lambda phase, *at: told.setdefault(phase, []).append(at)  # noqa: E731
