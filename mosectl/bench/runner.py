@@ -32,7 +32,7 @@ from mosectl.facts.corpus import read_corpus
 from mosectl.facts.groups import NEIGHBOURS, SAME_SUBJECT
 from mosectl.facts.records import Fact
 from mosectl.measure.answers import Kept, judge, remembered, unseen
-from mosectl.measure.bootstrap import Tally, measure
+from mosectl.measure.bootstrap import Measure, Tally, measure
 from mosectl.measure.groups import KNOWN, Part, answers_of, as_interviewed, parts, tallies
 from mosectl.measure.perplexity import TextLoss, text_loss
 from mosectl.model.architecture import resolve
@@ -255,19 +255,20 @@ def _groups(facts: Sequence[Fact], result: EditResult) -> Record:
     before, after = map(answers_of, result.interviews)
     facts = as_interviewed(facts)
 
-    def of(part: Part) -> Sequence[Tally]:
-        return tallies("qa", part, facts, after, before)[0]
+    def of(part: Part) -> tuple[Sequence[Tally], Measure | None]:
+        found = tallies("qa", part, facts, after, before)[0]
+        return found, measure(found)
 
     groups = {p.group: of(p) for p in parts(facts, before) if p.metric == "locality" and not p.own}
-    known = of(Part("generalization", KNOWN))
-    four = [of(Part("reliability", "")), known, groups.get(NEIGHBOURS, ()), groups.get(SAME_SUBJECT, ())]
-    values = [m.value for found in four if (m := measure(found))]
+    known, nothing = of(Part("generalization", KNOWN)), ((), None)
+    four = [of(Part("reliability", "")), known, groups.get(NEIGHBOURS, nothing), groups.get(SAME_SUBJECT, nothing)]
+    values = [m.value for _, m in four if m]
     whole = len(values) == len(four)
     return {
-        "groups": {name: asdict(m) for name, found in groups.items() if (m := measure(found))},
-        "known": _measure(known),
+        "groups": {name: asdict(m) for name, (_, m) in groups.items() if m},
+        "known": asdict(m) if (m := known[1]) else None,
         "harmonic_of_four": harmonic_mean(values) if whole else None,
-        "tallies_of_four": [[(t.total, t.weight) for t in found] for found in four] if whole else None,
+        "tallies_of_four": [[(t.total, t.weight) for t in found] for found, _ in four] if whole else None,
     }
 
 

@@ -15,7 +15,7 @@ from mosectl.errors import FactsError
 from mosectl.facts.records import Fact
 from mosectl.model.architecture import Architecture
 from mosectl.model.edit_site import Projection
-from mosectl.model.forward import Batch, input_device, keys_at
+from mosectl.model.forward import Batch, hidden_at, input_device, keys_at
 from mosectl.model.partial_forward import Below
 from mosectl.model.positions import Window, window
 from mosectl.model.tokens import Encoded, encode
@@ -60,6 +60,11 @@ class Contexts:
         at = self.token[rows]
         with self._replayed(rows, int(at.max()) + 1):
             return keys_at(model, projections, self.batch.rows(rows), at)
+
+    def hidden(self, model: nn.Module, arch: Architecture, layer: int, rows: Tensor) -> Tensor:
+        """What decoder layer ``layer`` hands on at the token that is edited, of these rows: (len(rows), d) float32."""
+        with self._replayed(rows, self.batch.input_ids.shape[1]):
+            return hidden_at(model, arch, layer, self.batch.rows(rows), self.token[rows])
 
     def _replayed(self, rows: Tensor, end: int) -> AbstractContextManager[None]:
         if self.below is None:

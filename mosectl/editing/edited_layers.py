@@ -33,7 +33,6 @@ from mosectl.errors import EditFailed
 from mosectl.hypernetwork.file import Editor
 from mosectl.model.architecture import Architecture
 from mosectl.model.edit_site import Projection
-from mosectl.model.forward import hidden_at
 from mosectl.model.weights import set_weight, solve_device, weight_of
 from mosectl.patch.change import Change, change_between, changed, of_rotations
 
@@ -183,12 +182,11 @@ class EditedLayers:
         mean = torch.zeros(int(fact.max()) + 1, len(fact), dtype=torch.float64, device=fact.device)
         mean[fact, torch.arange(len(fact), device=fact.device)] = _shares(fact)  # (n, rows)
         average = mean.to(self.W[top.name]).T
-        batch, subject = contexts.batch.rows(rows), contexts.token[rows]
         written = self.W[top.name] @ self._keys(top, contexts, rows)  # (d, rows)
         shift = targets.V[0].to(written)[used.to(written.device)].T - written
         wanted: Tensor | None = None
         for i, p in enumerate(self.projections):
-            hidden = hidden_at(self.model, self.arch, top.layer, batch, subject).to(shift).T
+            hidden = contexts.hidden(self.model, self.arch, top.layer, rows).to(shift).T
             wanted = hidden + shift if wanted is None else wanted
             K = self._keys(p, contexts, rows) @ average
             V = self.W[p.name] @ K + (wanted - hidden) @ average / (len(self.projections) - i)
@@ -206,9 +204,9 @@ class EditedLayers:
             return
         bare, mean = bare_rows(contexts)[used], self._mean(fact)[used]  # (n, rows)
         delta = targets.V[0][used].to(self.W[top.name]).T
-        batch, subject, wanted = contexts.batch.rows(bare), contexts.token[bare], None
+        wanted: Tensor | None = None
         for i, p in enumerate(self.projections):
-            hidden = hidden_at(self.model, self.arch, top.layer, batch, subject).to(delta).T
+            hidden = contexts.hidden(self.model, self.arch, top.layer, bare).to(delta).T
             wanted = hidden + delta if wanted is None else wanted
             K = self._keys(p, contexts, contexts.edit_rows) @ mean.to(delta).T
             V = self.W[p.name] @ K + (wanted - hidden) / (len(self.projections) - i)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mosectl.model.architecture import Architecture, resolve, skeleton
-from mosectl.model.forward import Batch, frozen, hooked, logits_at
+from mosectl.model.forward import Batch, frozen, logits_at, open_outputs
 
 LAYERS = 2  # of the model that is timed
 ROWS, TOKENS = 8, 16  # of a batch
@@ -90,16 +90,10 @@ def _logits(model: nn.Module, batch: Batch, positions: Tensor, asked: Tensor) ->
 
 
 def _gradient(model: nn.Module, arch: Architecture, batch: Batch, positions: Tensor, asked: Tensor) -> object:
-    leaves: list[Tensor] = []
-
-    def hook(_: nn.Module, __: object, out: Tensor) -> Tensor:
-        leaves.append(torch.zeros_like(out, requires_grad=True))
-        return out + leaves[-1]
-
-    handle = model.get_submodule(arch.projections[0].name).register_forward_hook(hook)
-    with hooked([handle]), logits_at(model, positions, asked), torch.enable_grad():
+    opened = open_outputs(model, arch.projections[:1], lambda k: k)
+    with opened as (_, leaves), logits_at(model, positions, asked), torch.enable_grad():
         loss = model(**batch.kwargs()).logits.float().log_softmax(-1)[..., 0].sum()
-        return torch.autograd.grad(loss, leaves)[0].sum().item()
+        return torch.autograd.grad(loss, list(leaves.values()))[0].sum().item()
 
 
 def _write(model: Any, ids: Tensor) -> object:

@@ -33,9 +33,9 @@ from mosectl.model.forward import (
     by_row,
     finite,
     frozen,
-    hooked,
     input_device,
     logits_at,
+    open_outputs,
     run_until_stopped,
     stop,
 )
@@ -326,24 +326,13 @@ def _keys_and_gradients(
     g is the gradient, by the token's output, of the summed loss of a label drawn at each asked position. The labels of two
     positions are independent, so that E[g gᵀ] is a sum over positions, and asking one in ASKED gives that part of it.
     """
-    keys: dict[str, Tensor] = {}
-    leaves: dict[str, Tensor] = {}
-
-    def record(p: Projection) -> Callable[..., Tensor]:
-        def hook(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-            keys[p.name] = _tokens(args[0], batch)
-            leaf = leaves[p.name] = torch.zeros_like(out, requires_grad=True)
-            return out + leaf
-
-        return hook
-
     mask = batch.attention_mask.bool()
     asked = mask & (torch.rand(mask.shape, device=mask.device, generator=rng) < 1 / ASKED)
     if not bool(asked.any()):
         asked[0, int(mask[0].sum()) - 1] = True
     every = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
-    hooks = [model.get_submodule(p.name).register_forward_hook(record(p)) for p in projections]
-    with hooked(hooks), logits_at(model, every, asked), torch.enable_grad():
+    opened = open_outputs(model, projections, lambda k: _tokens(k, batch))
+    with opened as (keys, leaves), logits_at(model, every, asked), torch.enable_grad():
         logits = finite(model(**batch.kwargs()).logits[0], model)
         logp = logits.float().log_softmax(-1)  # (asked, V)
         labels = torch.multinomial(logp.detach().exp().to(rng.device), 1, generator=rng)

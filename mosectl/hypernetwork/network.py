@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mosectl.model.edit_site import Projection
-from mosectl.model.forward import by_row, finite, frozen, hooked
+from mosectl.model.forward import by_row, finite, frozen, hooked, open_outputs
 from mosectl.model.losses import token_nll
 from mosectl.model.scoring import Rows, log_probabilities
 
@@ -111,29 +111,19 @@ def keys_and_gradients(
     asked = rows.targets >= 0
     at = rows.positions[asked]
     row = asked.nonzero()[:, 0]
-    keys: list[Tensor] = []
-    leaves: list[Tensor] = []
 
-    def hook(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-        k = by_row(args[0], len(asked))
-        keys.append(_exact(k[row.to(k.device), at.to(k.device)].detach()))
-        leaves.append(torch.zeros_like(out, requires_grad=True))
-        return out + leaves[-1]
+    def at_answers(x: Tensor) -> Tensor:
+        x = by_row(x, len(asked))
+        return _exact(x[row.to(x.device), at.to(x.device)])
 
-    hooks = [model.get_submodule(p.name).register_forward_hook(hook) for p in projections]
-    with frozen(model), hooked(hooks), torch.enable_grad():
+    with frozen(model), open_outputs(model, projections, at_answers) as (keys, leaves), torch.enable_grad():
         losses = nll(model, rows)
         loss = (losses if weights is None else losses * weights).sum()
-        found = torch.autograd.grad(loss, leaves)
-    for numbers in (loss[None], *keys, *found):
+        found = torch.autograd.grad(loss, list(leaves.values()))
+    for numbers in (loss[None], *keys.values(), *found):
         finite(numbers.abs(), model)
-    grads = [by_row(g, len(asked)) for g in found]
     device = asked.device
-    return (
-        [k.to(device) for k in keys],
-        [_exact(g[row.to(g.device), at.to(g.device)]).to(device) for g in grads],
-        float(loss.detach()),
-    )
+    return [k.to(device) for k in keys.values()], [at_answers(g).to(device) for g in found], float(loss.detach())
 
 
 def nll(model: nn.Module, rows: Rows) -> Tensor:

@@ -167,6 +167,29 @@ def keys_at(model: nn.Module, projections: Sequence[Projection], batch: Batch, p
     return [found[p.name] for p in projections]
 
 
+@contextmanager
+def open_outputs(
+    model: nn.Module, projections: Sequence[Projection], read: Callable[[Tensor], Tensor]
+) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """Inside the block a zero is added to what each projection writes: a leaf, whose gradient is that of the output.
+
+    Yields:
+        what ``read`` keeps of each projection's input, and the leaves, both by module path, once the model has run.
+    """
+    inputs: dict[str, Tensor] = {}
+    leaves: dict[str, Tensor] = {}
+
+    def opened(name: str) -> Callable[..., Tensor]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+            inputs[name], leaves[name] = read(args[0].detach()), torch.zeros_like(out, requires_grad=True)
+            return out + leaves[name]
+
+        return hook
+
+    with hooked([model.get_submodule(p.name).register_forward_hook(opened(p.name)) for p in projections]):
+        yield inputs, leaves
+
+
 def hidden_at(model: nn.Module, arch: Architecture, layer: int, batch: Batch, positions: Tensor) -> Tensor:
     """The hidden state that decoder layer ``layer`` hands on, at one token a row: (B, d) float32."""
     return output_at(model, f"{arch.layers_path}.{layer}", batch, positions)

@@ -189,7 +189,7 @@ class Suffix:
         still: Tensor | None = None,
         below: Below | None = None,
     ) -> None:
-        self.model, self.first = model, first
+        self.model = model
         self.below = Below.of(model, arch, first, batch, below)
         self.batch, self.width = batch, batch.input_ids.shape[1]
         self.past: Past | None = None
@@ -252,11 +252,11 @@ def _serves(model: nn.Module, arch: Architecture, batch: Batch, still: Tensor, b
 def _agrees(model: nn.Module, arch: Architecture, batch: Batch, still: Tensor, below: Below) -> bool:
     every, last = torch.arange(len(still), device=still.device), batch.attention_mask.sum(1)[:, None] - 1
     asked = torch.ones_like(last, dtype=torch.bool)
-    plain = Suffix(model, arch, len(below.layers), batch, below=below).logits(every, last, asked).log_softmax(-1)
+    suffix = Suffix(model, arch, len(below.layers), batch, below=below)
+    plain = suffix.logits(every, last, asked).log_softmax(-1)
     try:
-        past = Suffix(model, arch, len(below.layers), batch, below=below)
-        past.use(Past.of(model, batch, still, below))
-        logits = past.logits(every, last, asked)
+        suffix.use(Past.of(model, batch, still, below))
+        logits = suffix.logits(every, last, asked)
     except Exception:  # models do all sorts of things with a cache; without it they are only slower
         return False
     limit = AGREES.get(next(model.parameters()).dtype, ROUGHLY)

@@ -10,16 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mosectl.editing.contexts import Contexts, rows_of
 from mosectl.editing.methods.base import TRAINED, ModelProblem, Option, Published, Trainer, Work
 from mosectl.facts.records import Fact
-from mosectl.model.edit_site import Projection
-from mosectl.model.forward import by_row, finite, frozen, hooked
+from mosectl.model.forward import by_row, finite, frozen, open_outputs
 from mosectl.model.losses import NOTHING, token_nll
 from mosectl.model.memory import fitting, halving
 from mosectl.model.partial_forward import Suffix
@@ -156,13 +154,12 @@ def loss_and_gradients(problem: ModelProblem, c: Contexts, shares: Tensor) -> tu
         rows = torch.arange(start, end, device=c.fact.device)
         suffix = Suffix(model, problem.arch, first, c.batch.rows(rows), below=c.below and c.below.rows(rows))
         targets, every = c.targets[rows], torch.arange(len(rows), device=rows.device)
-        seen: dict[str, tuple[Tensor, Tensor]] = {}  # k (B, T, p) and a zero (B, T, d) that is added to W k
-        with hooked([_traced(model, p, seen) for p in projections]), torch.enable_grad():
+        with open_outputs(model, projections, lambda k: k) as (keys, leaves), torch.enable_grad():
             logits = finite(suffix.logits(every, c.positions[rows], targets >= 0), model)
             loss = (token_nll(logits.log_softmax(-1), targets, targets >= 0) * shares[rows].to(logits)).sum()
-            by_output = torch.autograd.grad(loss, [leaf for _, leaf in seen.values()])
+            by_output = torch.autograd.grad(loss, list(leaves.values()))
         found = {}
-        for (name, (k, _)), g in zip(seen.items(), by_output, strict=True):
+        for (name, k), g in zip(keys.items(), by_output, strict=True):
             k, g = (by_row(x, len(rows)).flatten(0, 1).to(problem.W[name].device, torch.float32) for x in (k, g))
             found[name] = g.T @ k
         return float(loss.detach()), found
@@ -171,11 +168,3 @@ def loss_and_gradients(problem: ModelProblem, c: Contexts, shares: Tensor) -> tu
     with frozen(model):
         losses, found = zip(*(part for _, part in halving(len(c.fact), size, work)), strict=True)
     return sum(losses), {p.name: sum(part[p.name] for part in found) for p in projections}
-
-
-def _traced(model: nn.Module, p: Projection, seen: dict[str, tuple[Tensor, Tensor]]) -> Any:
-    def hook(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-        seen[p.name] = args[0].detach(), torch.zeros_like(out, requires_grad=True)
-        return out + seen[p.name][1]
-
-    return model.get_submodule(p.name).register_forward_hook(hook)

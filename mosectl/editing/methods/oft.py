@@ -48,7 +48,7 @@ class Oft(Trainer):
         adam = torch.optim.Adam([x for blocks in raw.values() for x in blocks], lr=problem.options["rate"])
         rows, targets = contexts.edit_rows, contexts.targets[contexts.edit_rows]
         with frozen(model):
-            suffix = Suffix(model, problem.arch, projections[0].layer, contexts.batch)
+            suffix = Suffix(model, problem.arch, projections[0].layer, contexts.batch, below=contexts.below)
             for _ in range(int(problem.options["steps_oft"])):
                 turns = {name: torch.block_diag(*map(cayley, blocks)) for name, blocks in raw.items()}
                 handles = [
