@@ -67,8 +67,8 @@ def test_facts_and_model(desk: Desk) -> None:
     desk.text("check.txt", "check", FACTS, "--limit", 2)
     desk.json("doctor", "doctor", DEMO)
     desk.text("doctor.txt", "doctor", DEMO)
-    desk.json("dry-run", "edit", FACTS, "--model", DEMO, "--layers", "2-4", "--dry-run")
-    desk.json("ask", "ask", "The capital of Quenmark is", "--model", DEMO)
+    desk.json("dry-run", "edit", FACTS, "--model", DEMO, "--layers", "2-4", "--dry-run", "--dtype", "float32")
+    desk.json("ask", "ask", "The capital of Quenmark is", "--model", DEMO, "--dtype", "float32")
 
 
 def test_a_patch_made_before_keeps_its_bytes_and_id(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_patches_on_a_model(desk: Desk) -> None:
 
 def test_edit(desk: Desk) -> None:
     out = desk.folder / "p.safetensors"
-    how = ["--layers", "2-4", "--limit", 2, "--set", "wordings=0"]
+    how = ["--layers", "2-4", "--limit", 2, "--set", "wordings=0", "--dtype", "float32"]
     found = json.loads(desk.run("edit", FACTS, "--model", DEMO, "-o", out, *how, "--json"))
     for probe in (
         p for p in found["probes"] if p["own"]
@@ -134,11 +134,11 @@ def test_edit(desk: Desk) -> None:
 
 def test_measurements(desk: Desk) -> None:
     page, csv = desk.folder / "report.html", desk.folder / "scores.csv"
-    how = ["--limit", 2, "--text", ROOT / "examples" / "corpus.txt", "--html", page, "--csv", csv]
+    how = ["--dtype", "float32", "--limit", 2, "--text", ROOT / "examples" / "corpus.txt", "--html", page, "--csv", csv]
     desk.json("eval", "eval", PATCH, FACTS, "--model", DEMO, *how)
     check("eval.html", text(page.read_text(), desk.places))
     check("eval.csv", text(csv.read_text(), desk.places))
-    desk.text("eval.txt", "eval", PATCH, FACTS, "--model", DEMO, "--limit", 1)
+    desk.text("eval.txt", "eval", PATCH, FACTS, "--model", DEMO, "--limit", 1, "--dtype", "float32")
 
 
 def test_bench(desk: Desk) -> None:
@@ -152,7 +152,7 @@ layers: 2-4
 methods: [{{name: mose, set: [wordings=0]}}, {{name: memit, set: [preserve=10]}}]
 """)
     results = desk.folder / "results"
-    desk.json("bench", "bench", config, "-o", results, within=SEARCHED)
+    desk.json("bench", "bench", config, "-o", results, "--dtype", "float32", within=SEARCHED)
     tables = re.sub(
         r"\| [\d.]+ \| [\d.]+ \|  \|$", "| <seconds> | <edits/s> |  |", (results / "tables.md").read_text(), flags=re.M
     )

@@ -82,7 +82,7 @@ def test_apply_and_revert(model_type: str, dtype: torch.dtype, form: str, tmp_pa
             assert torch.equal(ours, theirs)
         R = patch.changes[p.name].factors["R"]
         fresh = load(base).model
-        assert (weights_of(live, p)[0][3].float() - R @ weights_of(fresh, p)[0][3]).norm() < 3e-2
+        assert (weights_of(live, p)[0][3].float() - R @ weights_of(fresh, p)[0][3].float()).norm() < 3e-2
     assert revert(patch, tmp_path / "out").restored and hashes(tmp_path / "out") == original
 
 

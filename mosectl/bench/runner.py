@@ -187,6 +187,7 @@ def run_cell(cell: Cell, asked: _Asked, on_step: OnStep | None = None) -> Record
         "key": cell.key, "status": "done", "reason": "", "label": cell.label, "method": cell.options.method,
         "model": cell.model, "dataset": cell.dataset.name, "skip": cell.dataset.skip, "seed": cell.seed,
         "edits": cell.run.edits, "batch_size": cell.run.batch_size, "mosectl": __version__,
+        "dtype": str(asked.loaded.model.dtype).removeprefix("torch."),
         "options": {**cell.options.to_record(), "corpus": Path(cell.options.corpus).name if cell.options.corpus else None},
     }  # fmt: skip
     try:

@@ -98,9 +98,7 @@ def estimate(
     meta_model = skeleton(config)
     arch = resolve(meta_model)
     device = pick_device(device)
-    asked = pick_dtype(dtype, device)
-    stored = DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")), torch.float32)
-    kind = asked if isinstance(asked, torch.dtype) else stored
+    kind = pick_dtype(dtype, device, config)
     options = settled(options, len(arch.projections))
     layers, size = _planned(meta_model, arch, facts, options)
     host = device == "cpu" if host is None else host

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,8 @@ def load(model: str | Path, *, revision: str | None = None, device: str = "auto"
 
     Args:
         device: "auto" (CUDA, else MPS, else CPU), "cpu", "cuda:1", …, or "balanced" to spread it over all GPUs.
-        dtype: "auto" keeps the checkpoint's type on a GPU and takes float32 on a CPU, where half precision is slow.
+        dtype: "auto" keeps the checkpoint's type; on a CPU only bfloat16, and only where it multiplies bfloat16 (the
+            avx512_bf16 or amx_bf16 of recent ones, several times as fast there), and takes float32 otherwise.
     Raises:
         ModelError, HubError, UsageError.
     """
@@ -41,7 +43,7 @@ def load(model: str | Path, *, revision: str | None = None, device: str = "auto"
     skeleton(checkpoint.config, len(checkpoint.tensors))  # what config.json claims is built by transformers otherwise
     check_generation_config(checkpoint.folder)
     device = pick_device(device)
-    kind = pick_dtype(dtype, device)
+    kind = pick_dtype(dtype, device, checkpoint.config)
     tokenizer = check_ready(checkpoint)
     placed = {"device_map": device if device == "balanced" else {"": device}}
     try:
@@ -57,13 +59,28 @@ def load(model: str | Path, *, revision: str | None = None, device: str = "auto"
     return Loaded(loaded.eval(), tokenizer, checkpoint)
 
 
-def pick_dtype(dtype: str, device: str) -> torch.dtype | str:
-    """The type to load weights in: a torch dtype, or "auto" for the checkpoint's own."""
+def pick_dtype(dtype: str, device: str, config: Mapping[str, Any]) -> torch.dtype:
+    """The type to load the weights of a model in that has this ``config.json``.
+
+    Raises:
+        UsageError.
+    """
     if dtype not in (*DTYPES, "auto"):
         raise UsageError(f"--dtype {dtype}: no such type", fix=f"choose auto, {', '.join(DTYPES)}")
     if dtype == "float16" and device == "cpu":
         warnings.warn("float16 is slow on a CPU: bfloat16 or float32 take less time", Notice, stacklevel=2)
-    return DTYPES.get(dtype, torch.float32 if device == "cpu" else "auto")
+    stored = DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")), torch.float32)
+    if device == "cpu" and not (stored == torch.bfloat16 and _multiplies_bfloat16()):
+        stored = torch.float32
+    return DTYPES.get(dtype, stored)
+
+
+def _multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for products of bfloat16, which are emulated in float32 otherwise."""
+    has: Mapping[str, Any] = getattr(
+        torch.cpu, "get_capabilities", dict
+    )()  # an older PyTorch does not tell, which is a no
+    return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 
 def pick_device(device: str) -> str:
