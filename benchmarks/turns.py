@@ -20,7 +20,7 @@ from peak import peak_bytes, reset_peak
 
 from mosectl.editing.low_rank import Gram
 from mosectl.editing.methods import method
-from mosectl.editing.methods.base import Columns, LayerProblem, Turner, TurnProblem
+from mosectl.editing.methods.base import Columns, LayerProblem, Still, Turner, TurnProblem
 from mosectl.linalg.metric import root_of
 from mosectl.patch.change import of_rotations
 
@@ -53,7 +53,9 @@ def main() -> None:
     if p > DENSE:
         del C
     reset_peak(args.device)
-    took, (L, R) = _seconds(lambda: solver.turns(TurnProblem(W, W, root, gram, facts, None, options)))
+    took, (L, R) = _seconds(
+        lambda: solver.turns(TurnProblem(W, Still(root, options["preserve"], W), gram, facts, options))
+    )
     size = of_rotations(L, R).nbytes
     peak = peak_bytes(args.device)
     reached = _missed(R.right(L.left(W)), facts) / _missed(W, facts)

@@ -166,7 +166,8 @@ def test_another_run_is_not_continued(options: Any, tmp_path: Path, monkeypatch:
         assert "--overwrite" in e.value.fix and kept.path.exists()
     fresh = mosectl.edit(ALL, folder, options=options, progress=replace(kept, resume=False), refuse=False)
     assert fresh.patch.id == mosectl.edit(ALL, folder, options=options, refuse=False).patch.id
-    kept.path.write_bytes(b"x" + kept.path.read_bytes()[1:])
+    data = kept.path.read_bytes()
+    kept.path.write_bytes(bytes([data[0] ^ 1]) + data[1:])
     with pytest.raises(OutputError, match="damaged"):
         mosectl.edit(ALL, folder, options=options, progress=kept)
 

@@ -202,12 +202,12 @@ def test_earlier_keys_are_means_too() -> None:
     model = pico("llama")
     (p,) = resolve(model).projections[:1]
     c = contexts(model)
-    earlier = Earlier(model, [p])
-    earlier.add(2, c, {p.name: p.oriented(weight_of(model, p).detach()).double()})
+    earlier = Earlier(model, [p], lambda fact: averages(fact, 0.5))
+    earlier.add(c, [1.0, 1.0], {p.name: p.oriented(weight_of(model, p).detach()).double()})
     (k,) = keys_at(model, [p], c.batch.rows(c.edit_rows), c.token[c.edit_rows])
     k = k.double()
     means = [(k[3 * i] + (k[3 * i + 1] + k[3 * i + 2]) / 2) / 2 for i in (0, 1)]
-    P, _ = earlier.moments(1.0, lambda fact: averages(fact, 0.5))[p.name]
+    P, _ = earlier.moments(1.0)[p.name]
     assert torch.allclose(P, sum(torch.outer(m, m) for m in means), atol=1e-6)
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from mosectl.editing.low_rank import Gram, Wanted, nearest_turns
-from mosectl.editing.methods import method
-from mosectl.editing.methods.base import Columns, LayerProblem, Turner, TurnProblem
+from mosectl.editing.methods import isospectral, method
+from mosectl.editing.methods.base import Columns, LayerProblem, Still, Turner, TurnProblem
 from mosectl.editing.turns import LayerTurns, from_tensors
 from mosectl.errors import EditFailed
 from mosectl.linalg import metric
@@ -103,9 +103,8 @@ def turned(p: LayerProblem, **options: float) -> tuple[Tensor, Compact, Compact]
     solver = method("isospectral")
     assert isinstance(solver, Turner)
     root = root_of(p.C, OPTIONS["damping"])
-    asked = TurnProblem(
-        p.W, p.W0, root, Gram.of(p.W0), Columns(p.K, p.V, p.weight), None, {**p.options, **options}
-    )  # fmt: skip
+    still = Still(root, p.options["preserve"], p.W0)
+    asked = TurnProblem(p.W, still, Gram.of(p.W0), Columns(p.K, p.V, p.weight), {**p.options, **options})
     L, R = solver.turns(asked)
     return R.right(L.left(p.W)), L, R
 
@@ -152,6 +151,33 @@ def columns(d: int, p: int, seed: int) -> Columns:
     return Columns(K, 0.5 * random(d, 2, seed=seed + 1), torch.ones(2).double())
 
 
+def sums(of: Columns) -> tuple[Tensor, Tensor]:
+    """What a layer is told of earlier edits."""
+    weighted = (of.K * of.weight).T
+    return of.K @ weighted, of.V @ weighted
+
+
+def test_what_is_sought_in_a_later_batch_is_the_best_for_all_its_parts() -> None:
+    """Without the spectrum, T is where ordinary text, earlier edits and the batch pull alike, whatever was turned before."""
+    p, solver, seen = problem("isospectral", m=3, d=20, p=50, preserve=0.7), method("isospectral"), []
+    assert isinstance(solver, Turner)
+    earlier = Columns(random(50, 4, seed=7), 0.5 * random(20, 4, seed=8), torch.rand(4).double())
+    run = LayerTurns("layer", p.W0)
+    run.solve(solver, {"layer": p.C}, columns(20, 50, 20), None, 1.0, p.options)
+    begun, keep = run.keep(), 0.4
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(isospectral, "nearest_turns", lambda *a, **k: seen.append(a) or nearest_turns(*a, **k))
+        run.solve(solver, {}, Columns(p.K, p.V, p.weight), sums(earlier), keep, p.options)
+    W, wanted, A, _ = seen[0]
+    C = p.C + p.options["damping"] * p.C.diagonal().mean() * torch.eye(50)
+    whole = keep * (p.options["preserve"] * C + sums(earlier)[0]) + (p.K * p.weight) @ p.K.T
+    pull = keep * (p.options["preserve"] * p.W0 @ C + sums(earlier)[1]) + (p.V * p.weight) @ p.K.T
+    best, eye = pull @ torch.linalg.inv(whole), torch.eye(50).double()
+    assert torch.equal(W, begun) and torch.allclose(W + wanted.right(eye), best, atol=1e-6)
+    assert torch.allclose(A.times(eye), whole, atol=1e-8)
+    assert torch.allclose(wanted.AM, whole @ wanted.M.T, atol=1e-7)
+
+
 def test_batches_add_up_to_one_pair_of_rotations() -> None:
     solver, W0, C = method("isospectral"), random(20, 50) / 7, {"layer": second_moment(50)}
     assert isinstance(solver, Turner)
@@ -161,10 +187,10 @@ def test_batches_add_up_to_one_pair_of_rotations() -> None:
     assert not C, "its factor is kept instead"
     kept = run.keep()
     assert torch.equal(run.turned(), kept) and run.pair is None, "the next batch begins there"
-    dropped = run.solve(solver, C, columns(20, 50, 20), first, 1.0, OPTIONS)
+    dropped = run.solve(solver, C, columns(20, 50, 20), sums(first), 1.0, OPTIONS)
     run.pair = None
     assert not torch.equal(dropped, kept) and torch.equal(run.turned(), kept)
-    run.solve(solver, C, columns(20, 50, 30), first, 1.0, OPTIONS)
+    run.solve(solver, C, columns(20, 50, 30), sums(first), 1.0, OPTIONS)
     W = run.keep()
     made = of_rotations(*run.factors("both")).apply(W0)
     assert torch.allclose(made, W, atol=1e-5) and torch.allclose(
@@ -183,7 +209,8 @@ def test_earlier_facts_keep_still_more_the_more_they_weigh() -> None:
         solver = method("isospectral")
         assert isinstance(solver, Turner)
         facts = Columns(p.K, p.V, p.weight)
-        W = run.solve(solver, {"layer": p.C}, facts, replace(earlier, weight=weight * p.weight), 1.0, p.options)
+        before = sums(replace(earlier, weight=weight * p.weight))
+        W = run.solve(solver, {"layer": p.C}, facts, before, 1.0, p.options)
         moved.append(float((W @ earlier.K - earlier.V).norm()))
     assert moved[1] < 0.7 * moved[0]
 

@@ -82,10 +82,8 @@ class EditedLayers:
         self.metric = None
         if options.targets.optimizer == "natural-gradient" and self.solver.searches:
             self.metric = {p.name: metric_of(moments.G[p.name].to(place)) for p in projections}
-        self.earlier = Earlier(model, projections)
-        # Of earlier edits, as the present batch found them: P and Q, or the columns they are sums over.
-        self.moments: dict[str, tuple[Tensor, Tensor]] = {}
-        self.columns: dict[str, Columns] = {}
+        self.earlier = Earlier(model, projections, self._mean if self.published else None)
+        self.moments: dict[str, tuple[Tensor, Tensor]] = {}  # P and Q of earlier edits, as the present batch found them
         self.compaction: dict[str, float] = {}  # what the patch's form leaves out of the effect, by module path
 
     @contextmanager
@@ -137,10 +135,7 @@ class EditedLayers:
 
     def remember(self, weight: float) -> None:
         """What earlier edits' facts, each of this weight, ask of the coming solves."""
-        if self.turns:
-            self.columns = self.earlier.columns(weight) if weight else {}
-        else:
-            self.moments = self.earlier.moments(weight, self._mean if self.published else None) if weight else {}
+        self.moments = self.earlier.moments(weight) if weight else {}
 
     # Solves
 
@@ -249,7 +244,7 @@ class EditedLayers:
     def _solved(self, p: Projection, keep: float, columns: Columns, bare: Tensor | None = None) -> Tensor:
         """The weight (d, p) for these keys and values; ``bare``: LayerProblem's."""
         if isinstance(self.solver, Turner) and self.turns:
-            earlier = self.columns.get(p.name)
+            earlier = self.moments.get(p.name)
             W = self.turns[p.name].solve(self.solver, self.C, columns, earlier, keep, self.solver_options)
         else:
             assert isinstance(self.solver, Solver)

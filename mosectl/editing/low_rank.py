@@ -35,6 +35,7 @@ class Wanted:
     F: Tensor  # (d, n)
     G: Tensor  # (p, n)
     M: Tensor | None = None  # (d, p)
+    AM: Tensor | None = None  # (p, d) A Mᵀ of the metric A, with M
 
     def right(self, X: Tensor) -> Tensor:
         """Δ X (d, k)."""
@@ -94,7 +95,7 @@ def nearest_turns(
     B, m, Z = W[:, :0], W[:0, :0], W.T[:, :0]  # L W R − W = B m Zᵀ
     AZ, AG = Z, A.times(wanted.G)
     while True:
-        e, g = _missing(wanted, A, B, m, Z, (AG, AZ), _stage(R.rank, most))
+        e, g = _missing(wanted, B, m, Z, (AG, AZ), _stage(R.rank, most))
         if not e.shape[1]:
             return L, R, gained
         moved = W @ g + B @ (m @ (Z.T @ g))  # (d, k) what keys along g are turned away from
@@ -127,7 +128,7 @@ def _stage(rank: int, most: float) -> Callable[[Tensor], int]:
 
 
 def _missing(
-    wanted: Wanted, A: Metric, B: Tensor, m: Tensor, Z: Tensor, measured: tuple[Tensor, Tensor],
+    wanted: Wanted, B: Tensor, m: Tensor, Z: Tensor, measured: tuple[Tensor, Tensor],
     count: Callable[[Tensor], int],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Of E = Δ − B m Zᵀ the strongest pairs in the metric A: unit e (d, k) and g = Eᵀe (p, k).
@@ -144,7 +145,7 @@ def _missing(
 
     def weighed(Y: Tensor) -> Tensor:  # A Eᵀ Y: A itself is large
         found = AG @ (wanted.F.T @ Y) - AZ @ (m.T @ (B.T @ Y))
-        return found if wanted.M is None else found + A.times(wanted.M.T @ Y)
+        return found if wanted.AM is None else found + wanted.AM @ Y
 
     d = len(B)
     n = min(d, PROBES if wanted.M is not None else min(PROBES, wanted.F.shape[1] + B.shape[1]))
@@ -221,7 +222,7 @@ def _fitted(W0: Tensor, W: Tensor, A: Tensor, both: bool, tolerance: float) -> t
         return Compact(torch.eye(len(W))[:, :1].to(W), one), Compact(torch.eye(W.shape[1])[:, :1].to(W), one), 0.0
     metric = Metric(torch.linalg.cholesky(A), 1.0, W.T[:, :0])
     L, R, gained = nearest_turns(
-        W0, Wanted(W[:, :0], W.T[:, :0], E), metric, Gram.of(W0), gain=0.0, most=W.shape[1] / 2,
+        W0, Wanted(W[:, :0], W.T[:, :0], E, A @ E.T), metric, Gram.of(W0), gain=0.0, most=W.shape[1] / 2,
         done=lambda gained: whole - gained <= tolerance**2 * whole, both=both,
     )  # fmt: skip
     return (L if both else None), R, max(0.0, 1 - gained / whole) ** 0.5

@@ -1,76 +1,145 @@
 """The facts a run has edited so far: what must keep still of them, and which have slipped.
 
-Layers below go on moving with every batch, so an earlier fact's keys are asked of the model anew each time; keys remembered
-from when it was edited would protect what is no longer asked.
+What a batch takes here does not grow with the number of facts before it. Their keys and values are sums, to which those of
+a batch are added. Layers below go on moving, and keys with them, though little: a few facts' keys are asked of the model
+anew with every batch, in turn, and so is whether they hold.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from mosectl.editing.contexts import Contexts, first_rows, rows_of
-from mosectl.editing.methods.base import Columns
 from mosectl.model.edit_site import Projection
 from mosectl.model.losses import leads
 from mosectl.model.scoring import Rows, log_probabilities
 
 REHEARSED = 20  # earlier facts edited again with one batch, at most
 GIVEN_UP = 2  # failures after which a fact is not tried again
+LEAST, IN_TURN = (
+    64,
+    64,
+)  # facts asked with one batch whether they hold: that led by least when last asked, and the next ones
+RENEWED = 64  # facts whose keys are asked anew with one batch, in turn
 ROWS = 256  # sequences run at once
+NOWHERE = 100.0  # nats by which a fact is behind whose loss is not finite
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What an interrupted run needs of its earlier facts; names as in :class:`Earlier`."""
+
+    contexts: Contexts
+    keys: Mapping[str, Tensor]
+    values: Mapping[str, Tensor]
+    sums: Mapping[str, tuple[Tensor, Tensor]]
+    failures: Sequence[int]
+    leads: Sequence[float]
+    summed: int
+    turn: int
 
 
 class Earlier:
-    """Facts edited so far, their contexts (prompt rows only), and what each layer wrote there when they were edited."""
+    """Facts edited so far, their contexts (prompt rows only), and what each layer wrote there when they were edited.
 
-    def __init__(self, model: nn.Module, projections: Sequence[Projection]) -> None:
-        self.model, self.projections = model, projections
+    Args:
+        mean: from the rows' facts (rows,) to (n, rows): a fact's column is its rows' mean by it; without it each row is
+            one, and those of a fact share its weight.
+    """
+
+    def __init__(
+        self, model: nn.Module, projections: Sequence[Projection], mean: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        self.model, self.projections, self.mean = model, projections, mean
         self.failures: list[int] = []  # of each fact: how often it did not hold after being edited
+        self.leads: list[float] = []  # of each fact, nats, when it was asked last
         self.contexts: Contexts | None = None
-        self.values: dict[str, Tensor] = {}  # (d, rows) float64 by module path
+        self.keys: dict[str, Tensor] = {}  # (p, rows) by module path, in the model's type, when they were asked last
+        self.values: dict[str, Tensor] = {}  # (d, rows) float64
+        self.sums: dict[str, tuple[Tensor, Tensor]] = {}  # Σ w k kᵀ (p, p) and Σ w v kᵀ (d, p), float64 on the host,
+        self.summed = 0  # over so many facts
+        self.turn = 0  # batches taken in
 
-    def add(self, n: int, contexts: Contexts, W: Mapping[str, Tensor]) -> None:
-        """Take the first ``n`` facts of ``contexts`` in; what W (d, p) writes for them now is what shall stay."""
+    def add(self, contexts: Contexts, lead: Sequence[float], W: Mapping[str, Tensor]) -> None:
+        """Take the first facts of ``contexts`` in, as many as there are leads (nats); what W (d, p) writes for them now is
+        what shall stay.
+        """
+        n = len(lead)
         new = rows_of(contexts, (contexts.is_edit & (contexts.fact < n)).nonzero().flatten())
-        written = self._written(new, W)
+        keys, values = self._asked(new, W)
         old, new = self.contexts, replace(new, below=None)
         self.contexts = new if old is None else old.followed_by(new)
-        self.values = {n: v if old is None else torch.cat([self.values[n], v], 1) for n, v in written.items()}
+        self.keys = {n: k if old is None else torch.cat([self.keys[n], k], 1) for n, k in keys.items()}
+        self.values = {n: v if old is None else torch.cat([self.values[n], v], 1) for n, v in values.items()}
         self.failures += [0] * n
+        self.leads += _finite(lead)
+        self.turn += 1
 
-    def take(self, contexts: Contexts, values: Mapping[str, Tensor], failures: Sequence[int]) -> None:
-        """Go on from what an interrupted run had; arguments as the attributes."""
-        self.contexts, self.values, self.failures = contexts, dict(values), list(failures)
+    def kept(self) -> Kept:
+        """To go on from."""
+        assert self.contexts is not None
+        lists = list(self.failures), list(self.leads)
+        return Kept(self.contexts, dict(self.keys), dict(self.values), dict(self.sums), *lists, self.summed, self.turn)
+
+    def take(self, kept: Kept, device: torch.device, like: Mapping[str, Tensor]) -> None:
+        """Go on from what an interrupted run had; rows on the model's ``device``, columns as the weights ``like``."""
+        self.contexts, self.sums, self.summed, self.turn = (
+            kept.contexts.to(device),
+            dict(kept.sums),
+            kept.summed,
+            kept.turn,
+        )
+        self.keys = {name: K.to(like[name].device) for name, K in kept.keys.items()}
+        self.values = {name: V.to(like[name]) for name, V in kept.values.items()}
+        self.failures, self.leads = list(kept.failures), list(kept.leads)
 
     def edited_again(self, facts: Sequence[int], lead: Sequence[float], W: Mapping[str, Tensor]) -> None:
         """Facts of these indices are as W (d, p) makes them now; ``lead`` tells whether they hold."""
-        for i, value in zip(facts, lead, strict=True):
+        for i, value in zip(facts, _finite(lead), strict=True):
             self.failures[i] += not value > 0
-        if not facts:
-            return
-        assert self.contexts is not None
-        rows = torch.isin(self.contexts.fact.cpu(), torch.tensor(facts)).nonzero().flatten()
-        for name, written in self._written(rows_of(self.contexts, rows.to(self.contexts.fact.device)), W).items():
-            self.values[name][:, rows.to(written.device)] = written
+            self.leads[i] = value
+        self._renew(facts, W)
 
     def slipped(self, below: float) -> list[int]:
         """Indices of facts whose bare prompt leads by less than ``below`` nats, worst first, not more than REHEARSED."""
-        c = self.contexts
-        if c is None or below <= 0:
+        n = len(self.failures)
+        if self.contexts is None or below <= 0:
             return []
-        found = self._leads(first_rows(c.fact))
-        order = found.argsort().tolist()
-        return [i for i in order if found[i] < below and self.failures[i] < GIVEN_UP][:REHEARSED]
+        hopeful = [i for i in range(n) if self.failures[i] < GIVEN_UP]
+        if not hopeful:
+            return []
+        asked = sorted(hopeful, key=self.leads.__getitem__)[:LEAST]
+        rest = sorted({*hopeful}.difference(asked), key=lambda i: (i - self.turn * IN_TURN) % n)
+        asked = sorted([*asked, *rest[:IN_TURN]])
+        for i, lead in zip(asked, self._leads(first_rows(self.contexts.fact)[asked]).tolist(), strict=True):
+            self.leads[i] = lead
+        asked.sort(key=self.leads.__getitem__)
+        return [i for i in asked if self.leads[i] < below][:REHEARSED]
 
     def held(self) -> int:
         """How many of all contexts the model answers with the new object now."""
         return 0 if self.contexts is None else int((self._leads(torch.arange(len(self.contexts.fact))) > 0).sum())
 
+    def moments(self, weight: float) -> dict[str, tuple[Tensor, Tensor]]:
+        """P = Σ w k kᵀ (p, p) and Q = Σ w v kᵀ (d, p) over all facts by module path, float64 on the host; a fact's w sum to
+        ``weight``.
+        """
+        n = len(self.failures)
+        if not n:
+            return {}
+        if self.summed and self.mean is None:  # published code keeps the keys of an edit as they were then
+            first = self.turn * RENEWED
+            self._renew(sorted({i % self.summed for i in range(first, first + min(RENEWED, self.summed))}))
+        self._count(range(self.summed, n), 1)
+        self.summed = n
+        return {name: (weight * P, weight * Q) for name, (P, Q) in self.sums.items()}
+
     def seen(self) -> dict[str, Tensor]:
-        """Σ w k kᵀ (p, p) float64 over all contexts by module path, as the model is now; a fact's w sum to 1."""
+        """Σ w k kᵀ (p, p) float64 over all facts by module path; a fact's w sum to 1."""
         return {name: P for name, (P, _) in self.moments(1.0).items()}
 
     @torch.no_grad()
@@ -83,46 +152,55 @@ class Earlier:
             found.append(leads(log_probabilities(self.model, own), own.targets, own.targets >= 0).cpu())
         return torch.cat(found)
 
-    def moments(
-        self, weight: float, mean: Callable[[Tensor], Tensor] | None = None
-    ) -> dict[str, tuple[Tensor, Tensor]]:
-        """P = Σ w k kᵀ (p, p) and Q = Σ w v kᵀ (d, p) over all contexts by module path, float64 on the host; a fact's w sum
-        to ``weight``.
+    def _rows(self, facts: Sequence[int] | range) -> Tensor:
+        """Numbers of the rows of these facts, on the host."""
+        assert self.contexts is not None
+        return torch.isin(self.contexts.fact.cpu(), torch.tensor([*facts])).nonzero().flatten()
 
-        Args:
-            mean: from the rows' facts (rows,) to (n, rows): k and v are a fact's means by it, and its w is ``weight``.
-        """
-        if self.contexts is None:
-            return {}
-        share = weight / torch.bincount(self.contexts.fact)[self.contexts.fact]
-        average = mean(self.contexts.fact).T if mean else None  # (rows, n)
-        out = {}
-        for name, K in self._keys(self.contexts).items():
-            V = self.values[name]
+    def _renew(self, facts: Sequence[int], W: Mapping[str, Tensor] | None = None) -> None:
+        """Ask the keys of these facts anew, and with W (d, p) their values; the sums follow."""
+        if not facts:
+            return
+        assert self.contexts is not None
+        counted = [i for i in facts if i < self.summed]
+        self._count(counted, -1)
+        rows = self._rows(facts)
+        keys, values = self._asked(rows_of(self.contexts, rows.to(self.contexts.fact.device)), W or {})
+        for kept, new in ((self.keys, keys), (self.values, values)):
+            for name, x in new.items():
+                kept[name][:, rows.to(x.device)] = x
+        self._count(counted, 1)
+
+    def _count(self, facts: Sequence[int] | range, sign: int) -> None:
+        """Add the columns of these facts to the sums, or with ``sign`` −1 take them out."""
+        if not facts:
+            return
+        assert self.contexts is not None
+        rows = self._rows(facts)
+        fact = self.contexts.fact.cpu()[rows].unique(return_inverse=True)[1]
+        share = sign / torch.bincount(fact)[fact].double()
+        average = self.mean(fact).T if self.mean else None  # (rows, n)
+        for name, V in self.values.items():
+            V, K, w = V[:, rows.to(V.device)], self.keys[name][:, rows.to(V.device)].to(V), share.to(V)
             if average is not None:
-                K, V = K.to(V) @ average.to(V), V @ average.to(V)
-                share = torch.full_like(V[0], weight)
-            weighted = (K.to(V) * share.to(V)).T
-            out[name] = (K.to(V) @ weighted).cpu(), (V @ weighted).cpu()  # one layer's go back for its solve
-        return out
+                K, V = K @ average.to(V), V @ average.to(V)
+                w = torch.full_like(V[0], sign)
+            weighted = (K * w).T
+            found = (K @ weighted).cpu(), (V @ weighted).cpu()  # one layer's go back for its solve
+            old = self.sums.get(name)
+            self.sums[name] = found if old is None else (old[0].add_(found[0]), old[1].add_(found[1]))
 
-    def columns(self, weight: float) -> dict[str, Columns]:
-        """Keys, values and weights over all contexts by module path, float64; a fact's weights sum to ``weight``."""
-        if self.contexts is None:
-            return {}
-        share = weight / torch.bincount(self.contexts.fact)[self.contexts.fact].double()
-        return {
-            name: Columns(K.to(self.values[name]), self.values[name], share.to(self.values[name].device))
-            for name, K in self._keys(self.contexts).items()
-        }
-
-    def _written(self, contexts: Contexts, W: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: W[name] @ K.to(W[name]) for name, K in self._keys(contexts).items()}
-
-    def _keys(self, contexts: Contexts) -> dict[str, Tensor]:
-        """Keys (p, rows) float32 at the subjects, by module path, as the model is now."""
+    def _asked(self, contexts: Contexts, W: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Keys (p, rows) at the tokens that are edited, by module path, as the model is now, and what W writes for them."""
         parts = [
             contexts.keys(self.model, self.projections, rows)
             for rows in torch.arange(len(contexts.fact), device=contexts.fact.device).split(ROWS)
         ]
-        return {p.name: torch.cat(found).T for p, found in zip(self.projections, zip(*parts, strict=True), strict=True)}
+        kind = next(self.model.parameters()).dtype  # as the model has them: nothing is lost
+        found = zip(self.projections, zip(*parts, strict=True), strict=True)
+        keys = {p.name: torch.cat(of).T.to(kind) for p, of in found}
+        return keys, {name: W[name] @ K.to(W[name]) for name, K in keys.items() if name in W}
+
+
+def _finite(lead: Sequence[float]) -> list[float]:
+    return torch.tensor(lead).nan_to_num(-NOWHERE, NOWHERE, -NOWHERE).tolist()

@@ -1,7 +1,7 @@
 """A run between two batches, on disk: an interrupted edit goes on from there to the very same patch.
 
 One safetensors file beside the patch holds what a batch leaves behind: the weights so far in float64, and the earlier facts'
-rows and values. Its record says what it belongs to: it is never continued with other facts, settings or weights.
+rows, keys and values. Its record says what it belongs to: it is never continued with other facts, settings or weights.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mosectl.editing.contexts import BY_ROW, Contexts
 from mosectl.editing.guard import Health
+from mosectl.editing.previous_edits import Kept
 from mosectl.editing.turns import SIDES
 from mosectl.errors import OutputError
 from mosectl.model.forward import Batch
@@ -29,7 +30,9 @@ _POINT = {"edits": schema.integer, "loss": schema.number, "norm": _EACH, "condit
 RECORD = schema.record(
     {
         "belongs": schema.mapping(schema.text), "losses": schema.listed(schema.number),
-        "failures": schema.listed(schema.integer), "curve": schema.listed(schema.record(_POINT, others=schema.anything)),
+        "failures": schema.listed(schema.integer), "leads": schema.listed(schema.number),
+        "summed": schema.integer, "turn": schema.integer,
+        "curve": schema.listed(schema.record(_POINT, others=schema.anything)),
     },
     others=schema.anything,
 )  # fmt: skip
@@ -49,9 +52,7 @@ class State:
 
     W: Mapping[str, Tensor]  # (d, p) float64, the weights so far by module path
     turns: Mapping[str, Mapping[str, Tensor]]  # the rotations that lead to W, by module path, where a session has them
-    contexts: Contexts  # of the facts edited so far
-    values: Mapping[str, Tensor]  # (d, rows) float64, what each layer wrote for them
-    failures: Sequence[int]  # of each fact
+    earlier: Kept  # the facts edited so far
     curve: Sequence[tuple[int, Health]]  # facts edited so far, and health then
     losses: Sequence[float]  # of each fact right after its batch, nats a token
     carried: Mapping[str, Tensor] = field(default_factory=dict)  # what the method carries from batch to batch
@@ -82,8 +83,8 @@ class Progress:
         """
         if not self.resume or not os.path.lexists(self.path):
             return None
-        a_fact = ROWS * (8 * sum(d for d, _ in shapes.values()) + WIDTH)
-        limit = 8 * sum(d * p + 2 * (d * d + p * p) for d, p in shapes.values()) + facts * a_fact + 10**7
+        a_fact = ROWS * (8 * sum(d + p for d, p in shapes.values()) + WIDTH)
+        limit = 8 * sum(2 * d * p + 2 * d * d + 3 * p * p for d, p in shapes.values()) + facts * a_fact + 10**7
         record, tensors = read_state(self.path, KIND, RECORD, _START, limit)
         if other := [name for name in ours if ours[name] != record["belongs"].get(name)]:
             what = f"the interrupted run was one with other {' and '.join(other)}"
@@ -95,9 +96,16 @@ class Progress:
         return State(
             {name: tensors[f"W.{name}"] for name in shapes},
             {name: _turns(tensors, name) for name in shapes},
-            Contexts(batch=Batch(*(tensors[f"rows.{f.name}"] for f in fields(Batch))), **rows),
-            {name: tensors[f"V.{name}"] for name in shapes},
-            list(record["failures"]),
+            Kept(
+                Contexts(batch=Batch(*(tensors[f"rows.{f.name}"] for f in fields(Batch))), **rows),
+                {name: tensors[f"K.{name}"] for name in shapes},
+                {name: tensors[f"V.{name}"] for name in shapes},
+                {name: (tensors[f"P.{name}"], tensors[f"Q.{name}"]) for name in shapes if record["summed"]},
+                list(record["failures"]),
+                [float(x) for x in record["leads"]],
+                record["summed"],
+                record["turn"],
+            ),
             [(h["edits"], Health(h["loss"], h["norm"], h["condition"])) for h in record["curve"]],
             [float(x) for x in record["losses"]],
             {name: tensors[f"carried.{name}"] for name in carried},
@@ -105,11 +113,18 @@ class Progress:
 
     def save(self, ours: Mapping[str, str], state: State) -> None:
         """Keep a session's state in place of the one before, atomically."""
-        rows = {name: getattr(state.contexts, name) for name in BY_ROW}
-        rows |= {f.name: getattr(state.contexts.batch, f.name) for f in fields(Batch)}
+        earlier = state.earlier
+        rows = {name: getattr(earlier.contexts, name) for name in BY_ROW}
+        rows |= {f.name: getattr(earlier.contexts.batch, f.name) for f in fields(Batch)}
         tensors = {
             **{f"W.{name}": W for name, W in state.W.items()},
-            **{f"V.{name}": V for name, V in state.values.items()},
+            **{f"K.{name}": K for name, K in earlier.keys.items()},
+            **{f"V.{name}": V for name, V in earlier.values.items()},
+            **{
+                f"{letter}.{name}": x
+                for name, pair in earlier.sums.items()
+                for letter, x in zip("PQ", pair, strict=True)
+            },
             **{f"carried.{name}": x for name, x in state.carried.items()},
             **{f"turns.{name}.{part}": x for name, parts in state.turns.items() for part, x in parts.items()},
             **{f"rows.{name}": x for name, x in rows.items()},
@@ -117,7 +132,10 @@ class Progress:
         record = {
             "belongs": dict(ours),
             "losses": list(state.losses),
-            "failures": list(state.failures),
+            "failures": list(earlier.failures),
+            "leads": list(earlier.leads),
+            "summed": earlier.summed,
+            "turn": earlier.turn,
             "curve": [{"edits": n, **asdict(health)} for n, health in state.curve],
         }
         write_state(self.path, KIND, record, tensors)
@@ -142,13 +160,17 @@ def _misfit(
 ) -> str:
     """What in a state that is meant for this session does not go with it; empty if nothing."""
     done, rows, layers = len(record["losses"]), tensors.get("rows.fact", torch.empty(0)).numel(), set(shapes)
-    if not 0 < done <= facts or len(record["failures"]) != done:
+    if not 0 < done <= facts or {len(record["failures"]), len(record["leads"])} != {done}:
         return f"{done} losses of {facts} facts"
     points = [h["edits"] for h in record["curve"]]
     if points[-1:] != [done] or any({*h[name]} != layers for h in record["curve"] for name in ("norm", "condition")):
         return "a curve of other layers or facts"
     forms = {f"W.{name}": [d, p] for name, (d, p) in shapes.items()}
-    forms |= {f"V.{name}": [d, rows] for name, (d, _) in shapes.items()}
+    if not 0 <= record["summed"] <= done:
+        return "sums over other facts"
+    for name, (d, p) in shapes.items():
+        forms |= {f"K.{name}": [p, rows], f"V.{name}": [d, rows]}
+        forms |= {f"P.{name}": [p, p], f"Q.{name}": [d, p]} if record["summed"] else {}
     forms |= {f"carried.{name}": [*shape] for name, shape in carried.items()}
     for name in (*BY_ROW, *(f.name for f in fields(Batch))):
         forms[f"rows.{name}"] = [rows, *tensors.get(f"rows.{name}", torch.empty(0)).shape[1:]]

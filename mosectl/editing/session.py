@@ -100,7 +100,7 @@ class Session:
             layers.keep()
             losses += done.loss_before[: len(batch)].tolist()
             self.curve.append((len(losses), now))
-            layers.earlier.add(len(batch), contexts, layers.W)
+            layers.earlier.add(contexts, done.margin_before[: len(batch)].tolist(), layers.W)
             layers.earlier.edited_again(again, done.margin_before[len(batch) :].tolist(), layers.W)
             if kept and size < len(facts):
                 with clock("keep"):
@@ -122,17 +122,14 @@ class Session:
     def state(self, losses: Sequence[float]) -> State:
         """What it takes to go on from here."""
         layers, earlier = self.layers, self.layers.earlier
-        assert earlier.contexts is not None
         turns = {name: turns.tensors() for name, turns in layers.turns.items()}
-        values, carried = dict(earlier.values), dict(layers.carried)
-        return State(dict(layers.W), turns, earlier.contexts, values, earlier.failures, self.curve, losses, carried)
+        return State(dict(layers.W), turns, earlier.kept(), self.curve, losses, dict(layers.carried))
 
     def take(self, state: State) -> list[float]:
         """Go on from a state; returns the losses of the facts it has edited."""
         layers = self.layers
         layers.resume(state.W, state.turns, state.carried)
-        values = {name: V.to(layers.W[name]) for name, V in state.values.items()}
-        layers.earlier.take(state.contexts.to(input_device(self.loaded.model)), values, state.failures)
+        layers.earlier.take(state.earlier, input_device(self.loaded.model), layers.W)
         self.curve = list(state.curve)
         return list(state.losses)
 

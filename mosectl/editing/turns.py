@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from mosectl.editing.low_rank import Gram
-from mosectl.editing.methods.base import Columns, Turner, TurnProblem
+from mosectl.editing.methods.base import Columns, Still, Turner, TurnProblem
 from mosectl.linalg.metric import root_of
 from mosectl.linalg.rotation import Compact, times
 
 Rotation = Tensor | Compact
 Pair = tuple[Compact, Compact]
+Sums = tuple[Tensor, Tensor]
 SIDES = ("left", "right")
 
 
@@ -26,25 +27,44 @@ class LayerTurns:
         self.right: Rotation | None = None
         self.begun = W0  # (d, p) as the present batch found it
         self.pair: Pair | None = None  # of the present batch
-        self.root: Tensor | None = None  # (p, p) factor of C, raised: what every solve needs and none changes
+        self.root: Tensor | None = None  # (p, p) factor of C, raised: what every batch needs and none changes
         self.gram: Gram | None = None  # W₀ W₀ᵀ
+        self.still: Still | None = None  # of the present batch, from its first solve on
 
     def solve(
-        self, solver: Turner, C: dict[str, Tensor], columns: Columns, earlier: Columns | None, keep: float,
+        self, solver: Turner, C: dict[str, Tensor], columns: Columns, earlier: Sums | None, keep: float,
         options: Mapping[str, float],
     ) -> Tensor:  # fmt: skip
         """The weight (d, p) that the present batch's facts ask for, sought anew from where the batch began.
 
         Args:
             C: (p, p) second moments by module path: ours is taken out, its factor is kept instead.
+            earlier: of earlier edits Σ w k kᵀ (p, p) and Σ w v kᵀ (d, p), v being what the layer wrote when they were made.
         """
         if self.root is None or self.gram is None:
             self.root = root_of(C.pop(self.name).to(self.W0.device), options["damping"])
             self.gram = Gram.of(self.W0)
+        self.still = self.still or self._still(self.root, options["preserve"], earlier)
         gram = Gram(self.gram.root, self.left)
-        problem = TurnProblem(self.begun, self.W0, self.root, gram, columns, earlier, options, self.name, keep)
-        self.pair = solver.turns(problem)
+        self.pair = solver.turns(TurnProblem(self.begun, self.still, gram, columns, options, self.name, keep))
         return self.turned()
+
+    def _still(self, root: Tensor, preserve: float, earlier: Sums | None) -> Still:
+        """Ordinary text λ‖(X − W₀)C½‖² and earlier edits Σ w‖X k − v‖² as one square, and factorised once a batch: what a
+        round takes does not grow with the number of edits.
+        """
+        if earlier is None:
+            S, scale, T = root, preserve, self.W0
+        else:
+            P, Q = (x.to(self.W0.device) for x in earlier)
+            A = (root @ root.T).mul_(preserve).add_(P.to(root))
+            S, scale = torch.linalg.cholesky(A), 1.0
+            T = self.W0 + torch.cholesky_solve((Q - self.W0 @ P).T.to(S), S).T.to(self.W0)
+        if T is self.begun:
+            return Still(S, scale, T)
+        missing = T - self.begun
+        weighed = (S @ (S.T @ missing.T.to(S))).to(missing).mul_(scale)
+        return Still(S, scale, T, missing, weighed)
 
     def turned(self) -> Tensor:
         """W (d, p) with the present batch's rotations."""
@@ -63,7 +83,7 @@ class LayerTurns:
 
     def take(self, left: Rotation | None, right: Rotation | None) -> Tensor:
         """These are the rotations of all batches; returns W (d, p)."""
-        self.left, self.right, self.pair = left, right, None
+        self.left, self.right, self.pair, self.still = left, right, None, None
         W = self.W0
         if left is not None:
             W = left.left(W) if isinstance(left, Compact) else left @ W

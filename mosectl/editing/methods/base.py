@@ -107,15 +107,24 @@ class Columns:
 
 
 @dataclass(frozen=True)
+class Still:
+    """What must keep still, ordinary text and earlier edits, as one square: ‖(X − T) B½‖² with B = ``scale``·S Sᵀ."""
+
+    S: Tensor  # (p, p) lower triangular
+    scale: float
+    T: Tensor  # (d, p) what serves it best: W₀ where nothing was edited before
+    missing: Tensor | None = None  # (d, p) T − W of the weight W that a batch begins with; None: nothing
+    weighed: Tensor | None = None  # (p, d) B (T − W)ᵀ
+
+
+@dataclass(frozen=True)
 class TurnProblem:
     """One layer's part of a batch for a method that seeks compact rotations: nothing of it is (p, p) but a factor."""
 
     W: Tensor  # (d, p) float64, the weight before this batch
-    W0: Tensor  # (d, p) the weight before any edit of this run
-    root: Tensor  # (p, p) lower triangular S, S Sᵀ being the keys' second moment, raised
+    still: Still
     gram: Gram  # W Wᵀ
     facts: Columns
-    earlier: Columns | None  # of earlier edits, which must keep still: V is what the layer wrote when they were made
     options: Mapping[str, float] = field(default_factory=dict)
     name: str = ""  # the layer's module path
     keep: float = 1.0  # scales what must keep still

@@ -46,18 +46,17 @@ class Isospectral(Turner):
     }
 
     def turns(self, problem: TurnProblem) -> tuple[Compact, Compact]:
-        """With F = (V − W₀K)w½ and N = K w½ over new and earlier facts, T − W = F (A⁻¹N)ᵀ − (W − W₀)."""
-        o, keep = problem.options, problem.keep
-        columns = [(problem.facts, 1.0), *([(problem.earlier, keep)] if problem.earlier else [])]
-        scaled = [(c, (c.weight * scale).sqrt()) for c, scale in columns]
-        N = torch.cat([c.K * root for c, root in scaled], 1)
-        F = torch.cat([(c.V - problem.W0 @ c.K) * root for c, root in scaled], 1)
-        A = Metric.of(problem.root, o["preserve"] * keep, N)
-        moved = None if problem.W is problem.W0 else problem.W0 - problem.W
-        most = o["rank"] or max(LEAST_RANK, problem.facts.K.shape[1])
-        L, R, _ = nearest_turns(
-            problem.W, Wanted(F, A.solve(N), moved), A, problem.gram, gain=o["rank_gain"], most=most
-        )
+        """With what must keep still as ‖(W' − T₀)B½‖², N = K w½ and F = (V − T₀K)w½: T − W = F (A⁻¹N)ᵀ + (T₀ − W)."""
+        o, keep, still, facts = problem.options, problem.keep, problem.still, problem.facts
+        root = facts.weight.sqrt()
+        N, F = facts.K * root, (facts.V - still.T @ facts.K) * root
+        A = Metric.of(still.S, still.scale * keep, N)
+        M, AM = still.missing, None
+        if M is not None and still.weighed is not None:
+            AM = torch.addmm(still.weighed, N, (M @ N).T, beta=keep)
+        most = o["rank"] or max(LEAST_RANK, facts.K.shape[1])
+        wanted = Wanted(F, A.solve(N), M, AM)
+        L, R, _ = nearest_turns(problem.W, wanted, A, problem.gram, gain=o["rank_gain"], most=most)
         return L, R
 
     def update(self, problem: LayerProblem) -> Tensor:
