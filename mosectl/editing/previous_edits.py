@@ -20,11 +20,9 @@ from mosectl.model.scoring import Rows, log_probabilities
 
 REHEARSED = 20  # earlier facts edited again with one batch, at most
 GIVEN_UP = 2  # failures after which a fact is not tried again
-LEAST, IN_TURN = (
-    64,
-    64,
-)  # facts asked with one batch whether they hold: that led by least when last asked, and the next ones
-RENEWED = 64  # facts whose keys are asked anew with one batch, in turn
+LEAST = 32  # of the facts asked with one batch whether they hold, those that led by least when asked last,
+IN_TURN = 32  # and those whose turn it is
+RENEWED = 16  # facts whose keys are asked anew with one batch, in turn
 ROWS = 256  # sequences run at once
 NOWHERE = 100.0  # nats by which a fact is behind whose loss is not finite
 
