@@ -90,7 +90,7 @@ def edit(
     """Compute a patch that makes ``model`` say each fact's new object. The model itself is left as it was.
 
     Args:
-        facts: a facts file, or facts, or dicts with the fields of one.
+        facts: a facts file, hf://datasets/user/repo, or facts, or dicts with the fields of one.
         model: a folder, a hub id, or a loaded causal language model with its ``tokenizer``.
         refuse: an edit that changed no answer is an error; False: it is returned like any other, for comparisons.
         on_error: facts and probes that are longer than the model can read: "fail", or "skip" them.

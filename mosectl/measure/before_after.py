@@ -17,14 +17,14 @@ from mosectl.checkpoints.base_tensors import BaseTensors
 from mosectl.checkpoints.journal import read_journal
 from mosectl.checkpoints.live import patched
 from mosectl.errors import Notice, UsageError
-from mosectl.hub.place import SCHEME, local
+from mosectl.hub.place import local
 from mosectl.model.architecture import disk_names, resolve
 from mosectl.model.loading import Loaded, load
 from mosectl.model.weights import exchanged, weights_of
 from mosectl.patch.file import Patch
 from mosectl.patch.record import PatchFact
 from mosectl.storage.checkpoint import open_checkpoint
-from mosectl.storage.hub import cached_model, looks_like_repo
+from mosectl.storage.hub import SCHEME, cached_model, looks_like_repo
 from mosectl.text.shown import word
 
 T = TypeVar("T")
