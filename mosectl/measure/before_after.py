@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,7 +39,7 @@ class Subject:
     name: str
     base: str | None  # where the answers from before the edit come from; None: there are none
     patches: tuple[str, ...]  # ids, in order
-    records: tuple[PatchFact, ...]  # what these patches recorded right after their edit
+    records: tuple[PatchFact, ...] = field(repr=False)  # what these patches recorded right after their edit
     corpora: tuple[str, ...]  # sha256 of the texts that served their edits as statistics
     chat: bool  # one of them was made with --chat
 
