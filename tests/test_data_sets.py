@@ -248,7 +248,9 @@ def test_a_data_set_of_tables(library: Any, world: World) -> None:
     assert len(world.facts("hf://datasets/me/x", "--limit", 3)) == 3
     assert not [path for method, path, _ in world.hub.asked if method == "GET" and "/data/train-00001" in path]
     file = "hf://datasets/me/x/data/train-00000-of-00002.parquet"
-    assert len(world.facts(file, "--limit", 15)) == 15, "a file of it by name"
+    named = world.facts(file, "--limit", 15)
+    assert len(named) == 15, "a file of it by name"
+    assert named[14]["source"] == f"hf://datasets/me/x@{sha}/data/train-00000-of-00002.parquet[14]"
 
 
 def test_columns_that_the_library_decodes(library: Any, world: World) -> None:
@@ -307,6 +309,7 @@ def test_splits_and_configurations(library: Any, world: World) -> None:
         ("many", 3, "more than 3 entries → read the first of them: --limit N"),
         ("long", 3, "data.parquet[4]: up to here the data set holds more than 0 MB"),
         ("cut", 3, "data.parquet: cannot be read as a table"),
+        ("elsewhere", 3, "hf://datasets/me/x@"),
         ("stale", 3, "holds no tables → name a file of it, hf://datasets/user/repo/FILE: data.parquet"),
     ],
 )
@@ -318,6 +321,11 @@ def test_what_can_go_wrong_with_a_data_set(case: str, code: int, message: str, l
         "packed": {"f.jsonl.gz": __import__("gzip").compress(jsonl(CAPITALS))},
         "no facts": {"data.parquet": parquet([{"text": "x", "label": 1}] * 2)},
     }.get(case, {"data.parquet": parquet(CAPITALS)})  # fmt: skip
+    if case == "elsewhere":
+        sha = world.put("other", {"f.jsonl": jsonl(CAPITALS)})
+        files["README.md"] = (
+            f"---\nconfigs:\n- config_name: default\n  data_files: hf://datasets/me/other@{sha}/f.jsonl\n---\n".encode()
+        )
     world.put("x", files)
     more: dict[str, str] = {}
     if case == "gated":
@@ -338,9 +346,10 @@ def test_what_can_go_wrong_with_a_data_set(case: str, code: int, message: str, l
         assert done.returncode == 3 and "2 entries cannot be used" in told and "data.parquet[1]" in told, told
     else:
         assert done.returncode == code and message in told, told
+        assert not any("/other/resolve" in path for _, path, _ in world.hub.asked)
 
 
-@pytest.mark.parametrize("stub", ["raise ImportError('datasets')", "__version__ = '4.4.0'"])
+@pytest.mark.parametrize("stub", ["raise ImportError('datasets')", "__version__ = '4.4.0'", ""])
 def test_without_the_library_the_extra_is_named(stub: str, world: World) -> None:
     (world.folder / "stub").mkdir()
     (world.folder / "stub" / "datasets.py").write_text(stub)

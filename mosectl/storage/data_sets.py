@@ -84,7 +84,7 @@ def fetched(place: DataSet, most: int) -> tuple[DataSet, Path | None]:
     """A file of a data set: the place at its commit, and the file in the Hub's cache, downloaded if need be.
 
     Args:
-        most: bytes; a larger file is not downloaded, and None stands for it.
+        most: bytes; a larger file is not downloaded, and None stands for it. With -1 none is.
     Raises:
         FactsError: no such data set, revision or file. HubError: gated, unauthorised, offline or unreachable.
     """
@@ -132,6 +132,7 @@ def files_of(place: DataSet) -> tuple[DataSet, tuple[DataSet, ...]]:
         UsageError: the library datasets is missing. HubError: gated, unauthorised, offline or unreachable.
     """
     if place.file:
+        place = fetched(place, -1)[0] if place.suffix == TABLE else place  # the others when they are read: to be cached
         return place, (place,)
     library = _library(place)
     from huggingface_hub import HfApi
@@ -144,7 +145,7 @@ def files_of(place: DataSet) -> tuple[DataSet, tuple[DataSet, ...]]:
         place = replace(place, revision=str(about.sha))
     names = [file.rfilename for file in about.siblings or ()]
     _refuse_script(place, names)
-    with _reading(place, names):
+    with _reading(place, _by_file(names)):
         address: dict[str, Any] = {"path": f"{PREFIX}{place.repo}", "revision": place.revision}
         configurations = [*map(str, library.get_dataset_config_names(**address))]
         configuration, split = _chosen_configuration(place, configurations)
@@ -156,7 +157,9 @@ def files_of(place: DataSet) -> tuple[DataSet, tuple[DataSet, ...]]:
     split = _chosen(place, split, [*found], "split", configuration if len(configurations) > 1 else "")
     part = f"{configuration}/{split}" if len(configurations) > 1 else split
     start = f"{PREFIX}{place.repo}@{place.revision}/"
-    files = [DataSet(place.repo, place.revision, file.removeprefix(start)) for file in map(str, found[split])]
+    if other := next((str(file) for file in found[split] if not str(file).startswith(start)), ""):
+        raise FactsError(f"names data that lie elsewhere: {other[:_LONGEST]}", where=str(place), fix=_by_file(names))
+    files = [DataSet(place.repo, place.revision, str(file).removeprefix(start)) for file in found[split]]
     if wrong := next((file for file in files if file.suffix not in (*TEXT, TABLE)), None):
         raise FactsError("is not .jsonl, .json, .csv, .tsv or .parquet", where=str(wrong), fix=_by_file(names))
     return replace(place, part=part), tuple(files)
@@ -208,7 +211,7 @@ def table_rows(place: DataSet) -> Iterator[dict[str, Any]]:
         as :func:`files_of`.
     """
     library = _library(place)
-    with _reading(place, [place.file]):
+    with _reading(place, "see that the file is whole and has the columns that it names"):
         how: dict[str, Any] = {"data_files": {"train": [str(place)]}, "split": "train", "streaming": True}
         table = library.load_dataset("parquet", **how)
         features = table.features or {}
@@ -237,15 +240,16 @@ def _library(place: DataSet) -> Any:
         import datasets
     except ImportError as e:
         raise UsageError("needs the library datasets, which is not installed", where=str(place), fix=fix) from e
-    if int(datasets.__version__.split(".")[0]) < 5:  # they take a folder here of the same name, and 3 runs scripts
-        what = f"needs the library datasets 5 or newer, here is {datasets.__version__}"
+    version = getattr(datasets, "__version__", "a folder of that name")
+    if not version[0].isdigit() or int(version.split(".")[0]) < 5:  # they take folders here for it, and 3 runs scripts
+        what = f"needs the library datasets 5 or newer, here is {version}"
         raise UsageError(what, where=str(place), fix=fix)
     return datasets
 
 
 @contextmanager
-def _reading(place: DataSet, names: Sequence[str]) -> Iterator[None]:
-    """The library's many exceptions as one clear error, and nothing of what it logs and draws.
+def _reading(place: DataSet, fix: str) -> Iterator[None]:
+    """The library's many exceptions as one clear error with the next step, and nothing of what it logs and draws.
 
     Raises:
         HubError, FactsError.
@@ -266,7 +270,7 @@ def _reading(place: DataSet, names: Sequence[str]) -> Iterator[None]:
                 if behind := _of_transport(e):
                     raise behind from e
                 first = (str(e).strip() or type(e).__name__).splitlines()[0]
-                raise FactsError(f"cannot be read as a table: {first}", where=str(place), fix=_by_file(names)) from e
+                raise FactsError(f"cannot be read as a table: {first}", where=str(place), fix=fix) from e
     finally:
         log.setLevel(level)
         if bars:
