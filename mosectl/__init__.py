@@ -27,13 +27,14 @@ if TYPE_CHECKING:
     from mosectl.measure.lm_harness import load_tasks as load_tasks
     from mosectl.model.loading import load as load
     from mosectl.patch.file import Patch as Patch
+    from mosectl.render.console import progress as progress
 
 _HOME = {
     "EditOptions": "editing.options", "EditResult": "editing.edit", "edit": "editing.edit", "MosectlError": "errors",
     "Fact": "facts.records", "read_facts": "facts.records", "inspect": "checkpoints.inspection", "ask": "checkpoints.live",
     "patched": "checkpoints.live", "load": "model.loading", "Patch": "patch.file", "apply": "checkpoints.apply",
     "revert": "checkpoints.apply", "Evaluation": "measure.evaluate", "evaluate_edit": "measure.evaluate",
-    "load_tasks": "measure.lm_harness",
+    "load_tasks": "measure.lm_harness", "progress": "render.console",
 }  # fmt: skip
 __all__ = ["__version__", *sorted(_HOME)]
 

@@ -20,7 +20,7 @@ from mosectl.model.readiness import loading_report, shapes_of, unmet
 from mosectl.storage.checkpoint import open_checkpoint
 from support.commands import EASY, run
 from support.facts import FACT
-from support.hub_server import serving
+from support.hub_server import call, serving
 from support.models import OWN, make_tokenizer, pico, save
 from support.patches import patch_for
 
@@ -217,22 +217,13 @@ def test_a_large_file_is_no_pointer(tmp_path: Path) -> None:
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[tuple[Any, Callable[..., Any]]]:
-    import os
-    import subprocess
-    import sys
 
     with serving() as (server, address):
         server.repos["me/model"] = {}
         folder = save(tmp_path / "model", "gemma2")
         server.commit("me/model", {p.name: p.read_bytes() for p in folder.iterdir()})
 
-        def call(*args: object, **env: str) -> Any:
-            own = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
-            own |= {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1", **env}
-            command = [sys.executable, "-m", "mosectl", *map(str, args)]
-            return subprocess.run(command, capture_output=True, text=True, env=own, timeout=120, cwd=tmp_path)
-
-        yield server, call
+        yield server, lambda *args, **env: call(env.pop("HF_ENDPOINT", address), tmp_path, *args, **env)
 
 
 def test_doctor_finds_a_model_where_the_others_find_it(hub: tuple[Any, Callable[..., Any]]) -> None:

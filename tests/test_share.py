@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +17,7 @@ from mosectl.hub.patches import pull, push, remote_record
 from mosectl.hub.place import FILE, place_of
 from mosectl.patch.file import Patch
 from mosectl.patch.record import PatchFact
-from support.hub_server import TOKEN, Hub, serving
+from support.hub_server import TOKEN, Hub, call, serving
 from support.models import save
 from support.patches import hashes, patch_for, patches_of
 
@@ -40,12 +37,7 @@ class World:
         self.patch.save(self.file)
 
     def run(self, *args: object, token: str | None = TOKEN, **env: str) -> Any:
-        own = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
-        own |= {"HF_ENDPOINT": self.address, "HF_HOME": str(self.folder / "hf"), "HF_HUB_DISABLE_XET": "1", **env}
-        if token:
-            own["HF_TOKEN"] = token
-        command = [sys.executable, "-m", "mosectl", *map(str, args)]
-        return subprocess.run(command, capture_output=True, text=True, env=own, timeout=120, cwd=self.folder)
+        return call(env.pop("HF_ENDPOINT", self.address), self.folder, *args, token=token, **env)
 
 
 @pytest.fixture

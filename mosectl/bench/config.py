@@ -21,7 +21,8 @@ from mosectl.facts.choices import choices
 from mosectl.facts.corpus import read_corpus
 from mosectl.facts.records import Fact, read_facts
 from mosectl.facts.shapes import Chosen
-from mosectl.hub.place import SCHEME
+from mosectl.storage.data_sets import data_set_of, is_data_set, origin
+from mosectl.storage.hub import SCHEME
 from mosectl.storage.safe_yaml import read_yaml
 
 ENTRIES = 1000  # of a list, at most
@@ -31,14 +32,17 @@ OTHERS = 200  # facts after the edited ones that are asked before and after
 
 @dataclass(frozen=True)
 class Dataset:
-    """A facts file; the first ``skip`` facts are left out, being those that settings were tuned on."""
+    """A facts file, or a data set on the Hub; the first ``skip`` facts are left out, being those that settings were tuned
+    on.
+    """
 
     name: str
-    path: Path
+    path: str | Path
     facts: tuple[Fact, ...]  # after those skipped
     skip: int
-    sha256: str
+    sha256: str  # of the file; of a data set: of its address at its commit
     read: Chosen  # what the file calls fields, where the configuration says so
+    limit: int | None  # entries that are read
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,7 @@ def _key(
         "mosectl": __version__, "model": model, "dtype": dtype, "facts": dataset.sha256, "skip": dataset.skip,
         "run": asdict(run), "options": {**options.to_record(), "corpus": bench.corpus_sha256, "editor": editor},
         "text": bench.text_sha256, **({"read": dataset.read} if dataset.read else {}),
+        **({"limit": dataset.limit} if dataset.limit else {}),
     }  # fmt: skip
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -165,7 +170,7 @@ def read_bench(path: str | Path, on_error: str = "fail") -> Bench:
     corpus, text = (_beside(path, top.get(name, str, None)) for name in ("corpus", "text"))
     statistics, held_out = _read_text(corpus, top, "corpus"), _read_text(text, top, "text") if text else None
     runs = tuple(_run(t) for t in top.tables("runs", required=("edits",), optional=("batch_size",)))
-    tables = top.tables("datasets", required=("facts",), optional=("name", "skip", "read"))
+    tables = top.tables("datasets", required=("facts",), optional=("name", "skip", "read", "limit"))
     datasets = tuple(_dataset(t, path, on_error, runs) for t in tables)
     methods = tuple(
         _method(t, path, top, corpus)
@@ -254,18 +259,31 @@ def _run(table: _Table) -> RunKind:
 
 
 def _dataset(table: _Table, path: Path, on_error: str, runs: tuple[RunKind, ...]) -> Dataset:
-    file = path.parent / table.get("facts", str, "")
-    name, skip = table.get("name", str, file.stem), table.get("skip", int, 0)
+    given = table.get("facts", str, "")
+    file = given if is_data_set(given) else path.parent / given
+    name, skip, limit = table.get("name", str, _name(given)), table.get("skip", int, 0), table.get("limit", int, None)
     try:
         read = choices(table.items("read", str, []), "read:")
     except UsageError as e:
         raise table.bad(e.what, e.fix, "read") from e
-    facts = read_facts(file, on_error, read=read).facts
+    if limit == 0:
+        raise table.bad("0 is too few", "read at least one entry", "limit")
+    facts = read_facts(file, on_error, limit, read).facts
     needed = max(r.edits for r in runs)
     if len(facts) < skip + needed:
         what = f"{file} holds {len(facts)} usable facts; {skip} are skipped and a run edits {needed}"
         raise table.bad(what, "give more facts, a smaller skip or fewer edits")
-    return Dataset(name, file, facts[skip:], skip, hashlib.sha256(file.read_bytes()).hexdigest(), read)
+    origins = "\n".join(dict.fromkeys(origin(fact.source) for fact in facts))
+    content = file.read_bytes() if isinstance(file, Path) else origins.encode()
+    return Dataset(name, file, facts[skip:], skip, hashlib.sha256(content).hexdigest(), read, limit)
+
+
+def _name(facts: str) -> str:
+    """What a dataset is called where the configuration does not say."""
+    if not is_data_set(facts):
+        return Path(facts).stem
+    place = data_set_of(facts)
+    return Path(place.file).stem or place.repo.rpartition("/")[2]
 
 
 def _method(table: _Table, path: Path, top: _Table, corpus: str | None) -> BenchMethod:

@@ -49,11 +49,11 @@ def check(
     if found.skipped or not found.facts:
         raise FactsError(
             f"{counted(found.skipped, 'entry', 'entries')} cannot be used" if found.skipped else "holds no usable fact",
-            where=str(shown(Path(facts))), fix="mend them, or edit with --on-error skip",
+            where=shown(facts), fix="mend them, or edit with --on-error skip",
         )  # fmt: skip
     if unreadable:
         what, fix = f"{unreadable} prompts cannot be read by this model", "shorten them, or edit with --on-error skip"
-        raise FactsError(what, where=str(shown(Path(facts))), fix=fix)
+        raise FactsError(what, where=shown(facts), fix=fix)
 
 
 def doctor(

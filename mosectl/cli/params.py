@@ -65,7 +65,7 @@ def file_option(option: str = "-o") -> dict[str, Any]:
 
 
 FILE = file_option()
-FACTS = "Facts file: .jsonl, .json or .csv; - for standard input."
+FACTS = "Facts file: .jsonl, .json or .csv; - for standard input; or hf://datasets/user/repo."
 
 
 def named(phase: str, on_step: Any) -> Any:

@@ -113,8 +113,9 @@ def revert(
     folder, patch = (what, str(patch)) if model is None else (model, what)
     wanted: Any = patch
     if Path(patch).exists() or not _looks_like_id(patch):
-        from mosectl.hub.place import SCHEME, local
+        from mosectl.hub.place import local
         from mosectl.patch.file import Patch
+        from mosectl.storage.hub import SCHEME
 
         if not Path(patch).is_file() and not patch.startswith(SCHEME):
             fix = "check the path, or give 6 or more digits of an applied patch's id (mosectl log DIR has them)"

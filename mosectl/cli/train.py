@@ -33,7 +33,12 @@ if TYPE_CHECKING:
 
 
 NETWORK, TRAINING = "The network", "Its training"
-Facts = Annotated[str, typer.Argument(help="Facts to train on, hundreds or thousands; not those to be edited.")]
+Facts = Annotated[
+    str,
+    typer.Argument(
+        help="Facts to train on, hundreds or thousands, of a file or hf://datasets/user/repo; not those to be edited."
+    ),
+]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Editor file to write.", **FILE)]
 Method = Annotated[
     str, typer.Option(help="horse, or malmen: the same without the orthogonal spread.", rich_help_panel=NETWORK)

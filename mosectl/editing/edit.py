@@ -12,7 +12,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ from mosectl.patch.change import Change, changed
 from mosectl.patch.file import Patch
 from mosectl.patch.finite import all_zeros, check_weight
 from mosectl.storage.progress import Clock, OnStep
+from mosectl.text import notebook
 
 
 @dataclass(frozen=True)
@@ -58,19 +59,25 @@ class EditResult:
     """The patch, and everything measured while it was made."""
 
     patch: Patch
-    facts: tuple[FactResult, ...]
+    facts: tuple[FactResult, ...] = field(repr=False)
     scores: Scores
-    stability: tuple[Stability, ...]  # the changed W against W, both in float32
+    stability: tuple[Stability, ...] = field(repr=False)  # the changed W against W, both in float32
     layers: tuple[LayerScore, ...]
     stopped: str  # why the guard ended the run early; empty otherwise
     corpus_tokens: int
     seconds: dict[str, float]  # by phase
-    interviews: tuple[Interview, Interview]  # before and after
-    curve: tuple[tuple[int, Health], ...]  # (facts edited so far, health) after each batch that was kept; the base at 0
+    interviews: tuple[Interview, Interview] = field(repr=False)  # before and after
+    # (Facts edited so far, health) after each batch that was kept; the base at 0.
+    curve: tuple[tuple[int, Health], ...] = field(repr=False)
     remedy: str  # what may help where facts were not reached
-    shares: tuple[Share, ...] = ()  # the scores and those of groups of prompts, compared strictly and as QA does
+    # The scores and those of groups of prompts, compared strictly and as QA does.
+    shares: tuple[Share, ...] = field(default=(), repr=False)
     next_tokens: tuple[NextToken, ...] = ()  # how far what comes next moved: at locality prompts, in ordinary text
-    probes: tuple[ProbeAnswer, ...] = ()  # every rephrasing and locality prompt, answered before and after
+    # Every rephrasing and locality prompt, answered before and after.
+    probes: tuple[ProbeAnswer, ...] = field(default=(), repr=False)
+
+    def _repr_html_(self) -> str:
+        return notebook.shown(self)
 
 
 def edit(
@@ -90,7 +97,7 @@ def edit(
     """Compute a patch that makes ``model`` say each fact's new object. The model itself is left as it was.
 
     Args:
-        facts: a facts file, or facts, or dicts with the fields of one.
+        facts: a facts file, hf://datasets/user/repo, or facts, or dicts with the fields of one.
         model: a folder, a hub id, or a loaded causal language model with its ``tokenizer``.
         refuse: an edit that changed no answer is an error; False: it is returned like any other, for comparisons.
         on_error: facts and probes that are longer than the model can read: "fail", or "skip" them.

@@ -27,6 +27,7 @@ from mosectl.patch.change import Change
 from mosectl.patch.file import Patch
 from mosectl.patch.fingerprint import fingerprint
 from mosectl.patch.record import BaseTensor, PatchFact
+from mosectl.storage.data_sets import origin
 
 
 @dataclass(frozen=True)
@@ -95,17 +96,18 @@ def patch_of(
     import transformers
 
     edited = [p for p in arch.projections if p.name in changes]
+    used = [r for r in facts if r.status != "not edited"]
     journal = read_journal(loaded.checkpoint.folder) if loaded.checkpoint else None
     return Patch(
         changes=changes,
         method=layers.solver.name,
         side=layers.side,
-        options=_options(loaded, edited, layers, corpus),
+        options={**_options(loaded, edited, layers, corpus), **_origins(used)},
         model=loaded.checkpoint.model if loaded.checkpoint else _model_name(loaded.model),
         revision=loaded.checkpoint.revision if loaded.checkpoint else None,
         model_type=arch.model_type,
         base=_bases(loaded, arch, edited),
-        facts=tuple(_patch_fact(r) for r in facts if r.status != "not edited"),
+        facts=tuple(map(_patch_fact, used)),
         metrics=metrics,
         seed=layers.options.seed,
         versions={
@@ -127,6 +129,13 @@ def _options(loaded: Loaded, edited: Sequence[Projection], layers: EditedLayers,
     for key in ("method", "seed"):  # these stand in the record itself
         del out[key]
     return out
+
+
+def _origins(facts: Sequence[FactResult]) -> dict[str, Any]:
+    """Which files of data sets on the Hub the facts come from, at which commits; nothing of files of this machine."""
+    found = dict.fromkeys(origin(r.fact.source) for r in facts)
+    named = [place for place in found if place]
+    return {"facts": named} if named else {}
 
 
 def _model_name(model: Any) -> str:

@@ -1,4 +1,5 @@
-"""Facts files to rows: .jsonl (one object a line), .json (a list, also as "facts" or "data" of an object), .csv and .tsv.
+"""Facts files to rows: .jsonl (one object a line), .json (a list, also as "facts" or "data" of an object), .csv and .tsv,
+on this disk or in a data set on the Hub, where there are .parquet files besides.
 
 Each row comes with its place, file:line or file[index]. A row that cannot be read is handed on as the FactsError it
 deserves, so that the caller may go on with the next.
@@ -12,52 +13,157 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from mosectl.errors import FactsError
 from mosectl.facts.messages import MAX_LINE, SAMPLE, WHOLE, bad, rename
 from mosectl.facts.shapes import Chosen, names_of, shape_of
 from mosectl.facts.shapes.own import REQUIRED, SEVERAL
+from mosectl.storage.data_sets import (
+    CONVERTED,
+    LINES,
+    TABLE,
+    DataSet,
+    data_set_of,
+    fetched,
+    files_of,
+    is_data_set,
+    opened_remote,
+    table_rows,
+)
 from mosectl.storage.inputs import MAX_JSON, MAX_VALUES, parse_json, read_bytes
 
 MAX_ENTRIES = 1_000_000
 STDIN = Path("-")
 FIX = "check the path; facts are .jsonl, .json or .csv"
+FIRST = "read the first of them: --limit N"
 WRAPPERS = ("facts", "data")
 
 
-def read_rows(path: Path, chosen: Chosen) -> Iterator[tuple[str, Any]]:
-    """Place and row of each entry of a facts file; the row is a FactsError where it cannot be read.
+def read_rows(path: str | Path, chosen: Chosen) -> tuple[str, Iterator[tuple[str, Any]]]:
+    """What a facts file is called in messages, and place and row of each entry; a row that cannot be read is a FactsError.
 
     Args:
+        path: "-" is standard input, hf://datasets/user/repo… a data set on the Hub; of tables and large files there rows
+            are read as they are asked for, and each row's place names the commit.
         chosen: what fields are called, as the user says; the columns of a table have to be there.
     Raises:
-        FactsError: the file as a whole cannot be read.
+        FactsError, UsageError, HubError: the file as a whole cannot be read; also by the rows.
     """
-    piped = path == STDIN
-    path = shown(path)
-    text = _text(path, _stdin() if piped else read_bytes(path, FactsError, FIX))
-    suffix, start = ".csv" if piped else path.suffix.lower(), text.lstrip()[:1]
-    if start not in ("[", "{") and suffix in (".csv", ".tsv"):
-        rows = _csv_rows(path, text, chosen)
-    elif start in ("[", "{") or suffix in (".jsonl", ".json"):
-        rows = _json_rows(path, text)
-    else:
-        raise bad(path, "not a facts file", "give .jsonl, .json or .csv (mosectl edit --help)")
+    if is_data_set(path):
+        place, files = files_of(data_set_of(str(path)))
+        room = _Room()
+        rows = chain.from_iterable(_of_hub(file, chosen, room) for file in files)
+        return str(place), _bounded(str(place), rows, FIRST)
+    path = Path(path)
+    data = _stdin() if path == STDIN else read_bytes(path, FactsError, FIX)
+    suffix = ".csv" if path == STDIN else path.suffix.lower()
+    return shown(path), _bounded(shown(path), _of_text(shown(path), data, suffix, chosen), "split it")
+
+
+def shown(path: str | Path) -> str:
+    """A facts file's name in messages."""
+    if is_data_set(path):
+        return str(path)
+    return "standard input" if Path(path) == STDIN else str(Path(path))
+
+
+def _bounded(name: str, rows: Iterator[tuple[str, Any]], fix: str) -> Iterator[tuple[str, Any]]:
     for number, row in enumerate(rows):
         if number == MAX_ENTRIES:
-            raise bad(path, f"more than {MAX_ENTRIES:,} entries", "split it")
+            raise bad(name, f"more than {MAX_ENTRIES:,} entries", fix)
         yield row
 
 
-def shown(path: Path) -> Path:
-    """A facts file's name in messages."""
-    return Path("standard input") if path == STDIN else path
+def _of_text(name: str, data: bytes, suffix: str, chosen: Chosen) -> Iterator[tuple[str, Any]]:
+    """The entries of a text file; a suffix that is none of ours counts where the text begins as JSON does."""
+    text = _text(name, data)
+    start = text.lstrip()[:1]
+    if start not in ("[", "{") and suffix in (".csv", ".tsv"):
+        return _csv_rows(name, text, chosen)
+    if start in ("[", "{") or suffix in (".jsonl", ".json"):
+        return _json_rows(name, text, suffix)
+    raise bad(name, "not a facts file", "give .jsonl, .json or .csv (mosectl edit --help)")
 
 
-def _text(path: Path, data: bytes) -> str:
+# Data sets on the Hub.
+
+
+class _Room:
+    """How much more of a data set is read."""
+
+    def __init__(self) -> None:
+        self.left = MAX_JSON
+
+    def take(self, size: int, where: str) -> None:
+        self.left -= size
+        if self.left < 0:
+            raise bad(where, f"up to here the data set holds more than {MAX_JSON / 1e6:.0f} MB", FIRST)
+
+
+def _of_hub(file: DataSet, chosen: Chosen, room: _Room) -> Iterator[tuple[str, Any]]:
+    """The entries of one file of a data set: those of a large one as they are asked for."""
+    if file.suffix == TABLE:
+        yield from _table_rows(str(file), table_rows(file), room)
+        return
+    place, path = fetched(file, MAX_JSON)
+    if path is not None:
+        data = read_bytes(path, FactsError, FIX)
+        room.take(len(data), str(place))
+        yield from _of_text(str(place), data, place.suffix, chosen)
+    elif place.suffix == LINES:
+        with opened_remote(place) as lines:
+            yield from _streamed(str(place), lines, room)
+    else:
+        fix = f"the Hub's own conversion, if there is one, is read row by row: {DataSet(place.repo, CONVERTED)}"
+        raise bad(place, f"has more than {MAX_JSON:,} bytes", fix)
+
+
+def _streamed(name: str, lines: BinaryIO, room: _Room) -> Iterator[tuple[str, Any]]:
+    """One JSON object a line, of a file that is too large to be read whole."""
+    number = 0
+    while raw := lines.readline(4 * MAX_LINE):
+        number += 1
+        where = f"{name}:{number}"
+        room.take(len(raw), where)
+        if len(raw) == 4 * MAX_LINE:
+            raise bad(where, f"a line of more than {MAX_LINE:,} characters", f"keep it under {MAX_LINE:,}")
+        try:
+            line = raw.decode("utf-8").strip().lstrip("\ufeff")
+        except UnicodeDecodeError as e:
+            yield where, bad(where, f"is not UTF-8 text (byte {e.start})", "save it as UTF-8")
+            continue
+        if line:
+            yield where, _line(line, where)
+
+
+def _table_rows(name: str, rows: Iterator[Mapping[str, Any]], room: _Room) -> Iterator[tuple[str, Any]]:
+    """Rows of a table as the JSON objects that they are, by the same rules; dates become texts, bytes null."""
+    for number, row in enumerate(rows):
+        where = f"{name}[{number}]"
+        try:
+            line = json.dumps(row, ensure_ascii=False, default=lambda v: None if isinstance(v, bytes) else str(v))
+        except (RecursionError, ValueError, TypeError) as e:
+            yield where, bad(where, f"not a row that JSON could hold: {e}", "leave it out")
+            continue
+        room.take(len(line), where)
+        yield where, _line(line, where)
+
+
+def _line(line: str, where: str, unfinished: str = "") -> Any:
+    """The value of one line, or the FactsError it deserves."""
+    if len(line) >= MAX_LINE:
+        return bad(where, f"a line of {len(line):,} characters", f"keep it under {MAX_LINE:,}")
+    return _strict(line, where, "put one JSON object on each line", unfinished)
+
+
+# Text.
+
+
+def _text(path: str, data: bytes) -> str:
     _refuse_binary(path, data)
     bom = 3 * data.startswith(b"\xef\xbb\xbf")
     try:
@@ -80,7 +186,7 @@ def _stdin() -> bytes:
     return data
 
 
-def _refuse_binary(path: Path, data: bytes) -> None:
+def _refuse_binary(path: str, data: bytes) -> None:
     if data[8:10] == b'{"' and data[5:8] == b"\0\0\0":  # the length of a safetensors header
         raise bad(path, "is a safetensors file, such as a patch, not facts", "give .jsonl, .json or .csv")
     # JSON and CSV begin with an ASCII character: every other byte is then 0 in UTF-16, with or without a mark.
@@ -99,7 +205,7 @@ _LENIENT = json.JSONDecoder(parse_int=str, parse_float=str)
 _SPACE, _SOLID = re.compile(r"[ \t\n\r]*"), re.compile(r"\S")
 
 
-def _json_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+def _json_rows(path: str, text: str, suffix: str) -> Iterator[tuple[str, Any]]:
     start = _behind_space(text, 0)
     listed = text[start] == "["
     rest = "lines"  # what stands behind the first value
@@ -107,7 +213,7 @@ def _json_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
         try:
             end = _LENIENT.raw_decode(text, start)[1]
             rest = text[end:].strip()
-            if listed and rest and path.suffix.lower() != ".jsonl":
+            if listed and rest and suffix != ".jsonl":
                 raise json.JSONDecodeError("Extra data", text, _behind_space(text, end))
         except RecursionError as e:
             if listed:
@@ -120,21 +226,17 @@ def _json_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
     return _lines(path, text) if rest else _document(path, text, start)
 
 
-def _lines(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+def _lines(path: str, text: str) -> Iterator[tuple[str, Any]]:
     """One JSON value a line. Only a line feed ends a line: U+2028 and the like may stand in a JSON string."""
     at, number = 0, 1
     while found := _SOLID.search(text, at):
         number += text.count("\n", at, found.start())
         at = end if (end := text.find("\n", found.start())) >= 0 else len(text)
         where, line = f"{path}:{number}", text[found.start() : at].strip().lstrip("\ufeff")
-        if len(line) >= MAX_LINE:
-            yield where, bad(where, f"a line of {len(line):,} characters", f"keep it under {MAX_LINE:,}")
-        else:
-            last = not _SOLID.search(text, at)
-            yield where, _strict(line, where, "put one JSON object on each line", CUT_OFF if last else "")
+        yield where, _line(line, where, "" if _SOLID.search(text, at) else CUT_OFF)
 
 
-def _document(path: Path, text: str, start: int) -> Iterator[tuple[str, Any]]:
+def _document(path: str, text: str, start: int) -> Iterator[tuple[str, Any]]:
     """A list of entries, an object that holds one under "facts" or "data", or one entry."""
     if text[start] == "{":
         found = [*_members(text, start)]
@@ -197,7 +299,7 @@ def _ends_within(text: str, e: json.JSONDecodeError) -> bool:
     return not re.search(r"[\s,:{}\[\]\"]", text[e.pos :].strip())
 
 
-def _csv_rows(path: Path, text: str, chosen: Chosen) -> Iterator[tuple[str, Any]]:
+def _csv_rows(path: str, text: str, chosen: Chosen) -> Iterator[tuple[str, Any]]:
     first = text.lstrip().split("\n", 1)[0]
     reader = csv.reader(_csv_lines(path, text), delimiter=max(",;\t", key=first.count), strict=True)
     header: list[str] | None = None
@@ -224,7 +326,7 @@ def _csv_rows(path: Path, text: str, chosen: Chosen) -> Iterator[tuple[str, Any]
             yield where, {k: _cell(k, v) for k, v in zip(header, cells, strict=False)}
 
 
-def _csv_lines(path: Path, text: str) -> Iterator[str]:
+def _csv_lines(path: str, text: str) -> Iterator[str]:
     for number, line in enumerate(io.StringIO(text, newline=""), 1):
         if len(line) > 10 * MAX_LINE:  # a reader takes cells by the million
             raise bad(f"{path}:{number}", f"a line of {len(line):,} characters", f"keep it under {MAX_LINE:,}")

@@ -22,7 +22,7 @@ from mosectl.errors import FactsError, UsageError
 from mosectl.facts.entries import MOST_UNKNOWN, Entry
 from mosectl.facts.messages import MAX_LINE as MAX_LINE
 from mosectl.facts.messages import SAMPLE, bad, kind, nearest, short, unused
-from mosectl.facts.readers import read_rows, shown
+from mosectl.facts.readers import read_rows
 from mosectl.facts.shapes import Chosen, shape_of
 from mosectl.facts.shapes.mquake import SINGLE_HOP
 from mosectl.facts.shapes.own import NAMES, OPTIONAL, OWN, PROBES
@@ -117,19 +117,20 @@ def read_facts(
     """Read and check a facts file.
 
     Args:
-        path: "-" is standard input.
+        path: "-" is standard input; hf://datasets/user/repo[@revision][/file][#split] a data set on the Hub.
         on_error: "fail" raises at the end of the check, "skip" leaves bad lines out, "report" returns them as problems.
         limit: take the first ``limit`` entries only; those behind are not checked. (An entry of MQuAKE is several facts.)
         read: what fields are called in this file (:func:`mosectl.facts.choices.choices`): for one of ours, theirs.
     Raises:
         FactsError: the file cannot be read; a line is wrong ("fail"); no usable fact is left ("fail", "skip").
-        UsageError: unknown ``on_error``, or a limit below 1.
+        UsageError: unknown ``on_error``, or a limit below 1. HubError: a data set is gated, or the Hub out of reach.
     """
     _check_how(on_error, limit)
-    file, path, chosen, seen = Path(path), shown(Path(path)), read or {}, _Seen()
+    chosen, seen = read or {}, _Seen()
     facts: dict[str, Fact] = {}  # by prompt
     entries = unusable = 0
-    for where, row in read_rows(file, chosen):
+    name, rows = read_rows(path, chosen)
+    for where, row in rows:
         entries += 1
         try:
             facts |= _new_ones(*_facts(row, where, seen, chosen), facts, seen)
@@ -138,19 +139,19 @@ def read_facts(
             unusable += 1
             if unusable > MAX_WRONG:
                 raise bad(
-                    path, f"more than {MAX_WRONG:,} entries are wrong: the last, {e.where}: {e.what}", e.fix
+                    name, f"more than {MAX_WRONG:,} entries are wrong: the last, {e.where}: {e.what}", e.fix
                 ) from e
         if entries == limit:
             break
     _leave_edited(facts, seen)
     if told := unused(seen.unknown, (*NAMES, *PROBES), sorted(OPTIONAL)):
-        seen.problems.append(Problem(str(path), *told, "warning"))
+        seen.problems.append(Problem(name, *told, "warning"))
     for (what, fix), n in seen.remarks.items():
-        seen.problems.append(Problem(str(path), f"{what} ({counted(n, 'time')})", fix, "warning"))
+        seen.problems.append(Problem(name, f"{what} ({counted(n, 'time')})", fix, "warning"))
     shapes = tuple(f"{counted(n, 'entry', 'entries')} read as {name}" for name, n in seen.shapes.items())
     report = FactsReport(tuple(facts.values()), tuple(seen.problems), unusable, shapes)
     if on_error != "report":
-        _check_usable(report, path, entries, skip=on_error == "skip")
+        _check_usable(report, name, entries, skip=on_error == "skip")
     return report
 
 
@@ -161,14 +162,14 @@ def _check_how(on_error: str, limit: int | None) -> None:
         raise UsageError(f"--limit {limit}: out of range", fix="give 1 or more")
 
 
-def _check_usable(report: FactsReport, path: Path, entries: int, *, skip: bool) -> None:
+def _check_usable(report: FactsReport, name: str, entries: int, *, skip: bool) -> None:
     if not entries:
-        raise bad(path, "holds no fact", SAMPLE)
+        raise bad(name, "holds no fact", SAMPLE)
     errors = [p for p in report.problems if p.severity == "error"]
     if errors and not skip:
-        raise _summary(path, errors, entries)
+        raise _summary(name, errors, entries)
     if not report.facts and skip:
-        raise bad(path, f"none of the {entries} entries is usable", f"run: mosectl check {word(path)}")
+        raise bad(name, f"none of the {entries} entries is usable", f"run: mosectl check {word(name)}")
 
 
 def one_fact(prompt: str, subject: str, target: str) -> FactsReport:
@@ -208,13 +209,13 @@ def as_facts(facts: str | Path | Sequence[Fact | Mapping[str, Any]], purpose: st
     return out
 
 
-def _summary(path: Path, errors: Sequence[Problem], entries: int) -> FactsError:
+def _summary(name: str, errors: Sequence[Problem], entries: int) -> FactsError:
     if len(errors) == 1:
         return bad(errors[0].where, errors[0].what, f"{errors[0].fix} (--on-error skip leaves the line out)")
     shown = "".join(f"\n  {p.where}: {p.what} → {p.fix}" for p in errors[:5])
     more = f"\n  … and {len(errors) - 5} more" if len(errors) > 5 else ""
-    fix = f"run: mosectl check {word(path)}   (--on-error skip leaves bad entries out)"
-    return bad(path, f"{len(errors)} of {entries} entries are wrong{shown}{more}", fix)
+    fix = f"run: mosectl check {word(name)}   (--on-error skip leaves bad entries out)"
+    return bad(name, f"{len(errors)} of {entries} entries are wrong{shown}{more}", fix)
 
 
 # Rows to facts.

@@ -11,11 +11,11 @@ from typing import Any
 
 from mosectl.errors import PatchError, UsageError
 from mosectl.hub.cards import card_of, editor_card
-from mosectl.hub.place import EDITOR_FILE, FILE, SCHEME, Place, is_repo, local, place_of
+from mosectl.hub.place import EDITOR_FILE, FILE, Place, local, place_of
 from mosectl.hypernetwork.file import Editor, is_editor
 from mosectl.patch.file import Patch
 from mosectl.patch.reader import described
-from mosectl.storage.hub import hub_errors, remote_header
+from mosectl.storage.hub import SCHEME, hub_errors, is_repo, remote_header
 from mosectl.storage.tensor_file import header_of
 from mosectl.text.table import Grid
 

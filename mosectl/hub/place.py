@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import re
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from mosectl.errors import PatchError, UsageError
-from mosectl.storage.hub import hub_errors
+from mosectl.storage.hub import PART, REVISION, SCHEME, hub_errors, is_repo
 
 FILE = "patch.safetensors"
 EDITOR_FILE = "editor.safetensors"
-SCHEME = "hf://"
-_PART = r"(?!\.\.?(?:/|$))[\w.-]+"  # of a path: not empty, "." or ".."
-_REVISION = rf"refs/[\w-]+/{_PART}|{_PART}(?:/{_PART})*?"
-_FILE = rf"{_PART}(?:/{_PART})*(?<=\.safetensors)"
-_PLACE = re.compile(rf"hf://({_PART}/{_PART})(?:@({_REVISION}))?(?:/({_FILE}))?", re.ASCII)
+_FILE = rf"{PART}(?:/{PART})*(?<=\.safetensors)"
+_PLACE = re.compile(rf"{SCHEME}({PART}/{PART})(?:@({REVISION}))?(?:/({_FILE}))?", re.ASCII)
 _LONGEST = 250  # characters of a place: neither a file system nor the Hub takes longer names
 
 
@@ -40,17 +36,6 @@ def place_of(text: str, file: str = FILE) -> Place:
         fix = "write hf://user/repo, hf://user/repo@revision, or either with /FILE.safetensors"
         raise UsageError(f"'{text[:_LONGEST]}' is no place on the Hub", fix=fix)
     return Place(found[1], found[2], found[3] or file)
-
-
-def is_repo(name: str) -> bool:
-    """Is this user/name, as the Hub allows it?"""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-
-    with suppress(HFValidationError):
-        validate_repo_id(name)
-        return name.count("/") == 1
-    return False
 
 
 def local(path: str | Path, file: str = FILE) -> Path:

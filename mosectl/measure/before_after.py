@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,14 +17,14 @@ from mosectl.checkpoints.base_tensors import BaseTensors
 from mosectl.checkpoints.journal import read_journal
 from mosectl.checkpoints.live import patched
 from mosectl.errors import Notice, UsageError
-from mosectl.hub.place import SCHEME, local
+from mosectl.hub.place import local
 from mosectl.model.architecture import disk_names, resolve
 from mosectl.model.loading import Loaded, load
 from mosectl.model.weights import exchanged, weights_of
 from mosectl.patch.file import Patch
 from mosectl.patch.record import PatchFact
 from mosectl.storage.checkpoint import open_checkpoint
-from mosectl.storage.hub import cached_model, looks_like_repo
+from mosectl.storage.hub import SCHEME, cached_model, looks_like_repo
 from mosectl.text.shown import word
 
 T = TypeVar("T")
@@ -39,7 +39,7 @@ class Subject:
     name: str
     base: str | None  # where the answers from before the edit come from; None: there are none
     patches: tuple[str, ...]  # ids, in order
-    records: tuple[PatchFact, ...]  # what these patches recorded right after their edit
+    records: tuple[PatchFact, ...] = field(repr=False)  # what these patches recorded right after their edit
     corpora: tuple[str, ...]  # sha256 of the texts that served their edits as statistics
     chat: bool  # one of them was made with --chat
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from mosectl.model.questions import MAX_NEW_TOKENS
 from mosectl.model.scoring import encode_pairs, paired, score
 from mosectl.patch.record import PatchFact
 from mosectl.storage.progress import OnStep
+from mosectl.text import notebook
 from mosectl.text.table import csv_bytes
 
 BINS = 20
@@ -86,16 +87,20 @@ class Evaluation:
     """Everything measured; ``notes`` say what a reader must know to read the numbers right."""
 
     subject: Subject
-    metrics: tuple[Metric, ...]
+    metrics: tuple[Metric, ...] = field(repr=False)
     texts: tuple[TextMetric, ...]
     abilities: tuple[Ability, ...]  # empty where none were asked for
     retention: tuple[Bin, ...]
-    facts: tuple[EvaluatedFact, ...]
+    facts: tuple[EvaluatedFact, ...] = field(repr=False)
     notes: tuple[str, ...]
     settings: dict[str, Any]
     seconds: float
     next_tokens: tuple[NextToken, ...] = ()  # how far what comes next moved; empty without a model from before
-    probes: tuple[ProbeAnswer, ...] = ()  # every rephrasing, locality and portability prompt that counts
+    # Every rephrasing, locality and portability prompt that counts.
+    probes: tuple[ProbeAnswer, ...] = field(default=(), repr=False)
+
+    def _repr_html_(self) -> str:
+        return notebook.shown(self)
 
     def metric(self, protocol: str, name: str, group: str = "") -> Metric | None:
         """One of the metrics, None where it was not asked for; of all prompts, or of a group."""

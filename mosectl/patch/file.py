@@ -21,6 +21,7 @@ from mosectl.patch.record import FORMAT, KEY, BaseTensor, PatchFact
 from mosectl.storage.atomic import write_tensors
 from mosectl.storage.inputs import MAX_JSON, opened
 from mosectl.storage.tensor_file import MAX_TENSORS
+from mosectl.text import notebook
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,9 @@ class Patch:
     def tensors(self) -> dict[str, Tensor]:
         """Every factor under its name in the file, such as "model.layers.5.mlp.down_proj.R"."""
         return {f"{module}.{kind}": f for module, c in self.changes.items() for kind, f in c.factors.items()}
+
+    def _repr_html_(self) -> str:
+        return notebook.shown(self)
 
     def save(self, path: str | Path) -> None:
         """Write the patch atomically; the same patch gives the same bytes.

@@ -99,7 +99,7 @@ _OPTIONS = record(
         "merged": listed(lambda value: RECORD(value)),
         "corpus": optional(record({}, {"name": text, "sha256": text}, others=scalar)),
         "solver": mapping(scalar), "targets": mapping(scalar), "layers": listed(integer), "editor": optional(text),
-        "chat": flag, "dtype": text,
+        "chat": flag, "dtype": text, "facts": listed(text),
     },
     others=anything,
 )  # fmt: skip

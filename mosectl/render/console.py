@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from rich.cells import cell_len
@@ -33,12 +34,13 @@ LONGEST, DRAWN = 2_000, 200_000  # characters of a cell, and of a table, on a te
 
 
 def _out() -> Console:
-    return Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+    return Console(highlight=False, soft_wrap=True, markup=False, emoji=False, force_jupyter=False)
 
 
 def _err() -> Console:
     # The stream of now: a bar must go on while others' noise on sys.stderr is being swallowed.
-    return Console(file=sys.stderr, stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
+    plain: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False, "force_jupyter": False}
+    return Console(file=sys.stderr, stderr=True, soft_wrap=True, **plain)
 
 
 def _say(console: Console, *parts: tuple[str, str]) -> None:
@@ -155,44 +157,86 @@ def line(text: str) -> None:
 
 @contextmanager
 def progress(quiet: bool = False) -> Iterator[OnStep]:
-    """A bar with ETA for each phase on stderr; on a pipe one line a phase, and one a minute while it lasts."""
-    console = _err()
+    """A bar with ETA for each phase, on stderr or in a notebook; on a pipe a line for each, and one a minute while it lasts.
+
+    What it gives is the ``on_step`` of edits and evaluations. In Jupyter bars need ipywidgets; without it there are lines.
+    """
+    console, cell = _err(), _cell()
     if quiet:
         yield lambda phase, done, total: None
-    elif not console.is_terminal:
-        told: dict[str, float] = {}  # when each phase was last told of
-
-        def say(phase: str, done: int, total: int) -> None:
-            now = time.monotonic()
-            if phase not in told:
-                told[phase] = now
-                _say(console, (f"{phase} …", ""))
-            elif total > 1 and now - max(told.values()) >= 60:
-                told[phase] = now
-                _say(console, (f"{phase} {done}/{total}", ""))
-
-        yield say
+    elif cell:  # a thread of rich's own would draw into whatever cell runs when it comes to it
+        how: dict[str, Any] = {"auto_refresh": False, "redirect_stdout": False, "redirect_stderr": False}
+        with Progress(*_COLUMNS, TimeRemainingColumn(), console=cell, **how) as bar:
+            try:
+                yield _drawn(bar, _moved(bar, cell))
+            finally:
+                bar.refresh()
+    elif console.is_terminal:
+        with Progress(*_COLUMNS, TimeRemainingColumn(), console=console, transient=True) as bar:
+            yield _moved(bar, console)
     else:
-        columns = (
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("ETA"),
-        )
-        with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
-            tasks: dict[str, Any] = {}
+        yield _told(console)
 
-            def move(phase: str, done: int, total: int) -> None:
-                for other in bar.tasks:
-                    if other.id != tasks.get(phase) and other.stop_time is None:
-                        bar.stop_task(other.id)  # one phase at a time
-                if phase not in tasks:
-                    tasks[phase] = bar.add_task(f"{printable(phase, console.encoding):<12}", total=total)
-                _go_on(bar, tasks[phase])
-                bar.update(tasks[phase], completed=done, total=total)
 
-            yield move
+_COLUMNS = (
+    TextColumn("{task.description}", markup=False),
+    BarColumn(),
+    MofNCompleteColumn(),
+    TimeElapsedColumn(),
+    TextColumn("ETA"),
+)
+
+
+def _cell() -> Console | None:
+    """A notebook's cell, if there is one that can show a bar."""
+    console = Console(highlight=False, markup=False, emoji=False)
+    return console if console.is_jupyter and find_spec("ipywidgets") else None
+
+
+def _told(console: Console) -> OnStep:
+    """Lines."""
+    told: dict[str, float] = {}  # when each phase was last told of
+
+    def say(phase: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if phase not in told:
+            told[phase] = now
+            _say(console, (f"{phase} …", ""))
+        elif total > 1 and now - max(told.values()) >= 60:
+            told[phase] = now
+            _say(console, (f"{phase} {done}/{total}", ""))
+
+    return say
+
+
+def _moved(bar: Progress, console: Console) -> OnStep:
+    """Bars, one a phase."""
+    tasks: dict[str, Any] = {}
+
+    def move(phase: str, done: int, total: int) -> None:
+        for other in bar.tasks:
+            if other.id != tasks.get(phase) and other.stop_time is None:
+                bar.stop_task(other.id)  # one phase at a time
+        if phase not in tasks:
+            tasks[phase] = bar.add_task(f"{printable(phase, console.encoding):<12}", total=total)
+        _go_on(bar, tasks[phase])
+        bar.update(tasks[phase], completed=done, total=total)
+
+    return move
+
+
+def _drawn(bar: Progress, move: OnStep) -> OnStep:
+    """Bars that are drawn as they move, ten times a second at most."""
+    drawn = 0.0
+
+    def draw(phase: str, done: int, total: int) -> None:
+        nonlocal drawn
+        move(phase, done, total)
+        if time.monotonic() - drawn >= 0.1:
+            bar.refresh()
+            drawn = time.monotonic()
+
+    return draw
 
 
 def _go_on(bar: Progress, number: Any) -> None:

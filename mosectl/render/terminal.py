@@ -275,6 +275,8 @@ def _settings(options: Mapping[str, Any]) -> Iterator[str]:
             yield f"merged of {', '.join(str(p.get('id'))[:12] for p in value)}"
         elif isinstance(value, dict):
             yield from _settings(value) if name in ("solver", "targets") else [f"{name}={value.get('name')}"]
+        elif name == "facts" and isinstance(value, list):
+            yield f"{name}={' '.join(value)}"
         else:
             yield "{}={}".format(*of_today(name, value))
 

@@ -7,13 +7,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from mosectl.errors import HubError, ModelError, PatchError
+from mosectl.errors import FactsError, HubError, ModelError, PatchError
 from mosectl.storage.inputs import MAX_JSON
 
 # Weights as safetensors, and what loads them; no pickles, no code.
 _SMALL = ["*.json", "*.txt", "*.model", "*.jinja"]
 _WEIGHTS = ["*.safetensors"]
 _FIRST = 100_000  # bytes of a file asked for at first: most headers are shorter
+SCHEME = "hf://"
+PART = r"(?!\.\.?(?:/|$))[\w.-]+"  # of a path: not empty, "." or ".."
+REVISION = rf"refs/[\w-]+/{PART}|{PART}(?:/{PART})*?"
 
 
 def looks_like_repo(name: str) -> bool:
@@ -23,6 +26,17 @@ def looks_like_repo(name: str) -> bool:
         and not name.startswith(".")
         and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name, re.ASCII) is not None
     )
+
+
+def is_repo(name: str) -> bool:
+    """Is this user/name, as the Hub allows it?"""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    with suppress(HFValidationError):
+        validate_repo_id(name)
+        return name.count("/") == 1
+    return False
 
 
 def fetch_model(repo: str, revision: str | None = None, *, weights: bool = True) -> tuple[Path, str]:
@@ -101,7 +115,7 @@ def remote_header(repo: str, file: str, revision: str | None = None) -> tuple[by
 
 @contextmanager
 def hub_errors(repo: str, revision: str | None, kind: str = "model") -> Iterator[None]:
-    """The client's many exceptions as one clear error with the next step; ``kind`` is "model" or "patch"."""
+    """The client's many exceptions as one clear error with the next step; ``kind`` is "model", "patch" or "data set"."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -112,29 +126,35 @@ def hub_errors(repo: str, revision: str | None, kind: str = "model") -> Iterator
         RevisionNotFoundError,
     )
 
-    missing = ModelError if kind == "model" else PatchError
+    missing = {"model": ModelError, "patch": PatchError, "data set": FactsError}[kind]
+    page = f"datasets/{repo}" if kind == "data set" else repo
+    where = f"{SCHEME}{page}" if kind == "data set" else repo
     try:
         yield
     except GatedRepoError as e:
-        fix = f"accept its terms at https://huggingface.co/{repo} and run: hf auth login"
-        raise HubError(f"this {kind} is gated", where=repo, fix=fix) from e
+        fix = f"accept its terms at https://huggingface.co/{page} and run: hf auth login"
+        raise HubError(f"this {kind} is gated", where=where, fix=fix) from e
     except RevisionNotFoundError as e:
-        raise missing(f"no revision '{revision}'", where=repo, fix="check --revision") from e
+        fix = "check --revision" if kind == "model" else "check what stands behind the @"
+        raise missing(f"no revision '{revision}'", where=where, fix=fix) from e
     except (RepositoryNotFoundError, HFValidationError) as e:
         fix = f"check the name; a private {kind} needs: hf auth login"
-        here = (
-            "no such folder here and no such model on the Hub" if kind == "model" else "no such repository on the Hub"
-        )
-        raise missing(here, where=repo, fix=fix) from e
+        here = {
+            "model": "no such folder here and no such model on the Hub",
+            "patch": "no such repository on the Hub",
+            "data set": "no such data set on the Hub",
+        }[kind]
+        raise missing(here, where=where, fix=fix) from e
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as e:
         fix = f"check the name; for a file or folder its path; for a hub {kind} connect, and unset HF_HUB_OFFLINE"
-        raise HubError("not on this disk, not in the cache, and the Hub is out of reach", where=repo, fix=fix) from e
+        raise HubError("not on this disk, not in the cache, and the Hub is out of reach", where=where, fix=fix) from e
     except Exception as e:  # the client's transport (httpx, httpx2) has errors of its own
         if not isinstance(e, HfHubHTTPError | OSError) and not type(e).__module__.startswith("httpx"):
             raise
         status = getattr(getattr(e, "response", None), "status_code", None)
         if status in (401, 403):
-            fix = "run: hf auth login, with a token that may write there"
-            raise HubError(f"the Hub refuses ({status}): no right to do this", where=repo, fix=fix) from e
+            may = "read" if kind == "data set" else "write"
+            fix = f"run: hf auth login, with a token that may {may} there"
+            raise HubError(f"the Hub refuses ({status}): no right to do this", where=where, fix=fix) from e
         what = f"the Hub answers {status}" if status else "the Hub cannot be reached"
-        raise HubError(what, where=repo, fix="check the network and try again") from e
+        raise HubError(what, where=where, fix="check the network and try again") from e

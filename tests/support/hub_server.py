@@ -1,18 +1,43 @@
-"""A Hub on this machine: as much of its API as pushing and pulling a patch takes, for the real client (HF_ENDPOINT)."""
+"""A Hub on this machine, for the real client (HF_ENDPOINT): as much of its API as patches and data sets take.
+
+A data set stands among the repositories as "datasets/user/name".
+"""
 
 from __future__ import annotations
 
 import base64
 import hashlib
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 TOKEN = "hf_test"
+
+
+_REPO = "(?:datasets/)?[^/]+/[^/]+"
+
+
+def _name(kind: str, repo: str) -> str:
+    return f"datasets/{repo}" if kind == "datasets" else repo
+
+
+def _entries(files: dict[str, bytes], name: str) -> list[dict[str, Any]]:
+    """A file or a folder as the API lists it; nothing where there is neither."""
+    if name in files:
+        oid = hashlib.sha1(files[name]).hexdigest()
+        return [{"type": "file", "path": name, "size": len(files[name]), "oid": oid}]
+    if any(n.startswith(f"{name}/") for n in files):
+        return [{"type": "directory", "path": name, "size": 0, "oid": hashlib.sha1(name.encode()).hexdigest()}]
+    return []
 
 
 class Hub:
@@ -69,6 +94,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.body()
         self.hub.asked.append(("POST", self.path, dict(self.headers)))
+        if found := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/paths-info/(.+)", unquote(self.path)):
+            return self.paths_info(_name(found[1], found[2]), found[3], json.loads(body)["paths"])
         if self.path == "/api/validate-yaml":
             return self.answer(200, {"errors": [], "warnings": []})
         if not self.known():
@@ -118,58 +145,65 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.hub.asked.append((self.command, self.path, dict(self.headers)))
-        if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", self.path):
+        path = unquote(self.path.partition("?")[0])
+        if found := re.fullmatch(rf"/({_REPO})/resolve/([^/]+)/(.+)", path):
             return self.file(*found.groups())
-        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^?/]+).*", self.path):
-            if not self.may(found[1]):
-                return None
-            if (sha := self.hub.sha(found[1], found[2])) is None:
-                return self.refuse(404, "RevisionNotFound")
-            files = self.hub.repos[found[1]][sha].items()
-            return self.answer(
-                200,
-                [{"type": "file", "path": n, "size": len(b), "oid": hashlib.sha1(b).hexdigest()} for n, b in files],
-            )
-        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/([^?]+))?.*", self.path):
-            if not self.may(found[1]):
-                return None
-            sha = self.hub.sha(found[1], found[2] or "main")
-            if sha is None:
-                return self.refuse(404, "RevisionNotFound")
-            siblings = [{"rfilename": n} for n in self.hub.repos[found[1]][sha]]
-            return self.answer(
-                200,
-                {
-                    "id": found[1],
-                    "modelId": found[1],
-                    "sha": sha,
-                    "siblings": siblings,
-                    "private": False,
-                    "tags": [],
-                    "downloads": 0,
-                    "likes": 0,
-                },
-            )
+        if found := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/tree/([^/]+)(?:/(.+))?", path):
+            return self.tree(_name(found[1], found[2]), found[3], found[4])
+        if found := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/revision/(.+))?", path):
+            return self.about(_name(found[1], found[2]), found[3] or "main")
+        if found := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/auth-check", path):
+            return self.answer(200, {}) if self.may(_name(found[1], found[2]), "data") else None
         return self.answer(404, {"error": "not here"})
 
-    def may(self, repo: str) -> bool:
+    def paths_info(self, repo: str, revision: str, asked: list[str]) -> None:
+        if (files := self.files(repo, revision)) is not None:
+            self.answer(200, [entry for name in asked for entry in _entries(files, name)])
+
+    def tree(self, repo: str, revision: str, folder: str | None) -> None:
+        if (files := self.files(repo, revision)) is not None:
+            there = {n: b for n, b in files.items() if not folder or n.startswith(f"{folder}/")}
+            recursive = "recursive=true" in self.path.lower()
+            depth = folder.count("/") + 1 if folder else 0
+            names = {n if recursive else "/".join(n.split("/")[: depth + 1]) for n in there}
+            names |= {n.rpartition("/")[0] for n in there if recursive and "/" in n}
+            self.answer(200, [entry for name in sorted(names) for entry in _entries(files, name)])
+
+    def about(self, repo: str, revision: str) -> None:
+        if (files := self.files(repo, revision)) is not None:
+            about = {"id": repo.removeprefix("datasets/"), "sha": self.hub.sha(repo, revision), "private": False}
+            about |= {"gated": "auto" if repo in self.hub.gated else False}
+            about |= {"siblings": [{"rfilename": n} for n in files], "tags": [], "downloads": 0, "likes": 0}
+            self.answer(200, about | {"modelId": about["id"]})
+
+    def files(self, repo: str, revision: str, name: str = "") -> dict[str, bytes] | None:
+        """What a repository holds; None: it, or its file ``name``, was refused, and that is answered."""
+        if not self.may(repo, name):
+            return None
+        if (sha := self.hub.sha(repo, revision)) is None:
+            self.refuse(404, "RevisionNotFound")
+            return None
+        return self.hub.repos[repo][sha]
+
+    def may(self, repo: str, file: str = "") -> bool:
+        """Anyone may see what a gated data set is about and which files it has."""
+        open_to_all = repo.startswith("datasets/") and file in ("", "README.md")
         if repo not in self.hub.repos or (repo in self.hub.private and not self.known()):
             self.refuse(404, "RepoNotFound")
-        elif repo in self.hub.gated:
+        elif repo in self.hub.gated and not open_to_all:
             self.refuse(403, "GatedRepo")
         else:
             return True
         return False
 
     def file(self, repo: str, revision: str, name: str) -> None:
-        if not self.may(repo):
+        files = self.files(repo, revision, name)
+        if files is None:
             return
-        sha = self.hub.sha(repo, revision)
-        if sha is None:
-            return self.refuse(404, "RevisionNotFound")
-        if name not in self.hub.repos[repo][sha]:
+        if name not in files:
             return self.refuse(404, "EntryNotFound")
-        data = self.hub.tamper.get(name, self.hub.repos[repo][sha][name])
+        data = self.hub.tamper.get(name, files[name])
+        sha = str(self.hub.sha(repo, revision))
         headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X_Repo_Commit": sha, "Accept_Ranges": "bytes"}
         if part := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
             start, stop = int(part[1]), min(int(part[2] or len(data) - 1), len(data) - 1)
@@ -191,3 +225,21 @@ def serving() -> Iterator[tuple[Hub, str]]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+def call(
+    address: str, folder: Path, *args: object, token: str | None = None, code: str = "", **env: str
+) -> subprocess.CompletedProcess[str]:
+    """The command line in a process of its own, whose Hub is the one at ``address`` and whose cache lies in ``folder``.
+
+    Args:
+        code: Python to run in that process first.
+    """
+    own = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    own |= {"HF_ENDPOINT": address, "HF_HOME": str(folder / "hf"), "HF_HUB_DISABLE_XET": "1", **env}
+    own |= {"HF_UPDATE_DOWNLOAD_COUNTS": "0"}  # the library datasets would tell a host of its own
+    if token:
+        own["HF_TOKEN"] = token
+    start = ["-c", f"{code}\nfrom mosectl.cli.main import main; main()"] if code else ["-m", "mosectl"]
+    command = [sys.executable, *start, *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, env=own, timeout=120, cwd=folder)
