@@ -29,6 +29,7 @@ _POINT = {"edits": schema.integer, "loss": schema.number, "norm": _EACH, "condit
 RECORD = schema.record(
     {
         "belongs": schema.mapping(schema.text), "losses": schema.listed(schema.number),
+        "right_after": schema.listed(schema.text),
         "failures": schema.listed(schema.integer), "curve": schema.listed(schema.record(_POINT, others=schema.anything)),
     },
     others=schema.anything,
@@ -54,6 +55,7 @@ class State:
     failures: Sequence[int]  # of each fact
     curve: Sequence[tuple[int, Health]]  # facts edited so far, and health then
     losses: Sequence[float]  # of each fact right after its batch, nats a token
+    right_after: Sequence[str]  # the model's answer to each fact right after its batch
     carried: Mapping[str, Tensor] = field(default_factory=dict)  # what the method carries from batch to batch
 
 
@@ -100,6 +102,7 @@ class Progress:
             list(record["failures"]),
             [(h["edits"], Health(h["loss"], h["norm"], h["condition"])) for h in record["curve"]],
             [float(x) for x in record["losses"]],
+            list(record["right_after"]),
             {name: tensors[f"carried.{name}"] for name in carried},
         )
 
@@ -117,6 +120,7 @@ class Progress:
         record = {
             "belongs": dict(ours),
             "losses": list(state.losses),
+            "right_after": list(state.right_after),
             "failures": list(state.failures),
             "curve": [{"edits": n, **asdict(health)} for n, health in state.curve],
         }
@@ -142,7 +146,7 @@ def _misfit(
 ) -> str:
     """What in a state that is meant for this session does not go with it; empty if nothing."""
     done, rows, layers = len(record["losses"]), tensors.get("rows.fact", torch.empty(0)).numel(), set(shapes)
-    if not 0 < done <= facts or len(record["failures"]) != done:
+    if not 0 < done <= facts or {len(record["failures"]), len(record["right_after"])} != {done}:
         return f"{done} losses of {facts} facts"
     points = [h["edits"] for h in record["curve"]]
     if points[-1:] != [done] or any({*h[name]} != layers for h in record["curve"] for name in ("norm", "condition")):

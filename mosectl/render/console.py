@@ -25,7 +25,7 @@ from mosectl.text.jsonable import jsonable
 from mosectl.text.shown import CONTINUED, escaped_json, plain, printable
 
 if TYPE_CHECKING:
-    from mosectl.storage.progress import OnStep
+    from mosectl.storage.progress import BatchDone, OnStep
     from mosectl.text.table import Grid
 
 
@@ -155,23 +155,15 @@ def line(text: str) -> None:
 
 @contextmanager
 def progress(quiet: bool = False) -> Iterator[OnStep]:
-    """A bar with ETA for each phase on stderr; on a pipe one line a phase, and one a minute while it lasts."""
+    """A bar with ETA for each phase on stderr; on a pipe one line a phase, and one a minute while it lasts.
+
+    A run of several batches is told of below its bars, on a pipe by a line after each.
+    """
     console = _err()
     if quiet:
         yield lambda phase, done, total: None
     elif not console.is_terminal:
-        told: dict[str, float] = {}  # when each phase was last told of
-
-        def say(phase: str, done: int, total: int) -> None:
-            now = time.monotonic()
-            if phase not in told:
-                told[phase] = now
-                _say(console, (f"{phase} …", ""))
-            elif total > 1 and now - max(told.values()) >= 60:
-                told[phase] = now
-                _say(console, (f"{phase} {done}/{total}", ""))
-
-        yield say
+        yield _Lines(console)
     else:
         columns = (
             TextColumn("{task.description}", markup=False),
@@ -180,19 +172,66 @@ def progress(quiet: bool = False) -> Iterator[OnStep]:
             TimeElapsedColumn(),
             TextColumn("ETA"),
         )
-        with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
-            tasks: dict[str, Any] = {}
+        with Bars(*columns, TimeRemainingColumn(), console=console, transient=True) as bars:
+            yield bars
 
-            def move(phase: str, done: int, total: int) -> None:
-                for other in bar.tasks:
-                    if other.id != tasks.get(phase) and other.stop_time is None:
-                        bar.stop_task(other.id)  # one phase at a time
-                if phase not in tasks:
-                    tasks[phase] = bar.add_task(f"{printable(phase, console.encoding):<12}", total=total)
-                _go_on(bar, tasks[phase])
-                bar.update(tasks[phase], completed=done, total=total)
 
-            yield move
+class _Lines:
+    """Progress on a pipe."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._told: dict[str, float] = {}  # when each phase was last told of
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if phase not in self._told:
+            self._told[phase] = now
+            _say(self._console, (f"{phase} …", ""))
+        elif total > 1 and now - max(self._told.values()) >= 60:
+            self._told[phase] = now
+            _say(self._console, (f"{phase} {done}/{total}", ""))
+
+    def batch(self, done: BatchDone) -> None:
+        """A line a batch."""
+        _say(self._console, (", ".join(_of_batch(done)), ""))
+
+
+class Bars(Progress):
+    """Progress on a terminal: a bar a phase, and below them how the last batch left the run and the model."""
+
+    def __init__(self, *columns: Any, **how: Any) -> None:
+        self._numbers: dict[str, Any] = {}  # of a phase's bar
+        self._last: list[str] = []  # lines about the last batch
+        super().__init__(*columns, **how)
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        """A phase has come so far."""
+        for other in self.tasks:
+            if other.id != self._numbers.get(phase) and other.stop_time is None:
+                self.stop_task(other.id)  # one phase at a time
+        if phase not in self._numbers:
+            self._numbers[phase] = self.add_task(f"{printable(phase, self.console.encoding):<12}", total=total)
+        _go_on(self, self._numbers[phase])
+        self.update(self._numbers[phase], completed=done, total=total)
+
+    def batch(self, done: BatchDone) -> None:
+        """What is below the bars is about this batch from now on."""
+        self._last = [printable(part, self.console.encoding) for part in _of_batch(done)]
+        self.refresh()
+
+    def get_renderables(self) -> Iterator[Any]:
+        """The bars, and what is below."""
+        yield from super().get_renderables()
+        yield from map(Text, self._last)
+
+
+def _of_batch(b: BatchDone) -> tuple[str, str]:
+    """How far the run is, and how the model is: each fits a terminal's line."""
+    left = f", ETA {b.seconds_left:,.0f} s" if b.number < b.batches else ""
+    text = "" if b.text_loss is None else f"text loss {b.text_loss:+.3f} nats a token, "
+    run = f"batch {b.number}/{b.batches}{left}: {b.held} of {b.facts} facts held when last asked"
+    return run, f"{text}‖W‖ drift {b.norm_drift:.1e}"
 
 
 def _go_on(bar: Progress, number: Any) -> None:
