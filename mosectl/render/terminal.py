@@ -45,8 +45,8 @@ def problems(found: FactsReport) -> None:
         hint(f"{p.where}: {p.what} ({'left out' if p.severity == 'error' else p.fix})")
 
 
-def edit(result: EditResult, path: Path | None, model: str) -> None:
-    """Before/after, scores, stability and times of an edit."""
+def edit(result: EditResult, path: Path | None, model: str, missed: Path | None = None) -> None:
+    """Before/after, scores, stability and times of an edit; ``missed``: the file of facts that did not take."""
     rows = [
         (r.fact.prompt, r.before, r.after, f"{r.probability_before:.3f}", f"{r.probability_after:.3f}", _mark(r.status))
         for r in result.facts
@@ -83,7 +83,11 @@ def edit(result: EditResult, path: Path | None, model: str) -> None:
         hint(f"{given}{own}; give some in a facts file (mosectl edit FACTS or mosectl eval)")
     if path:
         line(f"patch {result.patch.id[:12]} → {path} ({size(path.stat().st_size)})")
+        if missed:
+            line(f"{counted(sum(not r.holds for r in result.facts), 'fact')} that did not take → {missed}")
         hint(f"next: mosectl inspect {word(path)}   |   mosectl apply {word(path)} --model {word(model)} -o edited/")
+        if missed:
+            hint(f"then, on top of it: mosectl edit {word(missed)} --model edited/ -o more.safetensors")
 
 
 def _kept(facts: Sequence[FactResult]) -> None:
