@@ -108,6 +108,14 @@ RECORD: dict[str, Any] = {
     "curve": [
         {"edits": i, "loss": 3.0 + i, "norm": {"a": 1.0 + i, "b": 2.0}, "condition": {"a": 2.0, "b": None}} for i in range(3)
     ],
+    "retention": [{"first": 1, "last": 1, "right_after": None, "after": 0.0}, {"first": 2, "last": 2, "after": 1.0}],
+    "cohorts": [
+        {
+            "name": name, "first": 1, "last": 2, "right_after": SHARE, "after": SHARE, "kept": None,
+            "parts": [{"metric": "locality", "group": "neighborhood", "own": False, "asked": 2, "after": SHARE}],
+        }
+        for name in ("oldest", "newest")
+    ],
 }  # fmt: skip
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {

@@ -19,8 +19,9 @@ import mosectl
 from mosectl.checkpoints.live import patched
 from mosectl.errors import BaseMismatch, BelowThreshold, PatchError, UsageError
 from mosectl.measure.answers import compare, interview
-from mosectl.measure.evaluate import Bin, Evaluation, evaluate_edit, to_csv
+from mosectl.measure.evaluate import Evaluation, evaluate_edit, to_csv
 from mosectl.measure.protocols import asks
+from mosectl.measure.retention import Bin
 from mosectl.measure.thresholds import Threshold, check_thresholds, parse_threshold
 from mosectl.model.loading import Loaded, load
 from mosectl.patch.file import Patch
@@ -107,18 +108,6 @@ def test_a_plain_model_and_models_in_memory(world: World) -> None:
     }
     assert all(torch.equal(p, weights[n]) for n, p in loaded.model.named_parameters()), "the model is as it was"
     assert "without ground_truth" in " ".join(found.notes)
-
-
-def test_retention_bins() -> None:
-    from mosectl.measure.bootstrap import Tally
-    from mosectl.measure.evaluate import _retention
-
-    for n, bins, last in ((1, 1, 1), (20, 20, 1), (24, 12, 2), (2000, 20, 100), (41, 14, 2)):
-        held = [Tally(float(i < n // 2), 1.0) for i in range(n)]
-        found = _retention({"generation.reliability": held}, [None] * n)
-        assert len(found) == bins <= 20 and found[-1].last == n and found[-1].last - found[-1].first + 1 == last
-        assert sum(b.after * (b.last - b.first + 1) for b in found) == pytest.approx(n // 2)
-        assert [b.first for b in found[1:]] == [b.last + 1 for b in found[:-1]]
 
 
 def test_thresholds(world: World) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import rich.console
-import rich.progress
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -92,12 +91,12 @@ def test_a_phase_that_fails_is_not_told_as_finished() -> None:
 def test_a_bars_clock_runs_while_its_phase_does(monkeypatch: pytest.MonkeyPatch) -> None:
     now, bars = [0.0], []
 
-    class Shown(rich.progress.Progress):
+    class Shown(console.Bars):
         def __init__(self, *columns: Any, **how: Any) -> None:
             super().__init__(*columns, **how, get_time=lambda: now[0], auto_refresh=False)
             bars.append(self)
 
-    monkeypatch.setattr(console, "Progress", Shown)
+    monkeypatch.setattr(console, "Bars", Shown)
     monkeypatch.setattr(console, "_err", lambda: rich.console.Console(file=io.StringIO(), force_terminal=True))
     with console.progress() as step:
         for at, phase, done, total in (

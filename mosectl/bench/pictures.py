@@ -1,7 +1,7 @@
 """A bench's pictures from its records, as SVG by hand.
 
-MOSE's Figures 2 (norm and condition number over edits) and 3 (abilities over edits), and the frontier: how far facts carry
-over to other words against how much else stays.
+MOSE's Figures 2 (norm and condition number over edits) and 3 (abilities over edits), what is left of facts by their place in
+a run, and the frontier: how far facts carry over to other words against how much else stays.
 """
 
 from __future__ import annotations
@@ -42,6 +42,17 @@ class Kind:
 
 
 Points = list[tuple[float, float]]  # (edits, value)
+Measured = Mapping[str, Callable[[Sequence[Record]], Points]]  # by the title of its panel: points from records of a run
+
+
+@dataclass(frozen=True)
+class Axes:
+    """Where a picture's points stand in a record, and how its axes are drawn."""
+
+    field: str
+    first: str  # what stands at both ends of the axis across; {} is the last number there
+    last: str
+    upright: tuple[float, float] | None = None  # ends of the upright axis; None: as the values ask for
 
 
 @dataclass(frozen=True)
@@ -50,6 +61,8 @@ class Panel:
 
     title: str
     lines: dict[str, Points]  # by label
+    axes: Axes
+    last: float  # number across
 
 
 def svg_norms(records: Sequence[Record]) -> str:
@@ -82,18 +95,39 @@ def _ratio(name: str) -> Callable[[Sequence[Record]], Points]:
     return points
 
 
-def _svg(records: Sequence[Record], measured: Mapping[str, Callable[[Sequence[Record]], Points]], about: str) -> str:
+def svg_retention(records: Sequence[Record]) -> str | None:
+    """The share of facts that hold by their place in the run, right after their batch and at its end; None: no such run."""
+
+    def share(name: str) -> Callable[[Sequence[Record]], Points]:
+        return lambda bins: [((b["first"] - 1 + b["last"]) / 2, 100 * b[name]) for b in bins if b.get(name) is not None]
+
+    if not any(r.get("retention") for r in records):
+        return None
+    measured = {
+        "hold right after their batch, %": share("right_after"),
+        "hold at the end of the run, %": share("after"),
+    }
+    return _svg(records, measured, "Facts that hold, by their place in the run", _BY_PLACE)
+
+
+_OVER_EDITS = Axes("curve", "0", "{:g} edits")
+_BY_PLACE = Axes("retention", "oldest", "newest of {:g} facts", (0.0, 100.0))
+
+
+def _svg(records: Sequence[Record], measured: Measured, about: str, axes: Axes = _OVER_EDITS) -> str:
     """A row of panels for each model, dataset and kind of run; below them the methods' colours."""
-    rows = _rows([r for r in records if r.get("curve")])
+    rows = _rows([r for r in records if r.get(axes.field)])
     kinds = _kinds(records)
     high, width = 210, (charts.WIDTH - 20) / len(measured)
     out = _opening(high * len(rows) + 30, kinds, about)
     for row, (title, members) in enumerate(rows.items()):
         out.append(charts.text(20, row * high + 16, str(title), "start"))
         for column, (name, points) in enumerate(measured.items()):
-            lines = {label: _averaged([points(r["curve"]) for r in members if r["label"] == label]) for label in kinds}
+            own = {label: [points(r[axes.field]) for r in members if r["label"] == label] for label in kinds}
+            lines = {label: _averaged(curves) for label, curves in own.items()}
             box = (column * width + 60, row * high + 50, (column + 1) * width - 6, (row + 1) * high - 20)
-            out += _panel(Panel(name, lines), list(kinds.values()), box)
+            last = title.run.edits if axes.upright else max((x for line in lines.values() for x, _ in line), default=1)
+            out += _panel(Panel(name, lines, axes, last or 1), list(kinds.values()), box)
     if not rows:
         out.append(charts.text(20, 24, "no run has a curve yet", "start"))
     out += _legend(kinds, high * len(rows) + 24, lambda x, y, kind: _polyline([(x, y), (x + 24, y)], kind))
@@ -159,8 +193,7 @@ def _panel(panel: Panel, kinds: Sequence[Kind], box: tuple[float, float, float, 
     """One diagram inside (left, top, right, bottom); the scale is logarithmic where values span more than tenfold."""
     left, top, right, bottom = box
     values = [y for points in panel.lines.values() for _, y in points]
-    last = max((x for points in panel.lines.values() for x, _ in points), default=1) or 1
-    low, high = (min(values), max(values)) if values else (0.0, 1.0)
+    low, high = panel.axes.upright or ((min(values), max(values)) if values else (0.0, 1.0))
     log = low > 0 and high > 10 * low
     scale: Callable[[float], float] = math.log10 if log else lambda v: v
     if high - low < 0.02 * abs(high):  # a flat line shall look flat
@@ -168,7 +201,7 @@ def _panel(panel: Panel, kinds: Sequence[Kind], box: tuple[float, float, float, 
     span = scale(high) - scale(low) or 1.0
 
     def at(x: float, y: float) -> tuple[float, float]:
-        return left + (right - left) * x / last, bottom - (bottom - top) * (scale(y) - scale(low)) / span
+        return left + (right - left) * x / panel.last, bottom - (bottom - top) * (scale(y) - scale(low)) / span
 
     out = [charts.text(left, top - 12, panel.title + (" (log)" if log else ""), "start", "small")]
     for share in (0.0, 0.5, 1.0):
@@ -176,8 +209,8 @@ def _panel(panel: Panel, kinds: Sequence[Kind], box: tuple[float, float, float, 
         y = bottom - (bottom - top) * share
         out.append(charts.line(left, y, right, y, "grid"))
         out.append(charts.text(left - 6, y + 4, f"{10**value if log else value:.4g}", "end", "small"))
-    out.append(charts.text(left, bottom + 14, "0", "middle", "small"))
-    out.append(charts.text(right, bottom + 14, f"{last:g} edits", "end", "small"))
+    out.append(charts.text(left, bottom + 14, panel.axes.first, "middle", "small"))
+    out.append(charts.text(right, bottom + 14, panel.axes.last.format(panel.last), "end", "small"))
     lines = [
         _polyline([at(x, y) for x, y in points], kind)
         for points, kind in zip(panel.lines.values(), kinds, strict=True)

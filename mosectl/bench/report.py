@@ -10,11 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mosectl.bench.config import OTHERS, Bench, Cell
-from mosectl.bench.pictures import svg_abilities, svg_frontier, svg_norms
+from mosectl.bench.config import OTHERS, Bench, Cell, RunKind
+from mosectl.bench.pictures import svg_abilities, svg_frontier, svg_norms, svg_retention
 from mosectl.bench.runner import Record, records_of
 from mosectl.facts.groups import shown
 from mosectl.measure.bootstrap import over_seeds, paired_lead
+from mosectl.measure.groups import Part
 from mosectl.storage.atomic import output_errors, write_bytes
 from mosectl.text.markdown import inline, table
 from mosectl.text.table import Grid
@@ -29,17 +30,27 @@ _GROUPS = (
     "model answered with the old object. Harmonic mean of four: of reliability, generalization over known wordings, "
     "neighbours and same subject, all (QA)."
 )
+_AGES = (
+    "\nThe oldest, middle and newest facts of a run in batches, in the order of the edit: 100 of each from 300 facts on, a "
+    "tenth of the run (10 at least) below. Right after: reliability when a fact's own batch was done, asked as at the end "
+    "(protocol `generation`). Kept: of the facts that held right after, the share that holds at the end. The prompts around "
+    "a fact are asked at the end only."
+)
 
 
 def write_report(bench: Bench, wanted: Sequence[Cell], found: Mapping[str, Record], folder: Path) -> list[Path]:
-    """(Re)write tables.md, norms.svg, abilities.svg and, where data sets name groups, frontier.svg; returns these files."""
+    """(Re)write tables.md, norms.svg, abilities.svg and those pictures that there is something for; returns these files.
+
+    These are frontier.svg, where data sets name groups, and retention.svg, where a run had facts enough and batches.
+    """
     records = records_of(wanted, found)
     pictures = {"norms": svg_norms(records), "abilities": svg_abilities(records)}
-    if frontier := svg_frontier(records):
-        pictures["frontier"] = frontier
-    else:  # one of an earlier configuration would pass for this one's
-        with output_errors(folder / "frontier.svg"):
-            (folder / "frontier.svg").unlink(missing_ok=True)
+    for name, drawn in {"frontier": svg_frontier(records), "retention": svg_retention(records)}.items():
+        if drawn:
+            pictures[name] = drawn
+        else:  # one of an earlier configuration would pass for this one's
+            with output_errors(folder / f"{name}.svg"):
+                (folder / f"{name}.svg").unlink(missing_ok=True)
     files = {"tables.md": markdown(bench, tables(wanted, found), tuple(pictures))}
     files |= {f"{name}.svg": text for name, text in pictures.items()}
     for name, text in files.items():
@@ -48,7 +59,7 @@ def write_report(bench: Bench, wanted: Sequence[Cell], found: Mapping[str, Recor
 
 
 def tables(wanted: Sequence[Cell], found: Mapping[str, Record]) -> list[Grid]:
-    """Two tables a kind of run, one row a model, dataset and method; seeds are averaged."""
+    """Two tables a kind of run, one row a model, dataset and method, and one by the age of facts; seeds are averaged."""
     out = []
     head = ("model", "dataset", "method")
     for run in dict.fromkeys(c.run for c in wanted):
@@ -69,7 +80,30 @@ def tables(wanted: Sequence[Cell], found: Mapping[str, Record]) -> list[Grid]:
         columns = (">text loss before", ">after", ">perplexity before", ">after", ">other facts kept")
         columns += (">‖W‖ drift", ">κ(W) drift", ">largest σ drift", ">seconds", ">edits/s", "note")
         out.append(Grid(f"{run}: what they cost", (*head, *columns), tuple(cost)))
+        out += _by_age(run, {names: [found[c.key] for c in cells if c.key in found] for names, cells in rows.items()})
     return out
+
+
+def _by_age(run: RunKind, rows: Mapping[tuple[str, ...], Sequence[Record]]) -> list[Grid]:
+    """What the oldest, middle and newest facts kept, a row each; no table where no run has told them apart."""
+    told = {names: [c for r in records for c in r.get("cohorts", ())] for names, records in rows.items()}
+    parts = list(dict.fromkeys(_part(p) for found in told.values() for c in found for p in c["parts"]))
+    out = []
+    for names, found in told.items():
+        for age in dict.fromkeys(c["name"] for c in found):
+            same = [c for c in found if c["name"] == age]  # of each seed
+            where = dict.fromkeys(f"{c['first']}-{c['last']}" for c in same)  # others where the guard has ended a run
+            shares = [_summary([c.get(name) for c in same], _percent) for name in ("right_after", "after", "kept")]
+            by_part = [{_part(p): p["after"] for p in c["parts"]} for c in same]
+            shares += [_summary([shares_of.get(part) for shares_of in by_part], _percent) for part in parts]
+            out.append((*names, f"{age} {', '.join(where)}", *shares))
+    columns = ["model", "dataset", "method", "facts", ">right after", ">at the end", ">kept"]
+    columns += [f">{Part(*part).label()} (QA)" for part in parts]
+    return [Grid(f"{run}: what the oldest, middle and newest facts kept", tuple(columns), tuple(out))] if out else []
+
+
+def _part(found: Record) -> tuple[str, str, bool]:
+    return found["metric"], found["group"], found["own"]
 
 
 def _groups(records: Sequence[Record]) -> list[str]:
@@ -208,6 +242,7 @@ def markdown(bench: Bench, grids: Sequence[Grid], pictures: Sequence[str] = ("no
         + "Curves are taken after each batch, that of the text on the collapse guard's few pieces of the corpus: what a "
         + "method does once at the end (prune) comes after their last point.",
         *([_GROUPS] if named else []),
+        *([_AGES] if any(">kept" in grid.columns for grid in grids) else []),
         *(f"\nNote: {inline(note)}." for note in bench.notes),
     ]
     for grid in grids:

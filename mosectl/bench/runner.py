@@ -35,8 +35,9 @@ from mosectl.measure.answers import Kept, judge, remembered, unseen
 from mosectl.measure.bootstrap import Measure, Tally, measure
 from mosectl.measure.groups import KNOWN, Part, answers_of, as_interviewed, parts, tallies
 from mosectl.measure.perplexity import TextLoss, text_loss
+from mosectl.measure.retention import LEAST, LEAST_RUN, cohorts, curve
 from mosectl.model.architecture import resolve
-from mosectl.model.generation import answer
+from mosectl.model.generation import answer, says
 from mosectl.model.loading import Loaded, load
 from mosectl.model.positions import fitted
 from mosectl.model.questions import Need, Question, ask
@@ -44,7 +45,7 @@ from mosectl.storage.atomic import append, output_errors
 from mosectl.storage.inputs import opened, parse_json
 from mosectl.storage.locks import locked
 from mosectl.storage.progress import OnStep
-from mosectl.storage.schema import Misfit, anything, integer, listed, mapping, number, optional, record, text
+from mosectl.storage.schema import Misfit, anything, flag, integer, listed, mapping, number, optional, record, text
 from mosectl.text.jsonable import jsonable
 
 RESULTS = "results.jsonl"
@@ -62,6 +63,12 @@ _NUMBERS = mapping(optional(number))  # null was not finite
 _MEASURE = optional(record({"value": optional(number)}, dict.fromkeys(("low", "high"), optional(number)), anything))
 _SIDES = record({}, {"before": _MEASURE, "after": _MEASURE}, anything)
 _POINT = record({"edits": integer, "norm": _NUMBERS, "condition": _NUMBERS}, {"loss": optional(number)}, anything)
+_BIN = record({"first": integer, "last": integer, "after": number}, {"right_after": optional(number)}, anything)
+_PART = record({"metric": text, "group": text, "own": flag, "after": _MEASURE}, others=anything)
+_COHORT = record(
+    {"name": text, "first": integer, "last": integer, "after": _MEASURE, "parts": listed(_PART)},
+    {"right_after": _MEASURE, "kept": _MEASURE}, anything,
+)  # fmt: skip
 DONE = record(  # what tables and pictures use of a cell that did not fail
     {
         "scores": record({}, dict.fromkeys(SCORES, _MEASURE), anything), "harmonic": number, "seconds": mapping(number),
@@ -71,7 +78,7 @@ DONE = record(  # what tables and pictures use of a cell that did not fail
         "unseen": _MEASURE, "kept": _MEASURE, "groups": mapping(_MEASURE), "known": _MEASURE,
         "harmonic_of_four": optional(number), "stopped": optional(text), "curve": optional(listed(_POINT)),
         "tallies": optional(record(dict.fromkeys(SCORES, listed(listed(number))), others=anything)),
-        "tallies_of_four": optional(listed(listed(listed(number)))),
+        "tallies_of_four": optional(listed(listed(listed(number)))), "retention": listed(_BIN), "cohorts": listed(_COHORT),
     },
     anything,
 )  # fmt: skip
@@ -237,6 +244,7 @@ def _measured(cell: Cell, asked: _Asked, result: EditResult) -> Record:
     texts = {"before": text_before.texts, "after": text_after.texts}
     return {
         **_groups(facts, result),
+        **_by_place(facts, result),
         "scores": {name: asdict(m) if m else None for name, m in scores.items()},
         "unseen": _measure(unseen(facts, result.interviews[1].rephrased, [r.wordings for r in result.facts])),
         "tallies": {name: [(t.total, t.weight) for t in ts] for name, ts in judged.items()},
@@ -270,6 +278,21 @@ def _groups(facts: Sequence[Fact], result: EditResult) -> Record:
         "known": asdict(m) if (m := known[1]) else None,
         "harmonic_of_four": harmonic_mean(values) if whole else None,
         "tallies_of_four": [[(t.total, t.weight) for t in found] for found, _ in four] if whole else None,
+    }
+
+
+def _by_place(facts: Sequence[Fact], result: EditResult) -> Record:
+    """What is left by a fact's place in the run, of those not taken back; nothing of a run that is small or one batch."""
+    edited = [r for r in result.facts if r.status != "not edited"]
+    then = [r.held_right_after for r in edited]
+    if len(edited) < LEAST_RUN or all(t is None for t in then):
+        return {"retention": [], "cohorts": []}
+    before, after = (answers_of(i)[: len(edited)] for i in result.interviews)
+    holds = [says(a.said, *r.fact.targets) for a, r in zip(after, edited, strict=True)]
+    asked = as_interviewed(facts[: len(edited)]), [r.right_after for r in edited], after, before
+    return {
+        "retention": [*map(asdict, curve(holds, then, len(facts), LEAST))],
+        "cohorts": [*map(asdict, cohorts(*asked))],
     }
 
 

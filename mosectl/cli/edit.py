@@ -118,6 +118,7 @@ def edit(
     as_json: Json = False,
 ) -> None:
     """Compute an edit and write it as a patch; the model itself is not changed."""
+    from mosectl.editing.missed import check_missed, write_missed
     from mosectl.render import console, terminal
     from mosectl.storage.places import new_file
 
@@ -132,8 +133,10 @@ def edit(
         if out.exists() and not overwrite:
             console.hint(f"{out} exists: without --dry-run, give --overwrite or another name")
         return _estimate(checked, model, _options(settings, given), where, on_error, as_json)
+    reads = (facts, model, corpus, editor)
+    check_missed(out, len(checked.facts), overwrite=overwrite, reads=reads)
     # Ours from here on: a second start is refused now, and not after its work.
-    with new_file(out, overwrite=overwrite, reads=(facts, model, corpus, editor)) as place:
+    with new_file(out, overwrite=overwrite, reads=reads) as place:
         from mosectl.editing.resume import Progress, beside
 
         options = _options(settings, given)
@@ -144,7 +147,8 @@ def edit(
         result = _computed(checked, model, options, where, on_error, place, kept)
         result.patch.save(place.ready())
     kept.done()
-    _tell(result, out, model, options, as_json)
+    missed = write_missed(out, result.facts, overwrite=overwrite, reads=reads)
+    _tell(result, out, missed, model, options, as_json)
 
 
 def _facts(
@@ -211,15 +215,18 @@ def _failing(kept: Progress) -> Iterator[None]:
         raise
 
 
-def _tell(result: EditResult, out: Path, model: str, options: EditOptions, as_json: bool) -> None:
+def _tell(
+    result: EditResult, out: Path, missed: Path | None, model: str, options: EditOptions, as_json: bool
+) -> None:  # fmt: skip
     from mosectl.render import console, terminal
 
     if as_json:
         edited = {"edited_layers": result.patch.options["layers"]}
         numbers = {k: v for k, v in vars(result).items() if k not in ("patch", "interviews")}
-        console.data({"patch": str(out), "id": result.patch.id, **edited, **numbers})
+        beside = None if missed is None else str(missed)
+        console.data({"patch": str(out), "id": result.patch.id, "missed": beside, **edited, **numbers})
     else:
-        terminal.edit(result, out, model)
+        terminal.edit(result, out, model, missed)
     if result.stopped:
         from mosectl.editing.guard import remedy
         from mosectl.editing.methods import method

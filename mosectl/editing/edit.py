@@ -102,7 +102,8 @@ def edit(
         refuse: an edit that changed no answer is an error; False: it is returned like any other, for comparisons.
         on_error: facts and probes that are longer than the model can read: "fail", or "skip" them.
         progress: where the state after each batch is kept, to go on from after an interruption.
-        on_step: called with (phase, done, total) as the work goes on.
+        on_step: called with (phase, done, total) as the work goes on; where it has a method ``batch``, that is called with
+            a BatchDone (mosectl.storage.progress) after each of several batches.
     Raises:
         FactsError, ModelError, UsageError, HubError, OutputError.
         EditFailed: no answer changed, or a number was not finite.
@@ -127,7 +128,7 @@ def edit(
     on = changes_on(loaded.model, [(p, [done.changes[p.name]]) for p in edited])
     with made_by_the_edit(), on, clock("ask after") as step:
         after = interview(loaded.model, loaded.tokenizer, checked, on_step=step, **_asked(ready, options))
-    results = fact_results(checked, done.before, after, done.losses, done.wordings)
+    results = fact_results(checked, done.before, after, done.losses, done.wordings, done.right_after)
     if refuse:
         _refuse_failure(results, solver.remedy)
     with clock("check"):
@@ -181,6 +182,7 @@ class _Done:
     layers: EditedLayers
     changes: dict[str, Change]  # by module path
     losses: Sequence[float]
+    right_after: Sequence[str]  # the answers right after each batch; none where one batch is the whole run
     before: Interview
     wordings: Sequence[tuple[str, ...]]
     scores: tuple[LayerScore, ...]
@@ -228,7 +230,7 @@ def _computed(
             with clock("solve"):
                 changes = {block_name(module): change for module, change in layers.finish().items()}
     told = (moments.tokens, session.stopped, tuple(session.curve))
-    return _Done(layers, changes, losses, before, wordings, tuple(scores), *told)
+    return _Done(layers, changes, losses, session.batches.right_after, before, wordings, tuple(scores), *told)
 
 
 def _all_zeros(loaded: Loaded, p: Projection) -> bool:

@@ -26,7 +26,7 @@ from mosectl.model.weights import weights_of
 from mosectl.patch.change import Change
 from mosectl.patch.file import Patch
 from mosectl.patch.fingerprint import fingerprint
-from mosectl.patch.record import BaseTensor, PatchFact
+from mosectl.patch.record import HOLDS, BaseTensor, PatchFact
 from mosectl.storage.data_sets import origin
 
 
@@ -42,6 +42,17 @@ class FactResult:
     status: str  # "changed", "already known", "not reached", "not finite"; "not edited": the guard had stopped the run
     loss: float  # right after its batch: −log P(target), nats a token, mean over its contexts
     wordings: tuple[str, ...]  # the model's own, edited along with the prompt
+    right_after: str | None = None  # the answer right after its batch, where there were several
+
+    @property
+    def holds(self) -> bool:
+        """Does the model say the new object, after the whole run?"""
+        return self.status in HOLDS
+
+    @property
+    def held_right_after(self) -> bool | None:
+        """Did it right after its batch? None: that was not asked, as one batch is the whole run."""
+        return None if self.right_after is None else says(self.right_after, *self.fact.targets)
 
 
 def fact_results(
@@ -50,11 +61,18 @@ def fact_results(
     after: Interview,
     losses: Sequence[float],
     wordings: Sequence[tuple[str, ...]],
+    right_after: Sequence[str] = (),
 ) -> tuple[FactResult, ...]:
-    """What became of each fact; there are fewer losses than facts where the guard has stopped the run."""
+    """What became of each fact; there are fewer losses than facts where the guard has stopped the run.
+
+    Args:
+        right_after: the answers right after each fact's batch; none where one batch is the whole run.
+    """
     out = []
     tried = [*losses, *[None] * (len(facts) - len(losses))]
-    for fact, old, new, loss, own in zip(facts, before.answers, after.answers, tried, wordings, strict=True):
+    then = [*right_after, *[None] * (len(facts) - len(right_after))]
+    asked = zip(facts, before.answers, after.answers, tried, wordings, then, strict=True)
+    for fact, old, new, loss, own, said in asked:
         if loss is None:
             status, loss = "not edited", math.nan
         elif not math.isfinite(loss):
@@ -64,7 +82,7 @@ def fact_results(
         else:
             status = "already known" if says(old.text, *fact.targets) else "changed"
         p = old.probability, new.probability
-        out.append(FactResult(fact, answer(old.text), answer(new.text), *p, status, loss, own))
+        out.append(FactResult(fact, answer(old.text), answer(new.text), *p, status, loss, own, said))
     return tuple(out)
 
 
@@ -167,6 +185,7 @@ def _patch_fact(r: FactResult) -> PatchFact:
         wordings=r.wordings,
         space_before_target=r.fact.space_before_target,
         target_aliases=r.fact.target_aliases,
+        right_after=r.right_after,
     )
 
 

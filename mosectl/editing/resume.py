@@ -30,6 +30,7 @@ _POINT = {"edits": schema.integer, "loss": schema.number, "norm": _EACH, "condit
 RECORD = schema.record(
     {
         "belongs": schema.mapping(schema.text), "losses": schema.listed(schema.number),
+        "right_after": schema.listed(schema.text),
         "failures": schema.listed(schema.integer), "leads": schema.listed(schema.number),
         "summed": schema.integer, "turn": schema.integer,
         "curve": schema.listed(schema.record(_POINT, others=schema.anything)),
@@ -55,6 +56,7 @@ class State:
     earlier: Kept  # the facts edited so far
     curve: Sequence[tuple[int, Health]]  # facts edited so far, and health then
     losses: Sequence[float]  # of each fact right after its batch, nats a token
+    right_after: Sequence[str]  # the model's answer to each fact right after its batch
     carried: Mapping[str, Tensor] = field(default_factory=dict)  # what the method carries from batch to batch
 
 
@@ -108,6 +110,7 @@ class Progress:
             ),
             [(h["edits"], Health(h["loss"], h["norm"], h["condition"])) for h in record["curve"]],
             [float(x) for x in record["losses"]],
+            list(record["right_after"]),
             {name: tensors[f"carried.{name}"] for name in carried},
         )
 
@@ -132,6 +135,7 @@ class Progress:
         record = {
             "belongs": dict(ours),
             "losses": list(state.losses),
+            "right_after": list(state.right_after),
             "failures": list(earlier.failures),
             "leads": list(earlier.leads),
             "summed": earlier.summed,
@@ -160,7 +164,7 @@ def _misfit(
 ) -> str:
     """What in a state that is meant for this session does not go with it; empty if nothing."""
     done, rows, layers = len(record["losses"]), tensors.get("rows.fact", torch.empty(0)).numel(), set(shapes)
-    if not 0 < done <= facts or {len(record["failures"]), len(record["leads"])} != {done}:
+    if not 0 < done <= facts or {len(record[name]) for name in ("failures", "leads", "right_after")} != {done}:
         return f"{done} losses of {facts} facts"
     points = [h["edits"] for h in record["curve"]]
     if points[-1:] != [done] or any({*h[name]} != layers for h in record["curve"] for name in ("norm", "condition")):

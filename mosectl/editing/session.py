@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mosectl._version import __version__
+from mosectl.editing.batches import Batches
 from mosectl.editing.contexts import Contexts, build_contexts
 from mosectl.editing.edited_layers import EditedLayers, Standing
 from mosectl.editing.ends import ends_asked, going_on, running_on
@@ -73,6 +74,7 @@ class Session:
         ours = self.identity(facts) if kept else {}
         shapes = {name: (W.shape[0], W.shape[1]) for name, W in layers.W.items()}
         begun = kept.load(ours, shapes, len(facts), layers.solver.carries(shapes)) if kept else None
+        self.batches = batches = Batches(self.loaded, facts, size, self.options.chat, clock)
         losses = self.take(begun) if begun else []
         for start in range(len(losses), len(facts), size):
             batch = facts[start : start + size]
@@ -102,6 +104,7 @@ class Session:
             self.curve.append((len(losses), now))
             layers.earlier.add(contexts, done.margin_before[: len(batch)].tolist(), layers.W)
             layers.earlier.edited_again(again, done.margin_before[len(batch) :].tolist(), layers.W)
+            batches.ended(done.margin_before.tolist(), again, self.base_health, now, text=bool(self.pieces))
             if kept and size < len(facts):
                 with clock("keep"):
                     kept.save(ours, self.state(losses))
@@ -123,7 +126,8 @@ class Session:
         """What it takes to go on from here."""
         layers, earlier = self.layers, self.layers.earlier
         turns = {name: turns.tensors() for name, turns in layers.turns.items()}
-        return State(dict(layers.W), turns, earlier.kept(), self.curve, losses, dict(layers.carried))
+        told = (self.curve, losses, self.batches.right_after, dict(layers.carried))
+        return State(dict(layers.W), turns, earlier.kept(), *told)
 
     def take(self, state: State) -> list[float]:
         """Go on from a state; returns the losses of the facts it has edited."""
@@ -131,6 +135,7 @@ class Session:
         layers.resume(state.W, state.turns, state.carried)
         layers.earlier.take(state.earlier, input_device(self.loaded.model), layers.W)
         self.curve = list(state.curve)
+        self.batches.go_on(state.right_after)
         return list(state.losses)
 
     def _batch(self, contexts: Contexts, clock: Clock, first: int, n: int, total: int) -> Targets:

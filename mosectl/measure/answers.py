@@ -174,11 +174,16 @@ def talk(
     return Talk(Interview(answers, rephrased, local, read, own, follows), portable, tuple(said))
 
 
+def edit_prompts(tokenizer: Any, facts: Sequence[Fact]) -> list[Question]:
+    """The edit prompts alone, as an interview about these facts asks them."""
+    tokens = _room(tokenizer, (t for f in facts for t in _objects(f)), 8)
+    return [Question(f.prompt, tokens, Need.ANSWER, _both(f)) for f in facts]
+
+
 def _of_facts(tokenizer: Any, facts: Sequence[Fact]) -> Iterator[Question]:
     """The edit prompts, then the rephrasings, then the locality prompts."""
     tokens = _room(tokenizer, (t for f in facts for t in _objects(f)), 8)
-    for f in facts:
-        yield Question(f.prompt, tokens, Need.ANSWER, _both(f))
+    yield from (Question(f.prompt, tokens, Need.ANSWER, _both(f)) for f in facts)
     for f in facts:
         # Without an old object the answer to the edit prompt counts as one, which is not known yet.
         need = Need.SAYS if f.ground_truth else Need.ALL

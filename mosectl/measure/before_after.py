@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,6 +42,7 @@ class Subject:
     records: tuple[PatchFact, ...] = field(repr=False)  # what these patches recorded right after their edit
     corpora: tuple[str, ...]  # sha256 of the texts that served their edits as statistics
     chat: bool  # one of them was made with --chat
+    in_order: bool = False  # these facts were edited one patch or batch after the other, not all at once
 
 
 @dataclass(frozen=True)
@@ -153,10 +154,31 @@ def _subject(kind: str, name: str, base: str | None, patches: list[Patch]) -> Su
         name=name,
         base=base,
         patches=tuple(p.id for p in patches),
-        records=tuple(f for p in patches for f in p.facts),
+        records=tuple(f for p in patches for f in _recorded(p.facts, p.options)),
         corpora=tuple(str(c.get("sha256")) for c in corpora if isinstance(c, dict)),
         chat=any(p.options.get("chat") is True for p in patches),
+        in_order=len(patches) > 1 or any(_in_batches(p.facts, p.options) for p in patches),
     )
+
+
+def _in_batches(facts: Sequence[PatchFact], options: Mapping[str, Any]) -> bool:
+    """Were a patch's facts edited one batch after the other?"""
+    size = options.get("batch_size")
+    told = any(f.right_after is not None for f in facts) or bool(options.get("merged"))
+    return told or (isinstance(size, int) and 0 < size < len(facts))
+
+
+def _recorded(facts: Sequence[PatchFact], options: Mapping[str, Any]) -> Iterator[PatchFact]:
+    """A patch's facts; where one batch was the whole run, its end is right after the batch."""
+    if merged := options.get("merged"):
+        at = 0
+        for record in merged:
+            end = at + len(record["facts"])
+            yield from _recorded(facts[at:end], record["options"])
+            at = end
+        return
+    whole = isinstance(options.get("batch_size"), int) and not _in_batches(facts, options)
+    yield from (replace(f, right_after=f.after) if whole else f for f in facts)
 
 
 @contextmanager

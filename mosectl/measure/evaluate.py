@@ -1,8 +1,8 @@
 """An edit evaluated: every fact asked before and after, judged under each protocol, with intervals; told in
 :func:`evaluate_edit`.
 
-"Right after" is what the patches recorded when each was made, "after" what the model says now, with every edit in it:
-the difference is what later edits (or rounding, or another dtype) have cost.
+"Right after" is what the patches recorded when each fact's batch was done, "after" what the model says now, with every
+edit in it: the difference is what later edits (or rounding, or another dtype) have cost.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -31,6 +31,7 @@ from mosectl.measure.own_probes import own_probes
 from mosectl.measure.perplexity import BOUND, TextLoss, ngram_entropy, text_loss
 from mosectl.measure.probes import ProbeAnswer, probe_answers
 from mosectl.measure.protocols import METRICS, PROTOCOLS, Answers, portable_probes
+from mosectl.measure.retention import Bin, Cohort, cohorts, curve
 from mosectl.model.generation import answer, says
 from mosectl.model.loading import Loaded
 from mosectl.model.positions import fitted, window
@@ -41,8 +42,8 @@ from mosectl.storage.progress import OnStep
 from mosectl.text import notebook
 from mosectl.text.table import csv_bytes
 
-BINS = 20
 BATCH = 64  # prompts of the ability tasks asked together
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -53,16 +54,6 @@ class TextMetric:
     about: str
     before: Measure | None
     after: Measure | None
-
-
-@dataclass(frozen=True)
-class Bin:
-    """Facts first … last (from 1, in file order) and the share of them that holds under `generation`."""
-
-    first: int
-    last: int
-    right_after: float | None  # of those that a patch has recorded
-    after: float
 
 
 @dataclass(frozen=True)
@@ -90,7 +81,7 @@ class Evaluation:
     metrics: tuple[Metric, ...] = field(repr=False)
     texts: tuple[TextMetric, ...]
     abilities: tuple[Ability, ...]  # empty where none were asked for
-    retention: tuple[Bin, ...]
+    retention: tuple[Bin, ...]  # of the facts in file order; what a patch has recorded is right after
     facts: tuple[EvaluatedFact, ...] = field(repr=False)
     notes: tuple[str, ...]
     settings: dict[str, Any]
@@ -98,6 +89,8 @@ class Evaluation:
     next_tokens: tuple[NextToken, ...] = ()  # how far what comes next moved; empty without a model from before
     # Every rephrasing, locality and portability prompt that counts.
     probes: tuple[ProbeAnswer, ...] = field(default=(), repr=False)
+    # The oldest, middle and newest facts in the order in which the patches hold them; empty for few, or one batch.
+    cohorts: tuple[Cohort, ...] = ()
 
     def _repr_html_(self) -> str:
         return notebook.shown(self)
@@ -232,14 +225,30 @@ def _evaluation(
         metrics=measured,
         texts=_texts(before, after, corpus),
         abilities=compare_abilities(before.abilities if before else None, after.abilities) if after.abilities else (),
-        retention=_retention(judged[1], records),
+        retention=curve(
+            [t.total > 0 for t in judged[1]["generation.reliability"]], [held(r) if r else None for r in records]
+        ),
         facts=tuple(_rows(checked, chosen, before, after, judged[1], records)),
         notes=tuple(notes),
         settings=settings,
         seconds=time.perf_counter() - start,
         next_tokens=moved,
         probes=probes,
+        cohorts=_cohorts(checked, subject, sides) if subject.in_order else (),
     )
+
+
+def _cohorts(facts: Sequence[Fact], subject: Subject, sides: Sides) -> tuple[Cohort, ...]:
+    """Of the facts that the patches hold, in the order of the edit; one that was edited twice stands where it was last."""
+    at = {(r.prompt, r.target_new): i for i, r in enumerate(subject.records)}
+    places = ((at.get((f.prompt, f.target_new)), i) for i, f in enumerate(facts))
+    order = sorted((place, i) for place, i in places if place is not None)
+
+    def pick(values: Sequence[T]) -> list[T]:
+        return [values[i] for _, i in order]
+
+    right_after = [subject.records[place].right_after for place, _ in order]
+    return cohorts(pick(facts), right_after, pick(sides.now), pick(sides.before) if sides.before else None)
 
 
 def _moved(facts: Sequence[Fact], before: Observation | None, after: Observation) -> tuple[NextToken, ...]:
@@ -327,18 +336,6 @@ def _texts(before: Observation | None, after: Observation, corpus: Corpus) -> tu
     )
 
 
-def _retention(judged: Judged, records: Sequence[PatchFact | None]) -> tuple[Bin, ...]:
-    """At most BINS bins of equal size (the last may be smaller), in the order of the file."""
-    holds = [t.total for t in judged["generation.reliability"]]
-    size = -(-len(holds) // BINS)
-    out = []
-    for start in range(0, len(holds), size):
-        part, known = holds[start : start + size], [held(r) for r in records[start : start + size] if r]
-        then = sum(known) / len(known) if known else None
-        out.append(Bin(start + 1, start + len(part), then, sum(part) / len(part)))
-    return tuple(out)
-
-
 def _rows(
     facts: Sequence[Fact],
     protocols: Sequence[str],
@@ -356,7 +353,7 @@ def _rows(
             subject=fact.subject,
             target_new=fact.target_new,
             before=answer(before.facts[i].said) if before else None,
-            right_after=record.after if record else None,
+            right_after=_right_after(record) if record else None,
             after=answer(after.facts[i].said),
             probability_before=before.probabilities[i] if before else None,
             probability_after=after.probabilities[i],
@@ -366,6 +363,11 @@ def _rows(
         )
         for i, (fact, record) in enumerate(zip(facts, records, strict=True))
     ]
+
+
+def _right_after(record: PatchFact) -> str:
+    """The answer that :func:`mosectl.measure.metrics.held` judges."""
+    return record.after if record.right_after is None else record.right_after
 
 
 # Tables.

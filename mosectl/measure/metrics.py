@@ -9,7 +9,8 @@ from mosectl.facts.records import Fact
 from mosectl.measure.bootstrap import Measure, Tally, measure
 from mosectl.measure.groups import GREEDY, KNOWN, Part, parts, prompts_of, tallies
 from mosectl.measure.protocols import METRICS, Answers
-from mosectl.patch.record import PatchFact
+from mosectl.model.generation import says
+from mosectl.patch.record import HOLDS, PatchFact
 
 Judged = dict[str, list[Tally]]  # by "protocol.metric", one a fact
 
@@ -42,8 +43,10 @@ class Sides:
 
 
 def held(record: PatchFact) -> bool:
-    """Did a fact hold right after its edit?"""
-    return record.status in ("changed", "already known")
+    """Did a fact hold right after its edit: its own batch, or where that was not recorded the run that made the patch?"""
+    if record.right_after is None:
+        return record.status in HOLDS
+    return says(record.right_after, *record.targets)
 
 
 def metrics(

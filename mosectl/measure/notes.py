@@ -58,6 +58,11 @@ def notes_of(
     known = sum(r is not None for r in records)
     if known < len(facts) and subject.patches:
         out.append(f"{known} of {len(facts)} facts stand in the patches; only these have a 'right after'")
+    if unknown := sum(r is not None and r.right_after is None for r in records):
+        out.append(
+            f"of {counted(unknown, 'fact')} the patch does not say what the model answered right after its own batch: there "
+            "'right after' is when the patch was made"
+        )
     return out
 
 

@@ -64,7 +64,7 @@ _FACT = record(
         **dict.fromkeys(("prompt", "subject", "target_new", "before", "after", "status"), text),
         "probability_before": number, "probability_after": number, "wordings": listed(text),
     },
-    {"space_before_target": flag, "target_aliases": listed(text)},
+    {"space_before_target": flag, "target_aliases": listed(text), "right_after": text},
 )  # fmt: skip
 _DRIFTS = (
     "norm_before",

@@ -8,6 +8,7 @@ from typing import Any
 
 FORMAT = 1
 KEY = "mosectl"
+HOLDS = ("changed", "already known")  # statuses of a fact that the edited model says
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class PatchFact:
     wordings: tuple[str, ...] = ()  # other prompts that were edited along with it, the model's own
     space_before_target: bool | None = None  # as the facts file said; in the record only if it did
     target_aliases: tuple[str, ...] = ()  # other right answers; in the record only if there are any
+    right_after: str | None = None  # the answer right after its batch; in the record only of runs in several batches
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -62,6 +64,7 @@ class PatchFact:
             "probability_after": self.probability_after, "status": self.status, "wordings": self.wordings,
             **({} if space is None else {"space_before_target": space}),
             **({"target_aliases": self.target_aliases} if self.target_aliases else {}),
+            **({} if self.right_after is None else {"right_after": self.right_after}),
         }  # fmt: skip
 
     @staticmethod

@@ -13,8 +13,9 @@ from mosectl.errors import UsageError
 from mosectl.text.shown import markup, printable
 
 if TYPE_CHECKING:
-    from mosectl.measure.evaluate import Bin, Evaluation
+    from mosectl.measure.evaluate import Evaluation
     from mosectl.measure.metrics import Metric
+    from mosectl.measure.retention import Bin
 
 
 WIDTH = 720  # SVG user units

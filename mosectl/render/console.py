@@ -26,7 +26,7 @@ from mosectl.text.jsonable import jsonable
 from mosectl.text.shown import CONTINUED, escaped_json, plain, printable
 
 if TYPE_CHECKING:
-    from mosectl.storage.progress import OnStep
+    from mosectl.storage.progress import BatchDone, OnStep
     from mosectl.text.table import Grid
 
 
@@ -159,23 +159,24 @@ def line(text: str) -> None:
 def progress(quiet: bool = False) -> Iterator[OnStep]:
     """A bar with ETA for each phase, on stderr or in a notebook; on a pipe a line for each, and one a minute while it lasts.
 
-    What it gives is the ``on_step`` of edits and evaluations. In Jupyter bars need ipywidgets; without it there are lines.
+    What it gives is the ``on_step`` of edits and evaluations. A run of several batches is told of below its bars, on a pipe
+    by a line after each. In Jupyter bars need ipywidgets; without it there are lines.
     """
     console, cell = _err(), _cell()
     if quiet:
         yield lambda phase, done, total: None
     elif cell:  # a thread of rich's own would draw into whatever cell runs when it comes to it
         how: dict[str, Any] = {"auto_refresh": False, "redirect_stdout": False, "redirect_stderr": False}
-        with Progress(*_COLUMNS, TimeRemainingColumn(), console=cell, **how) as bar:
+        with _Drawn(*_COLUMNS, TimeRemainingColumn(), console=cell, **how) as bars:
             try:
-                yield _drawn(bar, _moved(bar, cell))
+                yield bars
             finally:
-                bar.refresh()
+                bars.refresh()
     elif console.is_terminal:
-        with Progress(*_COLUMNS, TimeRemainingColumn(), console=console, transient=True) as bar:
-            yield _moved(bar, console)
+        with Bars(*_COLUMNS, TimeRemainingColumn(), console=console, transient=True) as bars:
+            yield bars
     else:
-        yield _told(console)
+        yield _Lines(console)
 
 
 _COLUMNS = (
@@ -193,50 +194,76 @@ def _cell() -> Console | None:
     return console if console.is_jupyter and find_spec("ipywidgets") else None
 
 
-def _told(console: Console) -> OnStep:
-    """Lines."""
-    told: dict[str, float] = {}  # when each phase was last told of
+class _Lines:
+    """Progress on a pipe."""
 
-    def say(phase: str, done: int, total: int) -> None:
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._told: dict[str, float] = {}  # when each phase was last told of
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
         now = time.monotonic()
-        if phase not in told:
-            told[phase] = now
-            _say(console, (f"{phase} …", ""))
-        elif total > 1 and now - max(told.values()) >= 60:
-            told[phase] = now
-            _say(console, (f"{phase} {done}/{total}", ""))
+        if phase not in self._told:
+            self._told[phase] = now
+            _say(self._console, (f"{phase} …", ""))
+        elif total > 1 and now - max(self._told.values()) >= 60:
+            self._told[phase] = now
+            _say(self._console, (f"{phase} {done}/{total}", ""))
 
-    return say
-
-
-def _moved(bar: Progress, console: Console) -> OnStep:
-    """Bars, one a phase."""
-    tasks: dict[str, Any] = {}
-
-    def move(phase: str, done: int, total: int) -> None:
-        for other in bar.tasks:
-            if other.id != tasks.get(phase) and other.stop_time is None:
-                bar.stop_task(other.id)  # one phase at a time
-        if phase not in tasks:
-            tasks[phase] = bar.add_task(f"{printable(phase, console.encoding):<12}", total=total)
-        _go_on(bar, tasks[phase])
-        bar.update(tasks[phase], completed=done, total=total)
-
-    return move
+    def batch(self, done: BatchDone) -> None:
+        """A line a batch."""
+        _say(self._console, (", ".join(_of_batch(done)), ""))
 
 
-def _drawn(bar: Progress, move: OnStep) -> OnStep:
+class Bars(Progress):
+    """Progress on a terminal: a bar a phase, and below them how the last batch left the run and the model."""
+
+    def __init__(self, *columns: Any, **how: Any) -> None:
+        self._numbers: dict[str, Any] = {}  # of a phase's bar
+        self._last: list[str] = []  # lines about the last batch
+        super().__init__(*columns, **how)
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        """A phase has come so far."""
+        for other in self.tasks:
+            if other.id != self._numbers.get(phase) and other.stop_time is None:
+                self.stop_task(other.id)  # one phase at a time
+        if phase not in self._numbers:
+            self._numbers[phase] = self.add_task(f"{printable(phase, self.console.encoding):<12}", total=total)
+        _go_on(self, self._numbers[phase])
+        self.update(self._numbers[phase], completed=done, total=total)
+
+    def batch(self, done: BatchDone) -> None:
+        """What is below the bars is about this batch from now on."""
+        self._last = [printable(part, self.console.encoding) for part in _of_batch(done)]
+        self.refresh()
+
+    def get_renderables(self) -> Iterator[Any]:
+        """The bars, and what is below."""
+        yield from super().get_renderables()
+        yield from map(Text, self._last)
+
+
+class _Drawn(Bars):
     """Bars that are drawn as they move, ten times a second at most."""
-    drawn = 0.0
 
-    def draw(phase: str, done: int, total: int) -> None:
-        nonlocal drawn
-        move(phase, done, total)
-        if time.monotonic() - drawn >= 0.1:
-            bar.refresh()
-            drawn = time.monotonic()
+    def __init__(self, *columns: Any, **how: Any) -> None:
+        self._drawn = 0.0
+        super().__init__(*columns, **how)
 
-    return draw
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        super().__call__(phase, done, total)
+        if time.monotonic() - self._drawn >= 0.1:
+            self.refresh()
+            self._drawn = time.monotonic()
+
+
+def _of_batch(b: BatchDone) -> tuple[str, str]:
+    """How far the run is, and how the model is: each fits a terminal's line."""
+    left = f", ETA {b.seconds_left:,.0f} s" if b.number < b.batches else ""
+    text = "" if b.text_loss is None else f"text loss {b.text_loss:+.3f} nats a token, "
+    run = f"batch {b.number}/{b.batches}{left}: {b.held} of {b.facts} facts held when last asked"
+    return run, f"{text}‖W‖ drift {b.norm_drift:.1e}"
 
 
 def _go_on(bar: Progress, number: Any) -> None:

@@ -23,7 +23,7 @@ _STYLE = """
   --accent: #6f9fd0; --mark: #ff8a80; --good: #6fcf97; } }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 62rem;
   margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; } h3 { font-size: 1rem; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 th, td { text-align: left; vertical-align: top; padding: .3rem .6rem; border-bottom: 1px solid var(--line); }
 td { overflow-wrap: anywhere; } th { color: var(--soft); font-weight: 600; }
@@ -62,6 +62,7 @@ def render(evaluation: Evaluation) -> str:
         '<p class="soft">Bars: after the edit, with 95 % intervals. Red marks: before.</p>',
         "<h2>Retention</h2>" + svg_retention(e.retention),
         '<p class="soft">Facts in the order of the file; the share that holds under generation.</p>',
+        _cohorts(e),
         _facts(e.facts),
         _probes(e),
         _definitions(e),
@@ -92,6 +93,13 @@ def _metrics(e: Evaluation) -> str:
         about = "By lm-evaluation-harness; ±: its standard error; interval: of the change, over the same examples."
         parts.append(f'<h2>Abilities</h2>{_table(COLUMNS, table(e.abilities))}<p class="soft">{about}</p>')
     return "\n".join(parts)
+
+
+def _cohorts(e: Evaluation) -> str:
+    if not e.cohorts:
+        return ""
+    rows = _table(scores.COHORTS, scores.of_cohorts(e.cohorts))
+    return f'<h3>{markup(scores.COHORTS_TITLE)}</h3>{rows}<p class="soft">{markup(scores.COHORTS_HELP)}.</p>'
 
 
 def _facts(facts: Sequence[EvaluatedFact]) -> str:
@@ -129,7 +137,7 @@ def _definitions(e: Evaluation) -> str:
     items = "".join(f"<dt>{markup(p.name)}</dt><dd>{markup(p.about)} ({markup(p.source)})</dd>" for p in used)
     how = (
         f"Intervals: percentile bootstrap over facts, {e.settings['resamples']} resamples, seed {e.settings['seed']}; "
-        "Right after: what the patches recorded when made."
+        "Right after: what the patches recorded when a fact's own batch was done."
     )
     return f"<h2>Definitions</h2><dl>{items}</dl><p>{markup(how)}</p>"
 

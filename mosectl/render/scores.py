@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mosectl.measure.groups import Share
     from mosectl.measure.next_tokens import NextToken
     from mosectl.measure.probes import ProbeAnswer
+    from mosectl.measure.retention import Cohort
 
 KEPT = 0.5  # of a group of probes, below which it is said
 COLUMNS = ("", ">share", ">as QA compares", ">of", "meaning")
@@ -35,6 +36,12 @@ _OF_GROUPS = {
 }
 NEXT = ("where", ">prompts", ">KL, nats", ">95 % interval", ">top-1 kept", ">95 % interval")
 NEXT_RECORDED = ("where", ">prompts", ">KL, nats", ">top-1 kept")
+COHORTS = ("facts", "share", ">right after", ">after", ">95 % interval", ">prompts")
+COHORTS_TITLE = "The oldest, middle and newest facts, in the order of the edit"
+COHORTS_HELP = (
+    "right after: when a fact's own batch was done, asked as now (generation); kept: of the facts that held then, the share "
+    "that holds now; how the prompts around a fact were answered then is not known"
+)
 CHANGED = ("prompt", "group", "before", "after", "")
 NEXT_TITLE = "Next token: KL (before ‖ after), and the likeliest token kept"
 
@@ -131,6 +138,21 @@ def of_next(tokens: Sequence[NextToken]) -> list[tuple[str, ...]]:
         )
         for t in tokens
     ]  # fmt: skip
+
+
+def of_cohorts(cohorts: Sequence[Cohort]) -> list[tuple[str, ...]]:
+    """What is left of a run's facts by their age."""
+    from mosectl.measure.bootstrap import interval_text, value_text  # here: numpy is slow to import
+
+    rows: list[tuple[str, ...]] = []
+    for c in cohorts:
+        shares = [("reliability", value_text(c.right_after, ".1%"), c.after, c.after.units)]
+        if c.kept:
+            shares.append(("  kept", "–", c.kept, c.kept.units))
+        shares += [(f"{label(p.group, p.own, p.metric)} (QA)", "–", p.after, p.asked) for p in c.parts]
+        for name, then, now, asked in shares:
+            rows.append((c.label, name, then, f"{now.value:.1%}", interval_text(now, ".1%"), str(asked)))
+    return rows
 
 
 def of_next_recorded(tokens: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:

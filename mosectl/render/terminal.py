@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mosectl.editing.methods import method
 from mosectl.editing.settings import of_today
+from mosectl.patch.record import HOLDS
 from mosectl.render import scores
 from mosectl.render.console import hint, line, size, table, warn
 from mosectl.text.shown import counted, word
@@ -44,8 +45,8 @@ def problems(found: FactsReport) -> None:
         hint(f"{p.where}: {p.what} ({'left out' if p.severity == 'error' else p.fix})")
 
 
-def edit(result: EditResult, path: Path | None, model: str) -> None:
-    """Before/after, scores, stability and times of an edit."""
+def edit(result: EditResult, path: Path | None, model: str, missed: Path | None = None) -> None:
+    """Before/after, scores, stability and times of an edit; ``missed``: the file of facts that did not take."""
     rows = [
         (r.fact.prompt, r.before, r.after, f"{r.probability_before:.3f}", f"{r.probability_after:.3f}", _mark(r.status))
         for r in result.facts
@@ -64,10 +65,10 @@ def edit(result: EditResult, path: Path | None, model: str) -> None:
     _stability("Stability of the changed W against W, float32", result.stability)
     line("time: " + ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in result.seconds.items()))
     _wordings(result.facts)
-    missed = sum(r.status in ("not reached", "not finite") for r in result.facts)
-    if missed:
+    _kept(result.facts)
+    if unreached := sum(r.status in ("not reached", "not finite") for r in result.facts):
         edited = sum(r.status != "not edited" for r in result.facts)
-        warn(f"{missed} of {edited} edited facts were not reached", f": {result.remedy} may help")
+        warn(f"{unreached} of {edited} edited facts were not reached", f": {result.remedy} may help")
     made = result.patch
     token = scores.token_of(made.method, made.options)
     if what := scores.disturbed(result.shares, token, method(made.method).gentler):
@@ -82,7 +83,19 @@ def edit(result: EditResult, path: Path | None, model: str) -> None:
         hint(f"{given}{own}; give some in a facts file (mosectl edit FACTS or mosectl eval)")
     if path:
         line(f"patch {result.patch.id[:12]} → {path} ({size(path.stat().st_size)})")
+        if missed:
+            line(f"{counted(sum(not r.holds for r in result.facts), 'fact')} that did not take → {missed}")
         hint(f"next: mosectl inspect {word(path)}   |   mosectl apply {word(path)} --model {word(model)} -o edited/")
+        if missed:
+            hint(f"then, on top of it: mosectl edit {word(missed)} --model edited/ -o more.safetensors")
+
+
+def _kept(facts: Sequence[FactResult]) -> None:
+    """What is left of the facts that held right after their batch, where there were several."""
+    if asked := [r for r in facts if r.held_right_after is not None]:
+        held = [r for r in asked if r.held_right_after]
+        still = f", and {sum(r.holds for r in held)} of these hold at the end" if held else ""
+        line(f"right after their batch {len(held)} of {counted(len(asked), 'fact')} held{still}")
 
 
 def _changed(probes: Sequence[ProbeAnswer], elsewhere: str, title: str = "What else changed") -> None:
@@ -101,7 +114,7 @@ def _changed(probes: Sequence[ProbeAnswer], elsewhere: str, title: str = "What e
 
 def _mark(status: str) -> str:
     """A status, loud where a fact was not reached."""
-    return status if status in ("changed", "already known") else status.upper()
+    return status if status in HOLDS else status.upper()
 
 
 def _wordings(facts: Sequence[FactResult] | Sequence[PatchFact]) -> None:
@@ -390,6 +403,9 @@ def evaluation(e: Evaluation) -> None:
             for b in e.retention
         ]
         table("Retention (generation): facts in order that hold", ("facts", ">right after", ">after"), bins)
+    if e.cohorts:
+        table(scores.COHORTS_TITLE, scores.COHORTS, scores.of_cohorts(e.cohorts))
+        line(scores.COHORTS_HELP)
     if lost := [f for f in e.facts if not f.holds]:
         rows = [(f.prompt, f.target_new, f.right_after or "–", f.after) for f in lost[:20]]
         table("Facts that do not hold (generation)", ("prompt", "new object", "right after", "after"), rows)

@@ -92,7 +92,7 @@ def new_file(
     """
     path = path.absolute()
     check_new(path, overwrite, option)
-    _check_apart(path, reads, option)
+    check_apart(path, reads, option)
     with locked(path):
         check_new(path, overwrite, option)
         with output_errors(path):
@@ -123,7 +123,7 @@ def check_new(path: Path, overwrite: bool, option: str = "-o") -> None:
         raise _exists(path, option)
 
 
-def _check_apart(path: Path, reads: Iterable[str | Path | None], option: str) -> None:
+def check_apart(path: Path, reads: Iterable[str | Path | None], option: str) -> None:
     """Refuse to replace what the work reads: a file, or one in a folder. Raises OutputError."""
     with output_errors(path):
         if not path.exists():

@@ -5,8 +5,32 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 OnStep = Callable[[str, int, int], None]  # phase, done, total
+
+
+@dataclass(frozen=True)
+class BatchDone:
+    """Where a run of several batches stands after one of them."""
+
+    number: int  # of the batch, from 1
+    batches: int  # in all
+    facts: int  # edited so far
+    total: int
+    held: int  # of those edited so far, as each was when it was last looked at: its new object leads
+    text_loss: float | None  # by how much that of ordinary text has risen, nats a token; None: there is no text
+    norm_drift: float  # the largest over the edited weights: | ‖W‖ / base − 1 |
+    seconds_left: float  # at the pace of the batches so far
+
+
+@runtime_checkable
+class HearsOfBatches(Protocol):
+    """A progress callback that is told of batches, too."""
+
+    def batch(self, done: BatchDone) -> None:
+        """Hear of a batch that is done and kept."""
 
 
 class Clock:
@@ -40,6 +64,11 @@ class Clock:
         done, total = self._told.get(phase, (0, 0))
         if done < total:
             self._step(phase, total, total)
+
+    def batch(self, done: BatchDone) -> None:
+        """A batch is done: told to a callback that :class:`HearsOfBatches`."""
+        if isinstance(self._on_step, HearsOfBatches):
+            self._on_step.batch(done)
 
     def _step(self, phase: str, done: int, total: int) -> None:
         self._told[phase] = done, total
