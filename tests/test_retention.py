@@ -214,7 +214,7 @@ def test_a_model_whose_numbers_are_not_finite_has_said_nothing(monkeypatch: pyte
 
 DONE = BatchDone(3, 10, 30, 100, 28, 0.0123, 1.2e-8, 4242.4)
 LINES = [
-    "batch 3/10, ETA 4,242 s: 28 of 30 facts held when last asked",
+    "batch 3/10 done, at this pace 4,242 s more: 28 of 30 facts held when last asked",
     "text loss +0.012 nats a token, ‖W‖ drift 1.2e-08",
 ]
 
@@ -224,7 +224,7 @@ def test_on_a_pipe_a_batch_is_a_line(capsys: pytest.CaptureFixture[str]) -> None
         step("targets", 0, 10)
         step.batch(DONE)  # type: ignore[attr-defined]
         step.batch(replace(DONE, number=10, text_loss=None))  # type: ignore[attr-defined]
-    last = "batch 10/10: 28 of 30 facts held when last asked, ‖W‖ drift 1.2e-08"
+    last = "batch 10/10 done: 28 of 30 facts held when last asked, ‖W‖ drift 1.2e-08"
     assert capsys.readouterr().err.splitlines() == ["targets …", ", ".join(LINES), last]
     with console.progress(quiet=True) as step:
         step("targets", 0, 10)

@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 Model = Annotated[str, typer.Option("--model", "-m", help="Model folder or hub id.")]
 Revision = Annotated[str | None, typer.Option(help="Commit, tag or branch of a hub model.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, or balanced (all GPUs).")]
-Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's; on most CPUs float32), float32, bfloat16, float16.")]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="auto (the checkpoint's; float32 on CPUs without bfloat16 products), float32, bfloat16, float16."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout instead of tables.")]
 Chat = Annotated[bool, typer.Option("--chat", help="Wrap prompts in the tokenizer's chat template.")]
 Force = Annotated[bool, typer.Option("--force", help="Skip the check that the patch was made for this base.")]
