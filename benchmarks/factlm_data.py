@@ -43,7 +43,7 @@ def read_known(paths: Sequence[Path]) -> KnownFacts:
     found: dict[str, tuple[Fact, dict[str, Any]]] = {}
     given = 0
     for path in paths:
-        rows = dict(read_rows(path, {}))
+        rows = dict(read_rows(path, {})[1])
         given += len(rows)
         for fact in read_facts(path, on_error="skip").facts:
             if fact.ground_truth:

@@ -123,12 +123,8 @@ def test_tables_are_small(result: mosectl.EditResult) -> None:
 def test_bars_are_drawn_in_the_cell(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[int] = []
 
-    class Bars(console.Progress):
-        def refresh(self) -> None:
-            drawn.append(len(self.tasks))
-
     monkeypatch.setattr(console, "_cell", lambda: console.Console(force_jupyter=False, force_terminal=False))
-    monkeypatch.setattr(console, "Progress", Bars)
+    monkeypatch.setattr(console.Bars, "refresh", lambda bars: drawn.append(len(bars.tasks)))
     with pytest.raises(KeyError), mosectl.progress() as on_step:
         for done in range(100):
             on_step("targets", done, 100)
