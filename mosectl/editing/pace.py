@@ -46,12 +46,14 @@ def pace(whole: Any, device: str, dtype: torch.dtype) -> Pace:
     one = torch.zeros_like(every, dtype=torch.bool)
     one[0, 0] = True
     many = torch.ones_like(one)
+    # As it is asked: with frozen weights PyTorch copies the output embedding for every row of a prompt's last states.
+    written = _time(partial(_write, model, ids))
     with frozen(model):
         forward, whole = (_time(partial(_logits, model, batch, every, asked)) for asked in (one, many))
         backward, both = (_time(partial(_gradient, model, arch, batch, every, asked)) for asked in (one, many))
         n = ROWS * ASKED - 1
         head = max(0.0, whole - forward) / n
-        step = _time(partial(_write, model, ids)) / STEPS - ROWS * head
+    step = written / STEPS - ROWS * head
     tokens = LAYERS * ROWS * TOKENS
     least = forward / tokens * ROWS
     return Pace(
