@@ -71,8 +71,8 @@ class Earlier:
         keys, values = self._asked(new, W)
         old, new = self.contexts, replace(new, below=None)
         self.contexts = new if old is None else old.followed_by(new)
-        self.keys = {n: k if old is None else torch.cat([self.keys[n], k], 1) for n, k in keys.items()}
-        self.values = {n: v if old is None else torch.cat([self.values[n], v], 1) for n, v in values.items()}
+        self.keys = {name: k if old is None else torch.cat([self.keys[name], k], 1) for name, k in keys.items()}
+        self.values = {name: v if old is None else torch.cat([self.values[name], v], 1) for name, v in values.items()}
         self.failures += [0] * n
         self.leads += _finite(lead)
         self.turn += 1

@@ -177,13 +177,17 @@ def talk(
 def edit_prompts(tokenizer: Any, facts: Sequence[Fact]) -> list[Question]:
     """The edit prompts alone, as an interview about these facts asks them."""
     tokens = _room(tokenizer, (t for f in facts for t in _objects(f)), 8)
-    return [Question(f.prompt, tokens, Need.ANSWER, _both(f)) for f in facts]
+    return [_edit_prompt(f, tokens) for f in facts]
+
+
+def _edit_prompt(fact: Fact, tokens: int) -> Question:
+    return Question(fact.prompt, tokens, Need.ANSWER, _both(fact))
 
 
 def _of_facts(tokenizer: Any, facts: Sequence[Fact]) -> Iterator[Question]:
     """The edit prompts, then the rephrasings, then the locality prompts."""
     tokens = _room(tokenizer, (t for f in facts for t in _objects(f)), 8)
-    yield from (Question(f.prompt, tokens, Need.ANSWER, _both(f)) for f in facts)
+    yield from (_edit_prompt(f, tokens) for f in facts)
     for f in facts:
         # Without an old object the answer to the edit prompt counts as one, which is not known yet.
         need = Need.SAYS if f.ground_truth else Need.ALL
