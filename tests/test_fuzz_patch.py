@@ -28,7 +28,7 @@ from mosectl.patch.compose import conflicts, diff, difference_tables, merge
 from mosectl.patch.file import Patch, canonical, content_id, parsed
 from mosectl.patch.fingerprint import distance, match
 from mosectl.patch.record import KEY
-from mosectl.render import terminal
+from mosectl.render import inspection, terminal
 from mosectl.render.console import tables
 from support.patches import MODULE, compact_factors, make
 from support.paths import ROOT
@@ -84,7 +84,7 @@ def spoilt(data: bytes, key: str, tensors: dict[str, torch.Tensor], chance: rand
 
 def use(patch: Patch, file: Path, other: Patch) -> None:
     """All that is done with a patch without a model."""
-    terminal.inspection(inspect(file))
+    inspection.inspection(inspect(file))
     assert patch.record and cards.card_of(patch, "me/x")
     W = torch.ones(8, 12)
     for made_for in patch.base.values():

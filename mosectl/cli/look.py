@@ -83,7 +83,7 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show what a patch holds; needs no model. With --model: its effect on the stored weights."""
-    from mosectl.render import console, terminal
+    from mosectl.render import console, inspection, terminal
 
     if patch.startswith("hf://") and model is None:  # by range requests, nothing is downloaded
         from mosectl.hub.patches import remote_record, remote_tables
@@ -108,7 +108,7 @@ def inspect(
     if as_json:
         console.data({**_record(found.patch), "file_bytes": found.file_bytes, "factors": found.factors})
     else:
-        terminal.inspection(found)
+        inspection.inspection(found)
     if model is not None and any(r.stability is None for r in found.factors):
         from mosectl.checkpoints.journal import read_journal
         from mosectl.errors import BaseMismatch

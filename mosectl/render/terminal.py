@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mosectl.editing.methods import method
-from mosectl.editing.settings import of_today
 from mosectl.patch.record import HOLDS
 from mosectl.render import scores
 from mosectl.render.console import hint, line, size, table, warn
@@ -17,7 +16,6 @@ from mosectl.text.shown import counted, word
 
 if TYPE_CHECKING:
     from mosectl.checkpoints.export import Exported
-    from mosectl.checkpoints.inspection import FactorReport, Inspection
     from mosectl.checkpoints.live import Asked
     from mosectl.checkpoints.writer import ApplyReport
     from mosectl.editing.edit import EditResult
@@ -62,9 +60,9 @@ def edit(result: EditResult, path: Path | None, model: str, missed: Path | None 
     _changed(result.probes, "--json has")
     if result.next_tokens:
         table(scores.NEXT_TITLE, scores.NEXT, scores.of_next(result.next_tokens))
-    _stability("Stability of the changed W against W, float32", result.stability)
+    stability("Stability of the changed W against W, float32", result.stability)
     line("time: " + ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in result.seconds.items()))
-    _wordings(result.facts)
+    own_wordings(result.facts)
     _kept(result.facts)
     if unreached := sum(r.status in ("not reached", "not finite") for r in result.facts):
         edited = sum(r.status != "not edited" for r in result.facts)
@@ -117,12 +115,14 @@ def _mark(status: str) -> str:
     return status if status in HOLDS else status.upper()
 
 
-def _wordings(facts: Sequence[FactResult] | Sequence[PatchFact]) -> None:
+def own_wordings(facts: Sequence[FactResult] | Sequence[PatchFact]) -> None:
+    """How many wordings of the model's own were edited along."""
     if own := sum(len(f.wordings) for f in facts):
         hint(f"edited with the prompts: {own} wordings of the model's own (--json lists them; --set wordings=0: none)")
 
 
-def _stability(title: str, drifts: Sequence[Stability]) -> None:
+def stability(title: str, drifts: Sequence[Stability]) -> None:
+    """Norm, condition number and singular values of changed weights, and how far they moved."""
     table(
         title,
         ("tensor", ">‖W‖", ">κ(W)", ">‖W‖ drift", ">κ drift", ">largest σ drift"),
@@ -214,88 +214,10 @@ def doctor(d: Diagnosis) -> None:
     )
 
 
-def inspection(i: Inspection) -> None:
-    """A patch: where it comes from, its rotations, its facts."""
-    p = i.patch
-    rows = [
-        ("method", f"{p.method} ({p.side} side{'s' * (p.side == 'both')}), seed {p.seed}"),
-        ("base model", f"{p.model} ({p.model_type})" + (f" @ {p.revision}" if p.revision else "")),
-        ("made with", ", ".join(f"{k} {v}" for k, v in p.versions.items())),
-        ("file", size(i.file_bytes)),
-        ("options", ", ".join(_settings(p.options))),
-        ("on top of", ", ".join(x[:12] for x in p.parents) or "the base model"),
-    ]
-    table(f"Patch {p.id}", ("", ""), rows)  # there an id of 64 digits fits into a line
-    _factors(i.factors)
-    by_module = {r.module: r for r in i.factors}.values()
-    if drifts := [r.stability for r in by_module if r.stability]:
-        _stability("Effect on the model, stored dtype", drifts)
-    for r in by_module:
-        if r.base:
-            line(f"{r.module}: {r.base}")
-    table(
-        f"Facts ({len(p.facts)})",
-        ("prompt", "before", "after", ">P(new) before", ">P(new) after", ""),
-        [
-            (f.prompt, f.before, f.after, f"{f.probability_before:.3f}", f"{f.probability_after:.3f}", f.status)
-            for f in p.facts
-        ],
-    )
-    _wordings(p.facts)
-    _measured(p.metrics)
-
-
-def _factors(factors: Sequence[FactorReport]) -> None:
-    """Every factor, a table of what it is and one of what it does: together they are wider than most terminals."""
-    title, names = "Factors (W' = R W R_in, or W + B A)", [place(r.module) for r in factors]
-    made = [
-        (name, r.factor, r.form, "×".join(map(str, r.shape)), str(r.rank), _or_dash(r.left_out, ".1%"))
-        for name, r in zip(names, factors, strict=True)
-    ]
-    does = [
-        (name, r.factor, _or_dash(r.orthogonality_error, ".1e"), _or_dash(r.largest_angle, ".1f", "°"),
-         _or_dash(r.median_angle, ".2f", "°"), f"{r.distance:.3f}")
-        for name, r in zip(names, factors, strict=True)
-    ]  # fmt: skip
-    table(title, ("module", "factor", "form", ">size", ">rank", ">left out"), made)
-    columns = ("module", "factor", ">‖RᵀR−I‖/√n", ">max angle", ">median angle", ">distance")
-    table("How far they turn", columns, does)
-
-
 def place(name: str) -> str:
     """A module's or tensor's name in short, "24 mlp.down_proj": the number of its layer and what comes after it."""
     found = re.fullmatch(r"(?:[A-Za-z_]\w*\.)+?(\d+)\.(.+?)(?:\.weight)?", name)
     return f"{found[1]} {found[2]}" if found else name
-
-
-def _measured(metrics: Mapping[str, Any]) -> None:
-    """What a patch says was measured when it was made; older ones have no groups of prompts."""
-    if recorded := metrics.get("shares"):
-        title = "Measured when it was made (protocol generation)"
-        table(title, scores.COLUMNS, list(scores.of_patch(recorded)))
-        line(scores.AS_QA)
-    elif found := {k: v for k, v in metrics.get("scores", {}).items() if isinstance(v, float)}:
-        told = ", ".join(f"{k} {v:.1%}" for k, v in found.items())
-        line(f"measured when it was made (protocol generation): {told}")
-    if moved := metrics.get("next_tokens"):
-        table(scores.NEXT_TITLE, scores.NEXT_RECORDED, scores.of_next_recorded(moved))
-
-
-def _settings(options: Mapping[str, Any]) -> Iterator[str]:
-    """Every setting as "name=value", those of the solver, the targets and the corpus with them."""
-    for name, value in options.items():
-        if name == "merged":
-            yield f"merged of {', '.join(str(p.get('id'))[:12] for p in value)}"
-        elif isinstance(value, dict):
-            yield from _settings(value) if name in ("solver", "targets") else [f"{name}={value.get('name')}"]
-        elif name == "facts" and isinstance(value, list):
-            yield f"{name}={' '.join(value)}"
-        else:
-            yield "{}={}".format(*of_today(name, value))
-
-
-def _or_dash(number: float | None, form: str, unit: str = "") -> str:
-    return "–" if number is None else f"{number:{form}}{unit}"
 
 
 def conflicts(found: Sequence[Conflict]) -> None:
@@ -321,7 +243,7 @@ def applied(r: ApplyReport, verb: str) -> None:
     shown = [t.stability for t in r.tensors if t.stability]
     worst = {_alike(s.name): s for s in sorted(shown, key=lambda s: s.spectrum_drift)}
     if drifts := [s for s in shown if worst[_alike(s.name)] is s]:
-        _stability("Stability on the stored dtype", drifts)
+        stability("Stability on the stored dtype", drifts)
         if rounded := sorted({t.dtype for t in r.tensors if t.stability and t.dtype not in ("F32", "F64")}):
             line(
                 f"these drifts include rounding the changed weights to {', '.join(rounded)}; those that edit shows do not"

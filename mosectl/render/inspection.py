@@ -1,0 +1,92 @@
+"""What `mosectl inspect` shows of a patch: where it comes from, its rotations, its facts, what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from mosectl.editing.settings import of_today
+from mosectl.render import scores
+from mosectl.render.console import line, size, table
+from mosectl.render.terminal import own_wordings, place, stability
+
+if TYPE_CHECKING:
+    from mosectl.checkpoints.inspection import FactorReport, Inspection
+
+
+def inspection(i: Inspection) -> None:
+    """A patch: where it comes from, its rotations, its facts."""
+    p = i.patch
+    rows = [
+        ("method", f"{p.method} ({p.side} side{'s' * (p.side == 'both')}), seed {p.seed}"),
+        ("base model", f"{p.model} ({p.model_type})" + (f" @ {p.revision}" if p.revision else "")),
+        ("made with", ", ".join(f"{k} {v}" for k, v in p.versions.items())),
+        ("file", size(i.file_bytes)),
+        ("options", ", ".join(_settings(p.options))),
+        ("on top of", ", ".join(x[:12] for x in p.parents) or "the base model"),
+    ]
+    table(f"Patch {p.id}", ("", ""), rows)  # there an id of 64 digits fits into a line
+    _factors(i.factors)
+    by_module = {r.module: r for r in i.factors}.values()
+    if drifts := [r.stability for r in by_module if r.stability]:
+        stability("Effect on the model, stored dtype", drifts)
+    for r in by_module:
+        if r.base:
+            line(f"{r.module}: {r.base}")
+    table(
+        f"Facts ({len(p.facts)})",
+        ("prompt", "before", "after", ">P(new) before", ">P(new) after", ""),
+        [
+            (f.prompt, f.before, f.after, f"{f.probability_before:.3f}", f"{f.probability_after:.3f}", f.status)
+            for f in p.facts
+        ],
+    )
+    own_wordings(p.facts)
+    _measured(p.metrics)
+
+
+def _factors(factors: Sequence[FactorReport]) -> None:
+    """Every factor, a table of what it is and one of what it does: together they are wider than most terminals."""
+    title, names = "Factors (W' = R W R_in, or W + B A)", [place(r.module) for r in factors]
+    made = [
+        (name, r.factor, r.form, "×".join(map(str, r.shape)), str(r.rank), _or_dash(r.left_out, ".1%"))
+        for name, r in zip(names, factors, strict=True)
+    ]
+    does = [
+        (name, r.factor, _or_dash(r.orthogonality_error, ".1e"), _or_dash(r.largest_angle, ".1f", "°"),
+         _or_dash(r.median_angle, ".2f", "°"), f"{r.distance:.3f}")
+        for name, r in zip(names, factors, strict=True)
+    ]  # fmt: skip
+    table(title, ("module", "factor", "form", ">size", ">rank", ">left out"), made)
+    columns = ("module", "factor", ">‖RᵀR−I‖/√n", ">max angle", ">median angle", ">distance")
+    table("How far they turn", columns, does)
+
+
+def _measured(metrics: Mapping[str, Any]) -> None:
+    """What a patch says was measured when it was made; older ones have no groups of prompts."""
+    if recorded := metrics.get("shares"):
+        title = "Measured when it was made (protocol generation)"
+        table(title, scores.COLUMNS, list(scores.of_patch(recorded)))
+        line(scores.AS_QA)
+    elif found := {k: v for k, v in metrics.get("scores", {}).items() if isinstance(v, float)}:
+        told = ", ".join(f"{k} {v:.1%}" for k, v in found.items())
+        line(f"measured when it was made (protocol generation): {told}")
+    if moved := metrics.get("next_tokens"):
+        table(scores.NEXT_TITLE, scores.NEXT_RECORDED, scores.of_next_recorded(moved))
+
+
+def _settings(options: Mapping[str, Any]) -> Iterator[str]:
+    """Every setting as "name=value", those of the solver, the targets and the corpus with them."""
+    for name, value in options.items():
+        if name == "merged":
+            yield f"merged of {', '.join(str(p.get('id'))[:12] for p in value)}"
+        elif isinstance(value, dict):
+            yield from _settings(value) if name in ("solver", "targets") else [f"{name}={value.get('name')}"]
+        elif name == "facts" and isinstance(value, list):
+            yield f"{name}={' '.join(value)}"
+        else:
+            yield "{}={}".format(*of_today(name, value))
+
+
+def _or_dash(number: float | None, form: str, unit: str = "") -> str:
+    return "–" if number is None else f"{number:{form}}{unit}"
