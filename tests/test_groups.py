@@ -18,6 +18,7 @@ from mosectl.checkpoints.live import patched
 from mosectl.editing.layers import settled
 from mosectl.editing.options import options_from
 from mosectl.errors import NotFinite, PatchError, UsageError
+from mosectl.facts.groups import SAME_SUBJECT
 from mosectl.facts.records import Fact, Probe, fact_from_dict
 from mosectl.measure import groups, next_tokens, probes, qa
 from mosectl.measure.answers import FactAnswer, Interview, interview
@@ -371,6 +372,34 @@ def test_a_bench_has_columns_for_groups(tmp_path: Path) -> None:
     )
     plain = tables(cells(bench), {key: older})[0]
     assert ">harmonic mean of four" not in plain.columns and "(QA)" not in markdown(bench, [plain]), "as before"
+
+
+def test_the_mean_of_four_where_a_data_set_names_no_groups() -> None:
+    from types import SimpleNamespace
+    from typing import cast
+
+    from mosectl.bench.report import _by_group, _groups
+    from mosectl.bench.runner import _groups as of_groups
+    from mosectl.editing.edit import EditResult
+
+    fact = replace(FACT, rephrase_prompts=("Of Pomp",), locality=(Probe("The cello", None),))
+    own = (tuple(Probe(f"{fact.subject} {opening}", None, SAME_SUBJECT) for opening in ("is", "was")),)
+
+    def said(prompt: str, rephrased: str, local: str, other: str) -> Interview:
+        answers = (FactAnswer(prompt, 0.1),)
+        return Interview(answers, ((rephrased,),), ((local,),), own, ((" a quiet town", other),))
+
+    old, new = f" {fact.ground_truth}", f" {fact.target_new}"
+    before = said(old, old, " is a violin", " red brick house")
+    result = SimpleNamespace(interviews=(before, said(new, new, " is a violin", " burnt down twice")))
+    found = of_groups([fact], cast(EditResult, result))
+    assert found["groups"] == {} and found["own_same_subject"]["value"] == 0.5, "one of our two stayed"
+    assert found["harmonic_of_four"] == pytest.approx(4 / (1 + 1 + 1 + 2))
+    assert found["tallies_of_four"][3] == [(1.0, 2.0)]
+    columns = _groups([found])
+    records = [found]
+    known, same, mean, _ = _by_group(records, columns, records)
+    assert (columns, known[:5], same[:4], mean) == (["same subject (own probes)"], "100.0", "50.0", "80.0")
 
 
 def test_the_lead_in_the_mean_of_four_is_paired() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from mosectl.bench.config import OTHERS, Bench, Cell, RunKind
 from mosectl.bench.pictures import svg_abilities, svg_frontier, svg_norms, svg_retention
 from mosectl.bench.runner import Record, records_of
-from mosectl.facts.groups import shown
+from mosectl.facts.groups import SAME_SUBJECT, shown
 from mosectl.measure.bootstrap import over_seeds, paired_lead
 from mosectl.measure.groups import Part
 from mosectl.storage.atomic import output_errors, write_bytes
@@ -28,7 +28,8 @@ _GROUPS = (
     "are ignored; a locality prompt is kept if the model gives the known answer again or, where none is known or it gave "
     "another one before, if the first three words of its answer are the same. Known wordings: rephrasings that the unedited "
     "model answered with the old object. Harmonic mean of four: of reliability, generalization over known wordings, "
-    "neighbours and same subject, all (QA)."
+    "neighbours and same subject, all (QA); where a data set names no groups, of its locality prompts and mosectl's own "
+    "same-subject prompts (up to 50 facts)."
 )
 _AGES = (
     "\nThe oldest, middle and newest facts of a run in batches, in the order of the edit: 100 of each from 300 facts on, a "
@@ -106,9 +107,13 @@ def _part(found: Record) -> tuple[str, str, bool]:
     return found["metric"], found["group"], found["own"]
 
 
+OWN = Part("locality", SAME_SUBJECT, own=True)  # mosectl's probes
+
+
 def _groups(records: Sequence[Record]) -> list[str]:
-    """The groups of locality prompts that the data sets name."""
-    return list(dict.fromkeys(name for r in records for name in r.get("groups", {})))
+    """The groups of locality prompts that the data sets name, and last OWN's label where mosectl asked its own."""
+    named = dict.fromkeys(name for r in records for name in r.get("groups", {}))
+    return [*named, *([OWN.label()] if any(r.get("own_same_subject") for r in records) else [])]
 
 
 def _group_columns(groups: Sequence[str]) -> list[str]:
@@ -122,7 +127,8 @@ def _by_group(records: Sequence[Record], groups: Sequence[str], first: Sequence[
     if not groups:
         return []
     out = [_summary([r.get("known") for r in records], _percent)]
-    out += [_summary([r.get("groups", {}).get(name) for r in records], _percent) for name in groups]
+    shares = [{**r.get("groups", {}), OWN.label(): r.get("own_same_subject")} for r in records]
+    out += [_summary([found.get(name) for found in shares], _percent) for name in groups]
     four = [{"value": v} for r in records if (v := r.get("harmonic_of_four")) is not None]
     return [*out, _summary(four, _percent), _lead(first, records, _of_four)]
 

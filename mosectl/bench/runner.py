@@ -75,7 +75,7 @@ DONE = record(  # what tables and pictures use of a cell that did not fail
         "drift": _NUMBERS, "text_loss": _SIDES, "perplexity": _SIDES,
     },
     {
-        "unseen": _MEASURE, "kept": _MEASURE, "groups": mapping(_MEASURE), "known": _MEASURE,
+        "unseen": _MEASURE, "kept": _MEASURE, "groups": mapping(_MEASURE), "known": _MEASURE, "own_same_subject": _MEASURE,
         "harmonic_of_four": optional(number), "stopped": optional(text), "curve": optional(listed(_POINT)),
         "tallies": optional(record(dict.fromkeys(SCORES, listed(listed(number))), others=anything)),
         "tallies_of_four": optional(listed(listed(listed(number)))), "retention": listed(_BIN), "cohorts": listed(_COHORT),
@@ -257,9 +257,10 @@ def _measured(cell: Cell, asked: _Asked, result: EditResult) -> Record:
 
 
 def _groups(facts: Sequence[Fact], result: EditResult) -> Record:
-    """Shares of the data set's own groups and of wordings known before, compared as QA does, and the mean of four.
+    """Shares of groups of prompts and of wordings known before, compared as QA does, and the mean of four.
 
-    The four: reliability, generalization over known wordings, neighbours, same-subject; null where one was not asked.
+    The four: reliability, generalization over known wordings, neighbours, same-subject; null where one was not asked. Where
+    a data set names no groups, its locality prompts are the neighbours and same-subject prompts are mosectl's own.
     """
     before, after = map(answers_of, result.interviews)
     facts = as_interviewed(facts)
@@ -268,14 +269,17 @@ def _groups(facts: Sequence[Fact], result: EditResult) -> Record:
         found = tallies("qa", part, facts, after, before)[0]
         return found, measure(found)
 
-    groups = {p.group: of(p) for p in parts(facts, before) if p.metric == "locality" and not p.own}
-    known, nothing = of(Part("generalization", KNOWN)), ((), None)
-    four = [of(Part("reliability", "")), known, groups.get(NEIGHBOURS, nothing), groups.get(SAME_SUBJECT, nothing)]
+    asked = {(p.group, p.own): of(p) for p in parts(facts, before) if p.metric == "locality"}
+    groups = {group: found for (group, own), found in asked.items() if not own}
+    known, own, nothing = of(Part("generalization", KNOWN)), asked.get((SAME_SUBJECT, True)), ((), None)
+    neighbours = groups.get(NEIGHBOURS, nothing) if groups else of(Part("locality", ""))
+    four = [of(Part("reliability", "")), known, neighbours, groups.get(SAME_SUBJECT) or own or nothing]
     values = [m.value for _, m in four if m]
     whole = len(values) == len(four)
     return {
         "groups": {name: asdict(m) for name, (_, m) in groups.items() if m},
         "known": asdict(m) if (m := known[1]) else None,
+        "own_same_subject": asdict(m) if own and (m := own[1]) else None,
         "harmonic_of_four": harmonic_mean(values) if whole else None,
         "tallies_of_four": [[(t.total, t.weight) for t in found] for found, _ in four] if whole else None,
     }
