@@ -119,6 +119,26 @@ def test_sums_follow_facts_that_are_edited_again_and_keys_that_move() -> None:
     assert torch.allclose(P, wanted[0], atol=1e-5) and torch.allclose(Q, wanted[1], atol=1e-5)
 
 
+def test_columns_of_no_more_than_so_many_facts_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Stage()
+    name = stage.ps[0].name
+    everything, c = many(stage, 8)
+    whole = everything.moments(1.0)[name]
+    monkeypatch.setattr(previous_edits, "STORED", 3)
+    earlier, _ = many(stage, 8)
+    assert earlier.column.unique().tolist() == [0, 1, 4], "those that lead by least: 0, 1, 2, 3 nats and 0, 1, 2, 3"
+    assert earlier.keys[name].shape[1] == earlier.values[name].shape[1] == len(earlier.column) == 6
+    for mine, all_kept in zip(earlier.moments(1.0)[name], whole, strict=True):
+        assert torch.allclose(mine, all_kept, atol=1e-6), "the others stay in the sums"
+    P, _ = (x.clone() for x in earlier.moments(1.0)[name])
+    earlier.edited_again([7, 1], [0.5, 0.5], stage.base)
+    assert earlier.column.tolist() == [0, 0, 1, 1, 4, 4, 7, 7], "its columns are kept from now on"
+    K = keys_at(stage.model, stage.ps, c.batch, c.token)[0].double()[c.fact == 7]
+    assert torch.allclose(earlier.moments(1.0)[name][0], P + K.T @ K / 2, atol=1e-6), "and count beside what it was"
+    monkeypatch.setattr(Earlier, "_leads", lambda self, rows: torch.full((len(rows),), 9.0))
+    assert earlier.slipped(1.0) == [] and earlier.kept().column is earlier.column
+
+
 def test_what_a_batch_asks_does_not_grow(monkeypatch: pytest.MonkeyPatch) -> None:
     for limit, most in (("LEAST", 2), ("IN_TURN", 2), ("RENEWED", 3)):
         monkeypatch.setattr(previous_edits, limit, most)

@@ -2,7 +2,8 @@
 
 What a batch takes here does not grow with the number of facts before it. Their keys and values are sums, to which those of
 a batch are added. Layers below go on moving, and keys with them, though little: a few facts' keys are asked of the model
-anew with every batch, in turn, and so is whether they hold.
+anew with every batch, in turn, and so is whether they hold. For that, columns of some facts are kept beside the sums, to be
+taken out of them again; beyond a thousand facts those that lead by most are left as they are.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ GIVEN_UP = 2  # failures after which a fact is not tried again
 LEAST = 32  # of the facts asked with one batch whether they hold, those that led by least when asked last,
 IN_TURN = 32  # and those whose turn it is
 RENEWED = 16  # facts whose keys are asked anew with one batch, in turn
+STORED = 1024  # facts whose columns are kept beside the sums, at most
 ROWS = 256  # sequences run at once
 NOWHERE = 100.0  # nats by which a fact is behind whose loss is not finite
 
@@ -32,6 +34,7 @@ class Kept:
     """What an interrupted run needs of its earlier facts; names as in :class:`Earlier`."""
 
     contexts: Contexts
+    column: Tensor
     keys: Mapping[str, Tensor]
     values: Mapping[str, Tensor]
     sums: Mapping[str, tuple[Tensor, Tensor]]
@@ -56,8 +59,9 @@ class Earlier:
         self.failures: list[int] = []  # of each fact: how often it did not hold after being edited
         self.leads: list[float] = []  # of each fact, nats, when it was asked last
         self.contexts: Contexts | None = None
-        self.keys: dict[str, Tensor] = {}  # (p, rows) by module path, in the model's type, when they were asked last
-        self.values: dict[str, Tensor] = {}  # (d, rows) float64
+        self.column = torch.empty(0, dtype=torch.long)  # (columns,) which fact a stored column belongs to, on the host
+        self.keys: dict[str, Tensor] = {}  # (p, columns) by module path, in the model's type, when they were asked last
+        self.values: dict[str, Tensor] = {}  # (d, columns) float64
         self.sums: dict[str, tuple[Tensor, Tensor]] = {}  # Σ w k kᵀ (p, p) and Σ w v kᵀ (d, p), float64 on the host,
         self.summed = 0  # over so many facts
         self.turn = 0  # batches taken in
@@ -68,29 +72,27 @@ class Earlier:
         """
         n = len(lead)
         new = rows_of(contexts, (contexts.is_edit & (contexts.fact < n)).nonzero().flatten())
-        keys, values = self._asked(new, W)
+        columns = self._asked(new, W)
         old, new = self.contexts, replace(new, below=None)
+        self._store(new.fact.cpu() + len(self.failures), *columns)
         self.contexts = new if old is None else old.followed_by(new)
-        self.keys = {name: k if old is None else torch.cat([self.keys[name], k], 1) for name, k in keys.items()}
-        self.values = {name: v if old is None else torch.cat([self.values[name], v], 1) for name, v in values.items()}
         self.failures += [0] * n
         self.leads += _finite(lead)
         self.turn += 1
+        if len(self._stored()) > STORED:
+            self._forget()
 
     def kept(self) -> Kept:
         """To go on from."""
         assert self.contexts is not None
         lists = list(self.failures), list(self.leads)
-        return Kept(self.contexts, dict(self.keys), dict(self.values), dict(self.sums), *lists, self.summed, self.turn)
+        columns = self.column, dict(self.keys), dict(self.values)
+        return Kept(self.contexts, *columns, dict(self.sums), *lists, self.summed, self.turn)
 
     def take(self, kept: Kept, device: torch.device, like: Mapping[str, Tensor]) -> None:
         """Go on from what an interrupted run had; rows on the model's ``device``, columns as the weights ``like``."""
-        self.contexts, self.sums, self.summed, self.turn = (
-            kept.contexts.to(device),
-            dict(kept.sums),
-            kept.summed,
-            kept.turn,
-        )
+        self.contexts, self.column, self.sums = kept.contexts.to(device), kept.column, dict(kept.sums)
+        self.summed, self.turn = kept.summed, kept.turn
         self.keys = {name: K.to(like[name].device) for name, K in kept.keys.items()}
         self.values = {name: V.to(like[name]) for name, V in kept.values.items()}
         self.failures, self.leads = list(kept.failures), list(kept.leads)
@@ -130,10 +132,9 @@ class Earlier:
         if not n:
             return {}
         if self.summed and self.mean is None:  # published code keeps the keys of an edit as they were then
-            first = self.turn * RENEWED
-            self._renew(sorted({i % self.summed for i in range(first, first + min(RENEWED, self.summed))}))
-        self._count(range(self.summed, n), 1)
-        self.summed = n
+            first, stored = self.turn * RENEWED, [i for i in self._stored() if i < self.summed]
+            self._renew(sorted({stored[i % len(stored)] for i in range(first, first + min(RENEWED, len(stored)))}))
+        self._sum_up()
         return {name: (weight * P, weight * Q) for name, (P, Q) in self.sums.items()}
 
     def seen(self) -> dict[str, Tensor]:
@@ -150,32 +151,61 @@ class Earlier:
             found.append(leads(log_probabilities(self.model, own), own.targets, own.targets >= 0).cpu())
         return torch.cat(found)
 
-    def _rows(self, facts: Sequence[int] | range) -> Tensor:
-        """Numbers of the rows of these facts, on the host."""
-        assert self.contexts is not None
-        return torch.isin(self.contexts.fact.cpu(), torch.tensor([*facts])).nonzero().flatten()
+    def _stored(self) -> list[int]:
+        """Facts whose columns are kept."""
+        return self.column.unique().tolist()
+
+    def _store(self, column: Tensor, keys: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+        """Keep these columns beside those that are there; ``column``: their facts."""
+        self.column = torch.cat([self.column, column])
+        for kept, new in ((self.keys, keys), (self.values, values)):
+            for name, x in new.items():
+                kept[name] = torch.cat([kept[name], x], 1) if name in kept else x
+
+    def _forget(self) -> None:
+        """No more columns than those of STORED facts: those that lead by most stay in the sums as they are."""
+        self._sum_up()
+        by_lead = sorted(self._stored(), key=self.leads.__getitem__)
+        rest = torch.isin(self.column, torch.tensor(by_lead[:STORED])).nonzero().flatten()
+        self.column = self.column[rest]
+        for kept in (self.keys, self.values):
+            for name, x in kept.items():
+                kept[name] = x[:, rest.to(x.device)]
 
     def _renew(self, facts: Sequence[int], W: Mapping[str, Tensor] | None = None) -> None:
-        """Ask the keys of these facts anew, and with W (d, p) their values; the sums follow."""
+        """Ask the keys of these facts anew, and with W (d, p) their values, where none are kept too; the sums follow."""
         if not facts:
             return
         assert self.contexts is not None
         counted = [i for i in facts if i < self.summed]
         self._count(counted, -1)
-        rows = self._rows(facts)
-        keys, values = self._asked(rows_of(self.contexts, rows.to(self.contexts.fact.device)), W or {})
+        of = self.contexts.fact
+        rows = torch.isin(of, torch.tensor([*facts], device=of.device)).nonzero().flatten()
+        keys, values = self._asked(rows_of(self.contexts, rows), W or {})
+        fact = of[rows].cpu()
+        there = torch.isin(fact, self.column)
+        at = torch.isin(self.column, fact).nonzero().flatten()
+        at = at[self.column[at].argsort(stable=True)]  # in the order of ``rows``: by fact, then as they were asked
         for kept, new in ((self.keys, keys), (self.values, values)):
             for name, x in new.items():
-                kept[name][:, rows.to(x.device)] = x
+                kept[name][:, at.to(x.device)] = x[:, there.to(x.device)]
+        if not bool(there.all()):
+            found = ({name: x[:, ~there.to(x.device)] for name, x in new.items()} for new in (keys, values))
+            self._store(fact[~there], *found)
         self._count(counted, 1)
 
+    def _sum_up(self) -> None:
+        """Every fact is in the sums."""
+        n = len(self.failures)
+        self._count(range(self.summed, n), 1)
+        self.summed = n
+
     def _count(self, facts: Sequence[int] | range, sign: int) -> None:
-        """Add the columns of these facts to the sums, or with ``sign`` −1 take them out."""
-        if not facts:
+        """Add the kept columns of these facts to the sums, or with ``sign`` −1 take them out."""
+        rows = torch.isin(self.column, torch.tensor([*facts], dtype=torch.long)).nonzero().flatten()
+        if not len(rows):
             return
-        assert self.contexts is not None
-        rows = self._rows(facts)
-        fact = self.contexts.fact.cpu()[rows].unique(return_inverse=True)[1]
+        fact = self.column[rows].unique(return_inverse=True)[1]
         share = sign / torch.bincount(fact)[fact].double()
         average = self.mean(fact).T if self.mean else None  # (rows, n)
         for name, V in self.values.items():

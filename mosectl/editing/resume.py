@@ -100,6 +100,7 @@ class Progress:
             {name: _turns(tensors, name) for name in shapes},
             Kept(
                 Contexts(batch=Batch(*(tensors[f"rows.{f.name}"] for f in fields(Batch))), **rows),
+                tensors["column"],
                 {name: tensors[f"K.{name}"] for name in shapes},
                 {name: tensors[f"V.{name}"] for name in shapes},
                 {name: (tensors[f"P.{name}"], tensors[f"Q.{name}"]) for name in shapes if record["summed"]},
@@ -121,6 +122,7 @@ class Progress:
         rows |= {f.name: getattr(earlier.contexts.batch, f.name) for f in fields(Batch)}
         tensors = {
             **{f"W.{name}": W for name, W in state.W.items()},
+            "column": earlier.column,
             **{f"K.{name}": K for name, K in earlier.keys.items()},
             **{f"V.{name}": V for name, V in earlier.values.items()},
             **{
@@ -163,17 +165,18 @@ def _misfit(
     facts: int,
 ) -> str:
     """What in a state that is meant for this session does not go with it; empty if nothing."""
-    done, rows, layers = len(record["losses"]), tensors.get("rows.fact", torch.empty(0)).numel(), set(shapes)
+    done, layers = len(record["losses"]), set(shapes)
+    rows, columns = (tensors.get(name, torch.empty(0)).numel() for name in ("rows.fact", "column"))
     if not 0 < done <= facts or {len(record[name]) for name in ("failures", "leads", "right_after")} != {done}:
         return f"{done} losses of {facts} facts"
     points = [h["edits"] for h in record["curve"]]
     if points[-1:] != [done] or any({*h[name]} != layers for h in record["curve"] for name in ("norm", "condition")):
         return "a curve of other layers or facts"
-    forms = {f"W.{name}": [d, p] for name, (d, p) in shapes.items()}
+    forms = {f"W.{name}": [d, p] for name, (d, p) in shapes.items()} | {"column": [columns]}
     if not 0 <= record["summed"] <= done:
         return "sums over other facts"
     for name, (d, p) in shapes.items():
-        forms |= {f"K.{name}": [p, rows], f"V.{name}": [d, rows]}
+        forms |= {f"K.{name}": [p, columns], f"V.{name}": [d, columns]}
         forms |= {f"P.{name}": [p, p], f"Q.{name}": [d, p]} if record["summed"] else {}
     forms |= {f"carried.{name}": [*shape] for name, shape in carried.items()}
     for name in (*BY_ROW, *(f.name for f in fields(Batch))):
@@ -188,4 +191,5 @@ def _misfit(
     if forms != found:
         return "tensors of other shapes"
     fact = tensors["rows.fact"]
-    return "" if fact.unique().tolist() == list(range(done)) else "rows of other facts"
+    known = fact.unique().tolist() == list(range(done)) and bool(torch.isin(tensors["column"], fact).all())
+    return "" if known else "rows of other facts"
