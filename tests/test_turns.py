@@ -31,6 +31,17 @@ def second_moment(p: int, seed: int = 1) -> Tensor:
 # The metric
 
 
+@pytest.mark.parametrize("form", ["none", "compact", "dense"])
+def test_gram_of_a_turned_weight(form: str) -> None:
+    """L in the form that a run's batches leave: compact at first, dense after many of them."""
+    W, X = random(8, 20), random(8, 3, seed=2)
+    U = torch.linalg.qr(random(8, 3, seed=3))[0]
+    turned = Compact(U, torch.linalg.matrix_exp(torch.tensor([[0, 1, 2], [-1, 0, 3], [-2, -3, 0]]).double() / 4))
+    L = {"none": None, "compact": turned, "dense": turned.dense()}[form]
+    now = W if L is None else turned.left(W)
+    assert torch.allclose(Gram(Gram.of(W).root, L).solve(X), torch.linalg.solve(now @ now.T, X), rtol=1e-9)
+
+
 @pytest.mark.parametrize("columns", [0, 3, 20])
 def test_metric_is_the_dense_matrix(columns: int) -> None:
     """20 of 24 columns go into the factor, 3 through Woodbury's identity."""

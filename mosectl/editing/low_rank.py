@@ -65,10 +65,14 @@ class Gram:
 
     def solve(self, X: Tensor) -> Tensor:
         """(W Wᵀ)⁻¹ X (d, k)."""
-        left = as_compact(self.left) if isinstance(self.left, Tensor) else self.left
-        Y = X if left is None else left.inverse.left(X)
-        Y = torch.cholesky_solve(Y.to(self.root), self.root).to(X)
-        return Y if left is None else left.left(Y)
+        L = self.left
+        if isinstance(L, Compact):
+            return L.left(self._solve(L.inverse.left(X)))
+        return self._solve(X) if L is None else L @ self._solve(L.T @ X)
+
+    def _solve(self, X: Tensor) -> Tensor:
+        """Without L."""
+        return torch.cholesky_solve(X.to(self.root), self.root).to(X)
 
 
 def nearest_turns(

@@ -3,7 +3,7 @@
 What a batch takes here does not grow with the number of facts before it. Their keys and values are sums, to which those of
 a batch are added. Layers below go on moving, and keys with them, though little: a few facts' keys are asked of the model
 anew with every batch, in turn, and so is whether they hold. For that, columns of some facts are kept beside the sums, to be
-taken out of them again; beyond a thousand facts those that lead by most are left as they are.
+taken out of them again; beyond some hundred facts those that lead by most are left as they are.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ GIVEN_UP = 2  # failures after which a fact is not tried again
 LEAST = 32  # of the facts asked with one batch whether they hold, those that led by least when asked last,
 IN_TURN = 32  # and those whose turn it is
 RENEWED = 16  # facts whose keys are asked anew with one batch, in turn
-STORED = 1024  # facts whose columns are kept beside the sums, at most
+STORED = 256  # facts whose columns are kept beside the sums, at most
 ROWS = 256  # sequences run at once
 NOWHERE = 100.0  # nats by which a fact is behind whose loss is not finite
 
