@@ -89,6 +89,7 @@ def test_edit_ask_and_eval_take_a_file(file: Path, tmp_path: Path, capsys: pytes
     out, facts = tmp_path / "p.safetensors", tmp_path / "facts.jsonl"
     facts.write_text(json.dumps(FACT))
     assert run("edit", facts, "--model", file, "-o", out, *EASY) == 0
+    assert "--to gguf-lora -o adapter.gguf" in " ".join(capsys.readouterr().err.split()), "what comes next"
     assert run("edit", facts, "--model", file.parent, "-o", tmp_path / "q", *EASY, "--dry-run") == 0
     capsys.readouterr()
     assert run("inspect", out, "--model", file) == 0 and "pico.gguf" in capsys.readouterr().out
