@@ -1,8 +1,8 @@
 """GGUF files as models: unpacked once to an ordinary checkpoint folder in the cache, which all the rest reads.
 
 transformers reads them; it undoes what llama.cpp's converter does to weights (the order of attention's rows, Gemma's norms).
-The folder holds the dequantised weights as float32, which is exact: a quantised weight is a short product, so it has one
-float32 value and every program that dequantises it finds the same. It has four bytes a weight.
+The folder holds the dequantised weights as float32, the type in which llama.cpp dequantises too: nothing is rounded further,
+and a patch's fingerprints are of what the file says. It has four bytes a weight.
 """
 
 from __future__ import annotations
