@@ -50,6 +50,10 @@ def test_the_solve_against_the_dense_form() -> None:
     assert compact["compact"]["missing of what is asked"] < 1 and dense["ratio"] > 1
 
 
+def test_llama_cpp_is_skipped_with_a_reason() -> None:
+    assert "llama-cpp-python" in (said := run("serve_gguf.py")) or "give --gguf" in said
+
+
 def test_real_models_are_skipped_with_a_reason() -> None:
     assert "give --on" in json.loads(run("real.py"))["skipped"]
     assert "no facts file" in json.loads(run("real.py", "--on", "model=nowhere.jsonl"))["skipped"]

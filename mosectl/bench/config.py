@@ -84,9 +84,9 @@ class Bench:
     notes: tuple[str, ...]  # what a reader of the tables must know
 
     def model_path(self, model: str) -> str:
-        """A folder beside the configuration, else as written: a folder seen from here, or a hub id."""
+        """A folder or file beside the configuration, else as written: one seen from here, or a hub id."""
         beside = self.folder / model
-        return str(beside) if beside.is_dir() else model
+        return str(beside) if beside.exists() else model
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from mosectl.patch.file import Patch
 from mosectl.patch.fingerprint import distance, match
 from mosectl.storage.checkpoint import JOURNAL, Checkpoint, open_checkpoint, twins
 from mosectl.storage.folders import built, claimed, recovered
+from mosectl.storage.gguf_header import is_gguf
 
 OnStep = Callable[[int, int], None]
 
@@ -60,6 +61,9 @@ def apply(
             _check_intact(source)
         notes = {} if force else _check_bases(source, patches)
         left_out = tuple(twins(source.checkpoint))
+        if file := source.checkpoint.gguf:
+            what = f"{out} is a checkpoint of float32 weights, no GGUF file; for llama.cpp, export --to gguf-lora gives"
+            warnings.warn(f"{what} an adapter for {file.file.name}", Notice, stacklevel=2)
         if left_out:
             what = f"not copied to {out}, they hold the unedited weights for other programs: {', '.join(left_out)}"
             warnings.warn(what, Notice, stacklevel=2)
@@ -99,6 +103,9 @@ def revert(
     """
     if out is None:
         recovered(Path(model))  # before it is asked whether it is there
+        if is_gguf(Path(model)):
+            fix = "serve it without the adapter; only a folder that apply has written can be reverted"
+            raise ModelError("is a GGUF file: no patch is applied to it", where=str(model), fix=fix)
         if not Path(model).is_dir():
             open_checkpoint(model)
             raise OutputError("a hub model cannot be reverted in place", where=str(model), fix="give -o")

@@ -14,6 +14,7 @@ from mosectl.checkpoints.journal import Journal
 from mosectl.errors import BaseMismatch, ModelError
 from mosectl.patch.fingerprint import sha256
 from mosectl.storage.checkpoint import SIDECAR, Checkpoint, header, open_checkpoint
+from mosectl.storage.gguf_header import is_gguf
 from mosectl.storage.hub import cached_model, looks_like_repo
 
 KEPT_BASE = f"{SIDECAR}/base.safetensors"
@@ -77,7 +78,7 @@ class BaseTensors:
     def _folders(self) -> Iterator[Path]:
         journal, first = self.journal, Path(self.journal.base_path)
         with suppress(OSError):  # a name too long
-            if first.is_dir():
+            if first.is_dir() or is_gguf(first):
                 yield first
         cached = cached_model(journal.model, journal.revision) if journal.revision else None
         if cached and cached.resolve() != first:  # the journal has a resolved path

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mosectl.checkpoints.apply import apply, check_stack
 from mosectl.checkpoints.base import layout
+from mosectl.checkpoints.modelfile import beside
 from mosectl.errors import EditFailed, ModelError, UsageError
 from mosectl.linalg.rotation import Compact, product_svd
 from mosectl.model.architecture import Architecture
@@ -27,6 +28,7 @@ from mosectl.patch.finite import check_changed, check_weight, is_finite
 from mosectl.storage.atomic import output_errors, write_bytes, write_tensors
 from mosectl.storage.checkpoint import JOURNAL, SIDECAR, Checkpoint, open_checkpoint
 from mosectl.storage.folders import new_folder
+from mosectl.storage.gguf import chosen
 from mosectl.storage.places import Place, check_room, new_file
 from mosectl.text.markdown import front_matter, inline, table
 
@@ -55,6 +57,7 @@ class Exported:
     left_out: float  # largest share ‖ΔW − B A‖ / ‖ΔW‖ of any layer, before rounding to ``dtype``
     modules: tuple[str, ...]
     dtype: str = "float32"  # of an adapter
+    modelfile: Path | None = None  # for Ollama, beside the adapter
 
 
 def export(
@@ -66,6 +69,7 @@ def export(
     revision: str | None = None,
     rank: int | None = None,
     dtype: torch.dtype = torch.float32,
+    ollama: str | None = None,
     force: bool = False,
     on_step: OnStep | None = None,
 ) -> Exported:
@@ -75,6 +79,8 @@ def export(
         form: "lora" (a PEFT adapter folder), "gguf-lora" (one file for llama.cpp) or "merged" (a checkpoint folder).
         rank: cut the adapter down to it; default: the least legal rank that leaves nothing out.
         dtype: of the adapter's tensors.
+        ollama: with "gguf-lora" a Modelfile is written beside the adapter, for this GGUF file or model of Ollama's; by
+            default for ``model``, where that is a GGUF file.
         force: skip the check that the patches are for this model.
     Raises:
         UsageError: no such form, or a rank above 512 would be needed. BaseMismatch, ModelError, HubError, OutputError.
@@ -84,7 +90,9 @@ def export(
         raise UsageError(f"--to {form}: no such form", fix=f"choose one of: {', '.join(FORMS)}")
     if form == "merged":
         return _merged(patches, open_checkpoint(model, revision), model, Path(out), revision, force, on_step)
-    with new_file(Path(out)) if form == "gguf-lora" else new_folder(Path(out)) as place:
+    base = (ollama or _gguf_of(model)) if form == "gguf-lora" else None
+    writing = new_file(Path(out)) if form == "gguf-lora" else new_folder(Path(out))
+    with beside(Path(out), base) as modelfile, writing as place:
         checkpoint = open_checkpoint(model, revision)
         if not force:
             check_stack(checkpoint, patches)
@@ -99,7 +107,12 @@ def export(
             _write_gguf(place, tensors, r, checkpoint, arch)
         else:
             _write_peft(place, tensors, r, patches, checkpoint, arch)
-    return Exported(Path(out), form, r, left_out, tuple(factors), str(dtype).removeprefix("torch."))
+    return Exported(Path(out), form, r, left_out, tuple(factors), str(dtype).removeprefix("torch."), modelfile)
+
+
+def _gguf_of(model: str | Path) -> str | None:
+    file = chosen(model)
+    return str(file) if file else None
 
 
 def _reserve(place: Place | Path, patches: Sequence[Patch], rank: int | None, dtype: torch.dtype) -> None:
@@ -203,7 +216,7 @@ def _write_gguf(place: Place, tensors: Factors, r: int, checkpoint: Checkpoint, 
         import gguf
     except ImportError as e:
         raise UsageError("--to gguf-lora needs the package gguf", fix='pip install "mosectl[gguf]"') from e
-    name = LLAMA_CPP.get(arch.model_type, arch.model_type)
+    name = checkpoint.gguf.architecture if checkpoint.gguf else LLAMA_CPP.get(arch.model_type, arch.model_type)
     if name not in gguf.MODEL_ARCH_NAMES.values():
         what = f"llama.cpp's name for '{arch.model_type}' is not known"
         raise ModelError(what, where=checkpoint.model, fix="export --to merged, and convert that with llama.cpp")

@@ -288,7 +288,7 @@ def _records(
     Journal(
         model=old.model if old else checkpoint.model,
         revision=old.revision if old else checkpoint.revision,
-        base_path=old.base_path if old else str(checkpoint.folder.resolve()),
+        base_path=old.base_path if old else str(checkpoint.origin),
         kept_base=keep,
         patches=tuple(applied),
         tensors=dict(edited),

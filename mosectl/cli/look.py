@@ -57,7 +57,7 @@ def check(
 
 
 def doctor(
-    model: Annotated[str, typer.Argument(help="Model folder or hub id.")],
+    model: Annotated[str, typer.Argument(help="Model folder, .gguf file or hub id.")],
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:

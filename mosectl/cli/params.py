@@ -15,7 +15,7 @@ from mosectl.errors import OutputError
 if TYPE_CHECKING:
     from mosectl.storage.places import Place
 
-Model = Annotated[str, typer.Option("--model", "-m", help="Model folder or hub id.")]
+Model = Annotated[str, typer.Option("--model", "-m", help="Model folder, .gguf file or hub id.")]
 Revision = Annotated[str | None, typer.Option(help="Commit, tag or branch of a hub model.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, or balanced (all GPUs).")]
 Dtype = Annotated[

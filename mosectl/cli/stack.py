@@ -230,6 +230,14 @@ def export(
     revision: Revision = None,
     rank: Annotated[int | None, typer.Option(min=1, help="Cut the adapter down to this rank.")] = None,
     half: Annotated[bool, typer.Option("--half", help="Store the adapter in bfloat16.")] = False,
+    ollama: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FROM",
+            help="With gguf-lora: write a Modelfile too, for this .gguf file or model of Ollama's; by itself where --model "
+            "is a .gguf file.",
+        ),
+    ] = None,
     allow_conflicts: AllowConflicts = False,
     force: Force = False,
     as_json: Json = False,
@@ -244,6 +252,8 @@ def export(
 
     if to == "merged" and (rank or half):
         raise UsageError("--rank and --half are for adapters", fix="leave them out with --to merged")
+    if ollama is not None and (to != "gguf-lora" or not ollama):
+        raise UsageError("--ollama FROM goes with --to gguf-lora", fix="give both, or leave --ollama out")
     target = output_file(out) if to == "gguf-lora" else Path(out)
     loaded, dtype = load_patches(patches), torch.bfloat16 if half else torch.float32
     _told(conflicts(loaded), allow_conflicts, as_json)
@@ -256,6 +266,7 @@ def export(
             revision=revision,
             rank=rank,
             dtype=dtype,
+            ollama=ollama,
             force=force,
             on_step=named("export", on_step),
         )

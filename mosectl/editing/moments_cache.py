@@ -18,18 +18,11 @@ from mosectl.model import distributed
 from mosectl.model.edit_site import Projection
 from mosectl.storage import schema
 from mosectl.storage.atomic import ours, output_errors, write_bytes
+from mosectl.storage.cache import FIX, cache_dir
 from mosectl.storage.state_file import damaged, digest, read_state, write_state
 
 KIND = "statistics"
 Entry = Mapping[str, Tensor]  # C (p, p), G (d, d) float32; tokens int64, error float32: scalars
-_FIX = "set MOSECTL_CACHE to a folder of your own"
-
-
-def cache_dir() -> Path:
-    """$MOSECTL_CACHE, else $XDG_CACHE_HOME/mosectl, else ~/.cache/mosectl."""
-    if own := os.environ.get("MOSECTL_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mosectl"
 
 
 def cached(key: str, projections: Sequence[Projection]) -> dict[str, Entry]:
@@ -60,7 +53,7 @@ def keep(key: str, entries: Mapping[str, Entry], strict: bool) -> None:
     except OutputError as e:
         if strict:
             raise
-        what = f"the statistics cannot be kept, every edit computes them again: {e.where}: {e.what}; {_FIX}"
+        what = f"the statistics cannot be kept, every edit computes them again: {e.where}: {e.what}; {FIX}"
         warnings.warn(what, Notice, stacklevel=2)
 
 
@@ -103,17 +96,15 @@ def path_of(key: str, name: str) -> Path:
 
 
 def _read(path: Path, p: Projection) -> Entry:
-    record, entry = read_state(
-        path, KIND, schema.record({"of": schema.text}), _FIX, limit=4 * (p.p**2 + p.d**2) + 10**6
-    )
+    record, entry = read_state(path, KIND, schema.record({"of": schema.text}), FIX, limit=4 * (p.p**2 + p.d**2) + 10**6)
     status = path.stat()
     if status.st_uid != 0 and not ours(status):  # in a folder open to others, anyone may have prepared it
-        raise OutputError("belongs to another user", where=str(path), fix=_FIX)
+        raise OutputError("belongs to another user", where=str(path), fix=FIX)
     forms = {
         "C": (torch.float32, (p.p, p.p)), "G": (torch.float32, (p.d, p.d)), "tokens": (torch.int64, ()),
         "error": (torch.float32, ()),
     }  # fmt: skip
     good = record["of"] == path.stem and {n: (x.dtype, tuple(x.shape)) for n, x in entry.items()} == forms
     if not good or not all(bool(x.isfinite().all() and (x.diagonal() >= 0).all()) for x in (entry["C"], entry["G"])):
-        raise damaged(path, "its content is not what belongs there", _FIX)
+        raise damaged(path, "its content is not what belongs there", FIX)
     return entry

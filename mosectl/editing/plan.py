@@ -35,6 +35,7 @@ from mosectl.model.readiness import Problem, load_tokenizer, reading_problems, w
 from mosectl.model.tokens import check_tokenizer
 from mosectl.patch.change import SIDES
 from mosectl.storage.checkpoint import Checkpoint, index_tensors, locate, open_checkpoint, read_config, twins
+from mosectl.storage.gguf import origin as gguf_origin
 from mosectl.storage.hub import remote_tensors
 
 _STEPS = (
@@ -372,7 +373,7 @@ def diagnose(model: str | Path, revision: str | None = None) -> Diagnosis:
 
 def _on_disk(model: str | Path, folder: Path, commit: str | None) -> Checkpoint | None:
     """The checkpoint; None for a hub model of which the cache has not all."""
-    if Path(model).is_dir():
+    if Path(model).exists():
         return open_checkpoint(model)
     try:
         return Checkpoint(folder, str(model), commit, index_tensors(folder))
@@ -399,6 +400,8 @@ def _notes(arch: Architecture, folder: Path, others: Sequence[str]) -> list[str]
     if others:
         some = ", ".join(others)
         out.append(f"holds the weights once more for other programs, not edited and not copied by apply: {some}")
+    if file := gguf_origin(folder):
+        out += file.notes()
     if journal := read_journal(folder):
         out.append(f"already edited: {len(journal.patches)} patches are applied (mosectl.json)")
     return out

@@ -24,6 +24,7 @@ from mosectl.model.weights import exchanged, weights_of
 from mosectl.patch.file import Patch
 from mosectl.patch.record import PatchFact
 from mosectl.storage.checkpoint import open_checkpoint
+from mosectl.storage.gguf_header import is_gguf
 from mosectl.storage.hub import SCHEME, cached_model, looks_like_repo
 from mosectl.text.shown import word
 
@@ -80,6 +81,8 @@ def both_sides(what: Any, model: Any, base: Any, how: How, ask: Ask[T]) -> tuple
 
 def _is_patch(what: str | Path) -> bool:
     path = Path(what)
+    if is_gguf(path):
+        return False
     return str(what).startswith(SCHEME) or path.is_file() or (path.suffix == ".safetensors" and not path.is_dir())
 
 
@@ -105,14 +108,14 @@ def _with_patch(patch: Patch, name: str, model: Any, how: How, ask: Ask[T]) -> t
 
 
 def _at_hand(patch: Patch, revision: str | None) -> Path:
-    """The folder of the model a patch names, here or in the Hub's local cache: a patch cannot make anything be fetched."""
+    """The folder or file of the model a patch names, here or in the Hub's local cache: a patch makes nothing be fetched."""
     commit = revision or patch.revision
-    if patch.revision is None and Path(patch.model).is_dir():
+    if patch.revision is None and (Path(patch.model).is_dir() or is_gguf(Path(patch.model))):
         return Path(patch.model)
     if patch.revision and commit and looks_like_repo(patch.model) and (found := cached_model(patch.model, commit)):
         return found
     if patch.revision is None:  # the name of a folder may be that of a hub model
-        raise UsageError(f"the patch was made for a folder '{patch.model}', not found here", fix="say where by --model")
+        raise UsageError(f"the patch was made for '{patch.model}', not found here", fix="say where by --model")
     what = f"the patch was made for {patch.model} on the Hub, which is not in the cache"
     raise UsageError(what, fix=f"--model {word(patch.model)} fetches it")
 

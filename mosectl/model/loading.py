@@ -12,8 +12,9 @@ import torch
 
 from mosectl.errors import ModelError, Notice, UsageError
 from mosectl.model.architecture import skeleton
-from mosectl.model.readiness import check_ready, quiet
+from mosectl.model.readiness import check_ready
 from mosectl.storage.checkpoint import Checkpoint, check_generation_config, open_checkpoint
+from mosectl.storage.quiet import quiet
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

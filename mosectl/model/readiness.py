@@ -6,8 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from mosectl.model.files import check_model_files
 from mosectl.model.positions import window
 from mosectl.storage.checkpoint import DTYPES, Checkpoint, read_config
 from mosectl.storage.inputs import read_json
+from mosectl.storage.quiet import quiet
 
 Shapes = Mapping[str, tuple[str, tuple[int, ...]]]  # tensor name → dtype and shape
 # Parts that a wrapper puts before or into every tensor's name → who saved it, what to do.
@@ -140,22 +140,6 @@ def unmet(report: Mapping[str, Any]) -> Problem | None:
     told = [f"{name} is {list(found)}, not {list(wanted)}" for name, found, wanted in other] + missing
     what = f"{len(told)} weights are missing or of another shape than its config.json says: {', '.join(told[:3])}"
     return Problem(what, "fetch the model again: transformers would make such weights up")
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without transformers' own report and bars: what matters in them is told as an error."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(50)  # above its own errors
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 # What reads and writes text.

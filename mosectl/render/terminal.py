@@ -83,7 +83,9 @@ def edit(result: EditResult, path: Path | None, model: str, missed: Path | None 
         line(f"patch {result.patch.id[:12]} → {path} ({size(path.stat().st_size)})")
         if missed:
             line(f"{counted(sum(not r.holds for r in result.facts), 'fact')} that did not take → {missed}")
-        hint(f"next: mosectl inspect {word(path)}   |   mosectl apply {word(path)} --model {word(model)} -o edited/")
+        on, to = f"{word(path)} --model {word(model)}", "--to gguf-lora -o adapter.gguf"
+        served = f"export {on} {to}" if str(model).lower().endswith(".gguf") else f"apply {on} -o edited/"
+        hint(f"next: mosectl inspect {word(path)}   |   mosectl {served}")
         if missed:
             hint(f"then, on top of it: mosectl edit {word(missed)} --model edited/ -o more.safetensors")
 
@@ -279,6 +281,8 @@ def exported(e: Exported) -> None:
     full = "exact" if e.dtype == "float32" else f"exact but for the rounding to {e.dtype}"
     exact = full if e.left_out < 1e-6 else f"{e.left_out:.1%} of the change left out"
     line(f"{e.path}: a LoRA of rank {e.rank} for {len(e.modules)} weights, {exact}")
+    if e.modelfile:
+        line(f"{e.modelfile}: for Ollama (ollama create NAME -f {e.modelfile.name})")
 
 
 def asked(answers: Sequence[Asked]) -> None:

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mosectl.errors import ModelError, UsageError
+from mosectl.storage import gguf
 from mosectl.storage.folders import recovered
 from mosectl.storage.inputs import opened, read_header, read_json
 from mosectl.storage.standins import refuse_stand_ins
@@ -55,6 +56,12 @@ class Checkpoint:
     model: str  # hub id, or the folder's name
     revision: str | None  # the commit, for hub models
     tensors: Mapping[str, Entry]
+    gguf: gguf.Gguf | None = None  # what the folder was unpacked from
+
+    @property
+    def origin(self) -> Path:
+        """What the user has: the folder, or the GGUF file that it was unpacked from."""
+        return (self.gguf.file if self.gguf else self.folder).resolve()
 
     @property
     def config(self) -> dict[str, Any]:
@@ -83,34 +90,37 @@ class Checkpoint:
 
 
 def open_checkpoint(model: str | Path, revision: str | None = None) -> Checkpoint:
-    """Open a checkpoint folder or a hub model (downloaded to the Hugging Face cache, or found there).
+    """Open a checkpoint folder, a hub model (downloaded to Hugging Face's cache, or found there) or a GGUF file (unpacked).
 
     Raises:
         ModelError: no such folder, no config.json, weights missing, pickled or damaged.
         HubError: the Hub cannot be reached, or refuses.
     """
     folder, name, commit = locate(model, revision)
-    return Checkpoint(folder, name, commit, index_tensors(folder))
+    return Checkpoint(folder, name, commit, index_tensors(folder), gguf.origin(folder))
 
 
 def locate(model: str | Path, revision: str | None = None, *, weights: bool = True) -> tuple[Path, str, str | None]:
-    """The model's folder, its name (hub id, or the folder's name) and its commit; fetched from the Hub if need be.
+    """The model's folder, its name (hub id, or the name of folder or file) and its commit; fetched or unpacked if need be.
 
     Args:
         weights: False fetches only config and tokenizer.
     Raises:
         ModelError, HubError: as :func:`open_checkpoint`. UsageError: a revision of a folder.
     """
-    path, fix = Path(model), "give a folder with config.json, or a hub id such as user/model"
+    path, fix = Path(model), "give a folder with config.json, a .gguf file, or a hub id such as user/model"
     try:
         recovered(path)
         folder_here, here = path.is_dir(), path.exists()
     except OSError as e:  # a name too long
         raise ModelError(f"no such model folder: {e.strerror}", where=f"{str(model)[:80]}…", fix=fix) from e
+    file = gguf.chosen(path) if here else None
+    if revision is not None and (folder_here or file):
+        what = f"--revision {revision}: is for hub models, {model} is a {'folder' if folder_here else 'file'}"
+        raise UsageError(what, fix="leave it out, or give the hub id")
+    if file:
+        return gguf.unpacked(file), file.name, None
     if folder_here:
-        if revision is not None:
-            what = f"--revision {revision}: is for hub models, {model} is a folder"
-            raise UsageError(what, fix="leave it out, or give the hub id")
         return path, path.resolve().name or "model", None
     from mosectl.storage.hub import fetch_model, looks_like_repo
 
