@@ -224,19 +224,21 @@ def test_damaged_files_alone_make_a_page_that_names_them(tmp_path: Path, capsys:
     (place / "cut.safetensors").write_bytes(data[:40])
     (place / "empty.safetensors").write_bytes(b"")
     (place / "turned.safetensors").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    (place / "gone.safetensors").symlink_to(place / "nowhere")
+    if hasattr(os, "mkfifo"):  # where links and pipes can be made by anybody
+        (place / "gone.safetensors").symlink_to(place / "nowhere")
+        os.mkfifo(place / "pipe.json")
     document = json.dumps(jsonable(evaluation()), indent=2)
     (place / "cut.json").write_text(document[:500])
     (place / "typed.json").write_text(document.replace('"units": 12', '"units": "x"'))
     (place / "results.jsonl").mkdir()
-    os.mkfifo(place / "pipe.json")
     assert run("report", place, "-o", tmp_path / "r.html") == 0, capsys.readouterr().err
     rows = dict(Reader((tmp_path / "r.html").read_text()).table("file", "why"))
     assert rows.keys() == {p.name for p in place.iterdir()}
-    assert "cut short" in rows["cut.safetensors"] and "no such file" in rows["gone.safetensors"]
+    assert "cut short" in rows["cut.safetensors"] and "cut short" in rows["empty.safetensors"]
+    assert "no such file" in rows.get("gone.safetensors", "no such file")
     assert "is not a rotation" in rows["turned.safetensors"] and "damaged" in rows["cut.json"]
     assert "metrics[0].before.units: must be a whole number, found 'x'" in rows["typed.json"]
-    assert "is a folder" in rows["results.jsonl"] and "pipe" in rows["pipe.json"]
+    assert "is a folder" in rows["results.jsonl"] and "pipe" in rows.get("pipe.json", "a pipe")
     assert str(tmp_path) not in (tmp_path / "r.html").read_text(), "no path of this machine"
 
 

@@ -48,7 +48,7 @@ def short(file: str, p: Patch) -> str:
 
 
 def layers(p: Patch) -> str:
-    """The layers that a patch edits, as `--layers` takes them: "2-4, 7"; the names of its modules where they have no numbers."""
+    """The layers that a patch edits, as `--layers` takes them: "2-4, 7"; its modules' names where they have no numbers."""
     names = [place(m) for m in p.changes]
     numbers = sorted({int(n.split(" ")[0]) for n in names if n.split(" ")[0].isdecimal()})
     if len(numbers) < len(names):
