@@ -46,9 +46,10 @@ $(VENV)/.ready: pyproject.toml
 	$(BIN)/pip install --quiet -e ".[dev]"
 	touch $@
 
-# Apart: 0.6 GB and most of a minute that the demo does not need; without it the tests of --abilities are skipped.
+# Apart: 0.6 GB and most of a minute that the demo does not need; without it the tests of --abilities are skipped, and those
+# of pages, which also need a Chromium or Chrome of the system.
 $(VENV)/.eval: $(VENV)/.ready
-	$(BIN)/pip install --quiet -e ".[eval]"
+	$(BIN)/pip install --quiet -e ".[eval,browser]"
 	touch $@
 
 clean:

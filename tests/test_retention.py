@@ -355,8 +355,8 @@ def test_the_terminal_and_the_page_have_a_row_for_each_share(capsys: pytest.Capt
     ) == 15
     own = replace(found[0].parts[2], own=True)
     assert scores.of_cohorts([replace(found[0], parts=(own,))])[2][1] == "same subject (own probes) (QA)"
-    page = html._cohorts(type("E", (), {"cohorts": found})())  # type: ignore[arg-type]
-    assert page.count("<tr>") == 16 and scores.COHORTS_HELP.replace("'", "&#x27;") in page
+    (drawn,) = html.cohorts_table(found)
+    assert len(drawn.rows) == 15 and drawn.rows == tuple(rows) and scores.COHORTS_HELP[1:] in drawn.about
     terminal._kept([])
     assert capsys.readouterr().out == ""
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from mosectl._version import __version__
-from mosectl.cli import bench, edit, eval, hub, look, stack, stats, train
+from mosectl.cli import bench, edit, eval, hub, look, report, stack, stats, train
 from mosectl.errors import EXIT_CODES
 
 app = typer.Typer(
@@ -30,7 +30,7 @@ PANELS: dict[str, dict[str, Callable[..., Any]]] = {
         "merge": stack.merge, "diff": stack.diff,
     },
     "Share and serve": {"push": hub.push, "pull": hub.pull, "export": stack.export},
-    "Measure": {"eval": eval.evaluate, "bench": bench.bench},
+    "Measure": {"eval": eval.evaluate, "bench": bench.bench, "report": report.report},
     "Prepare": {"stats": stats.stats, "sample": stats.sample, "train-editor": train.train_editor},
 }  # fmt: skip
 for _panel, _commands in PANELS.items():

@@ -8,12 +8,23 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from mosectl.facts.records import Fact, Probe
 from mosectl.storage.inputs import parse_json
 
 MARK = "missed"  # the field of a line that says why it was written, and its digest
+
+
+@dataclass(frozen=True)
+class Missed:
+    """A fact that did not take."""
+
+    prompt: str
+    subject: str
+    target_new: str
+    status: str  # as mosectl.editing.outcome.FactResult has it
 
 
 def row_of(fact: Fact) -> dict[str, Any]:
@@ -51,6 +62,20 @@ def unchanged(data: bytes) -> bool:
     except ValueError:
         return False
     return bool(rows) and all(isinstance(row, Mapping) and _is_whole(dict(row)) for row in rows)
+
+
+def missed_in(data: bytes) -> list[Missed]:
+    """The facts of a file that :func:`lines` has written, with why.
+
+    Raises:
+        ValueError: it is not one, or was changed since.
+    """
+    if not unchanged(data):
+        raise ValueError("is not as mosectl edit wrote it")
+    rows = [parse_json(line) for line in data.split(b"\n") if line.strip()]
+    return [
+        Missed(r["prompt"].replace("{}", r["subject"]), r["subject"], r["target_new"], r[MARK]["status"]) for r in rows
+    ]
 
 
 def _is_whole(row: dict[str, Any]) -> bool:

@@ -15,6 +15,7 @@ from mosectl.measure.bootstrap import Measure, Tally, measure
 from mosectl.measure.groups import KNOWN, Part, parts, tallies
 from mosectl.measure.protocols import Answers
 from mosectl.model.generation import says
+from mosectl.patch.record import HOLDS, PatchFact
 
 BINS = 20
 LEAST_RUN, LEAST = 30, 10  # facts of a run that has cohorts, and of a cohort
@@ -107,6 +108,17 @@ def cohorts(
     asked = [p for p in parts(facts, before) if p.group in AROUND and where]
     around = {p: tallies("qa", p, facts, now, before)[0] for p in asked}
     return tuple(_cohort(name, place, holds, then, around) for name, place in where.items())
+
+
+def recorded_cohorts(facts: Sequence[PatchFact]) -> tuple[Cohort, ...]:
+    """The same of what a patch has recorded, when it was made; none where it was one batch, or small.
+
+    The prompts around its facts are in no patch: these cohorts have no parts.
+    """
+    where = places(len(facts)) if any(f.right_after is not None for f in facts) else {}
+    holds = [f.status in HOLDS for f in facts]
+    then = [None if f.right_after is None else says(f.right_after, *f.targets) for f in facts]
+    return tuple(_cohort(name, place, holds, then, {}) for name, place in where.items())
 
 
 def _cohort(

@@ -6,6 +6,7 @@ As SVG by hand for the web page (colours are the page's), and as one PNG by matp
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 
 WIDTH = 720  # SVG user units
+LABEL = 42  # characters beside a bar
 
 
 def check_matplotlib(option: str = "--png") -> None:
@@ -38,16 +40,16 @@ def check_matplotlib(option: str = "--png") -> None:
 
 def shown(evaluation: Evaluation) -> list[Metric]:
     """The metrics that have a value."""
-    return [m for m in evaluation.metrics if m.after is not None]
+    return [m for m in evaluation.metrics if m.after is not None and math.isfinite(m.after.value)]
 
 
 def svg_shares(metrics: Sequence[Metric]) -> str:
     """A bar a metric with its interval as a whisker; a thin mark where it was before."""
-    left, right, row = 190, 640, 26
+    left, right, row = 290, 650, 26
     height = row * len(metrics) + 30
 
     def x(share: float) -> float:
-        return left + (right - left) * share
+        return left + (right - left) * _inside(share)
 
     out = [opening(height, "Shares after the edit, with 95 % intervals")]
     for tick in (0, 0.25, 0.5, 0.75, 1):
@@ -56,7 +58,8 @@ def svg_shares(metrics: Sequence[Metric]) -> str:
     for i, m in enumerate(metrics):
         assert m.after is not None
         y = 10 + row * i
-        out.append(text(left - 10, y + 13, f"{m.protocol} · {m.label.strip()}", "end"))
+        label = f"{m.protocol} · {m.label.strip()}"
+        out.append(text(left - 10, y + 13, label if len(label) <= LABEL else f"{label[: LABEL - 1]}…", "end"))
         width = x(m.after.value) - left
         out.append(f'<rect class="bar" x="{left}" y="{y + 2}" width="{width:.1f}" height="14" rx="2"/>')
         out.append(line(x(m.after.low), y + 9, x(m.after.high), y + 9, "whisker"))
@@ -74,7 +77,7 @@ def svg_retention(bins: Sequence[Bin]) -> str:
 
     def at(b: Bin, share: float) -> tuple[float, float]:
         middle = (b.first + b.last) / 2
-        return left + (right - left) * (middle - 0.5) / last, bottom - (bottom - top) * share
+        return left + (right - left) * (middle - 0.5) / last, bottom - (bottom - top) * _inside(share)
 
     out = [opening(236, "Share of facts that still hold, in order of the edit")]
     for tick in (0, 0.5, 1):
@@ -93,6 +96,11 @@ def svg_retention(bins: Sequence[Bin]) -> str:
     if lines["then"]:
         out += [line(left + 90, 224, left + 114, 224, "then"), text(left + 120, 228, "right after", "start", "small")]
     return "\n".join([*out, "</svg>"])
+
+
+def _inside(share: float) -> float:
+    """A share as it can be drawn, whatever a file says."""
+    return min(max(share, 0.0), 1.0) if math.isfinite(share) else 0.0
 
 
 def opening(height: float, label: str, name: str = "") -> str:

@@ -9,6 +9,7 @@ from mosectl.editing.settings import of_today
 from mosectl.render import scores
 from mosectl.render.console import line, size, table
 from mosectl.render.terminal import own_wordings, place, stability
+from mosectl.text.table import Grid
 
 if TYPE_CHECKING:
     from mosectl.checkpoints.inspection import FactorReport, Inspection
@@ -17,16 +18,9 @@ if TYPE_CHECKING:
 def inspection(i: Inspection) -> None:
     """A patch: where it comes from, its rotations, its facts."""
     p = i.patch
-    rows = [
-        ("method", f"{p.method} ({p.side} side{'s' * (p.side == 'both')}), seed {p.seed}"),
-        ("base model", f"{p.model} ({p.model_type})" + (f" @ {p.revision}" if p.revision else "")),
-        ("made with", ", ".join(f"{k} {v}" for k, v in p.versions.items())),
-        ("file", size(i.file_bytes)),
-        ("options", ", ".join(_settings(p.options))),
-        ("on top of", ", ".join(x[:12] for x in p.parents) or "the base model"),
-    ]
-    table(f"Patch {p.id}", ("", ""), rows)  # there an id of 64 digits fits into a line
-    _factors(i.factors)
+    table(f"Patch {p.id}", ("", ""), origin(i))  # there an id of 64 digits fits into a line
+    for grid in factors(i.factors):
+        table(grid.title, grid.columns, grid.rows)
     by_module = {r.module: r for r in i.factors}.values()
     if drifts := [r.stability for r in by_module if r.stability]:
         stability("Effect on the model, stored dtype", drifts)
@@ -45,21 +39,36 @@ def inspection(i: Inspection) -> None:
     _measured(p.metrics)
 
 
-def _factors(factors: Sequence[FactorReport]) -> None:
-    """Every factor, a table of what it is and one of what it does: together they are wider than most terminals."""
-    title, names = "Factors (W' = R W R_in, or W + B A)", [place(r.module) for r in factors]
-    made = [
-        (name, r.factor, r.form, "×".join(map(str, r.shape)), str(r.rank), _or_dash(r.left_out, ".1%"))
-        for name, r in zip(names, factors, strict=True)
+def origin(i: Inspection) -> list[tuple[str, str]]:
+    """Where a patch comes from, and how it was made."""
+    p = i.patch
+    return [
+        ("method", f"{p.method} ({p.side} side{'s' * (p.side == 'both')}), seed {p.seed}"),
+        ("base model", f"{p.model} ({p.model_type})" + (f" @ {p.revision}" if p.revision else "")),
+        ("made with", ", ".join(f"{k} {v}" for k, v in p.versions.items())),
+        ("file", size(i.file_bytes)),
+        ("options", ", ".join(_settings(p.options))),
+        ("on top of", ", ".join(x[:12] for x in p.parents) or "the base model"),
     ]
-    does = [
+
+
+def factors(found: Sequence[FactorReport]) -> tuple[Grid, Grid]:
+    """Every factor, a table of what it is and one of what it does: together they are wider than most terminals."""
+    names = [place(r.module) for r in found]
+    made = tuple(
+        (name, r.factor, r.form, "×".join(map(str, r.shape)), str(r.rank), _or_dash(r.left_out, ".1%"))
+        for name, r in zip(names, found, strict=True)
+    )
+    does = tuple(
         (name, r.factor, _or_dash(r.orthogonality_error, ".1e"), _or_dash(r.largest_angle, ".1f", "°"),
          _or_dash(r.median_angle, ".2f", "°"), f"{r.distance:.3f}")
-        for name, r in zip(names, factors, strict=True)
-    ]  # fmt: skip
-    table(title, ("module", "factor", "form", ">size", ">rank", ">left out"), made)
+        for name, r in zip(names, found, strict=True)
+    )  # fmt: skip
     columns = ("module", "factor", ">‖RᵀR−I‖/√n", ">max angle", ">median angle", ">distance")
-    table("How far they turn", columns, does)
+    return (
+        Grid("Factors (W' = R W R_in, or W + B A)", ("module", "factor", "form", ">size", ">rank", ">left out"), made),
+        Grid("How far they turn", columns, does),
+    )
 
 
 def _measured(metrics: Mapping[str, Any]) -> None:

@@ -42,6 +42,7 @@ COHORTS_HELP = (
     "right after: when a fact's own batch was done, asked as now (generation); kept: of the facts that held then, the share "
     "that holds now; how the prompts around a fact were answered then is not known"
 )
+STABILITY = ("tensor", ">‖W‖", ">κ(W)", ">‖W‖ drift", ">κ drift", ">largest σ drift")
 CHANGED = ("prompt", "group", "before", "after", "")
 NEXT_TITLE = "Next token: KL (before ‖ after), and the likeliest token kept"
 

@@ -125,19 +125,12 @@ def own_wordings(facts: Sequence[FactResult] | Sequence[PatchFact]) -> None:
 
 def stability(title: str, drifts: Sequence[Stability]) -> None:
     """Norm, condition number and singular values of changed weights, and how far they moved."""
-    table(
-        title,
-        ("tensor", ">‖W‖", ">κ(W)", ">‖W‖ drift", ">κ drift", ">largest σ drift"),
-        [
-            (
-                place(s.name),
-                f"{s.norm_before:.4g}",
-                f"{s.condition_before:.4g}",
-                *(f"{x:.1e}" for x in (s.norm_drift, s.condition_drift, s.spectrum_drift)),
-            )
-            for s in drifts
-        ],
-    )
+    rows = [
+        (place(s.name), f"{s.norm_before:.4g}", f"{s.condition_before:.4g}",
+         *(f"{x:.1e}" for x in (s.norm_drift, s.condition_drift, s.spectrum_drift)))
+        for s in drifts
+    ]  # fmt: skip
+    table(title, scores.STABILITY, rows)
 
 
 def estimate(e: Estimate, facts: int) -> None:

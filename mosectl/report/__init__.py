@@ -1,0 +1,1 @@
+"""What lies in a folder, patches, evaluations and benches, gathered for one page."""
