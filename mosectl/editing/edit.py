@@ -18,6 +18,7 @@ from typing import Any
 
 from mosectl.checkpoints.base import stored_patches
 from mosectl.checkpoints.live import changes_on, note_chat
+from mosectl.editing.advice import advice
 from mosectl.editing.beforehand import Beforehand, chosen_beforehand
 from mosectl.editing.contexts import build_contexts
 from mosectl.editing.edited_layers import EditedLayers
@@ -135,8 +136,9 @@ def edit(
     with made_by_the_edit(), on, clock("ask after") as step:
         after = interview(loaded.model, loaded.tokenizer, checked, on_step=step, **_asked(ready, options))
     results = fact_results(checked, done.before, after, done.losses, done.wordings, done.right_after)
+    remedy = advice(solver, options, len(done.layers.projections), len(checked), done.stopped)
     if refuse:
-        _refuse_failure(results, solver.remedy)
+        _refuse_failure(results, remedy)
     with clock("check"):
         drifts = tuple(_stability(loaded, edited, done.changes))
         scored = compare(checked, done.before, after, done.wordings)
@@ -145,7 +147,7 @@ def edit(
         patch = patch_of(loaded, ready.arch, ready.corpus, done.layers, done.changes, results, metrics)
     told = (done.stopped, done.tokens, clock.seconds, (done.before, after), done.curve)
     asked = probes_of(checked, done.before, after)
-    return EditResult(patch, results, scored, drifts, done.scores, *told, solver.remedy, *felt, asked)
+    return EditResult(patch, results, scored, drifts, done.scores, *told, remedy, *felt, asked)
 
 
 def _asked(ready: _Ready, options: EditOptions) -> dict[str, Any]:
