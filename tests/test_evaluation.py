@@ -186,6 +186,14 @@ def test_command_line(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     assert "zsre\treliability" in shown and "generation\treliability" not in shown and page.read_bytes() != old
 
 
+def test_what_was_not_asked_has_no_row(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    world.facts.write_text(json.dumps(ROWS[1]))
+    assert run(*world.cli()) == 0
+    out = capsys.readouterr().out
+    assert "reliability" in out and "portability" not in out and "generalization" not in out
+    assert not re.search(r"^\w+\t[^\t]+(\t–)+\t0$", out, re.M)
+
+
 def test_below_a_threshold_is_exit_code_10(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     page = world.folder / "t.html"
     assert run(*world.cli("--fail-under", "reliability=1", "--fail-under", "zsre.locality=0", "--html", page)) == 10
