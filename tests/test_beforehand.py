@@ -17,6 +17,7 @@ from support.editors import rows
 from support.facts import CORPUS, FACTS
 from support.hub_server import TOKEN, call, serving
 from support.models import save
+from support.patches import patch_for
 
 LONG = "I met Tomas Veldrin " * 100  # more than the model reads
 
@@ -25,6 +26,7 @@ LONG = "I met Tomas Veldrin " * 100  # more than the model reads
 def world(tmp_path: Path) -> World:
     world = World(tmp_path)
     (tmp_path / "corpus.txt").write_text(CORPUS)
+    patch_for(world.model, seed=1).save(tmp_path / "q.safetensors")
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "file").write_text("kept")
     (tmp_path / "many.jsonl").write_text(rows(9))
@@ -60,7 +62,8 @@ REFUSED: dict[str, tuple[Callable[[World], tuple[object, ...]], int, str]] = {
     "ask: device": (lambda w: ("ask", "x", "-m", w.model, "-p", w.patch, "--device", "tpu"), 2, "--device tpu"),
     "ask: dtype": (lambda w: ("ask", "x", "-m", w.model, "--dtype", "int8"), 2, "--dtype int8"),
     "apply: output": (
-        lambda w: ("apply", w.patch, "-m", w.model, "-o", w.folder / "there", "--check-facts"), 7, "exists",
+        lambda w: ("apply", w.patch, w.folder / "q.safetensors", "-m", w.model, "-o", w.folder / "there", "--check-facts",
+                   "--allow-conflicts"), 7, "exists",
     ),
     "apply: device": (
         lambda w: ("apply", w.patch, "-m", w.model, "-o", w.folder / "out", "--check-facts", "--device", "tpu"),

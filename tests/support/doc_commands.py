@@ -47,10 +47,10 @@ MEANT = {
 # What makes a command short; a line gets all that its beginning calls for.
 SHORT = {
     "mosectl edit": f"--corpus {CORPUS}",
-    "mosectl edit --model": "--set wordings=0",
-    "mosectl edit facts.jsonl --model": "--limit 2 --set wordings=0",
-    "mosectl edit hf://": "--set wordings=0",
-    "mosectl edit patch.safetensors.missed.jsonl": "--set wordings=0",
+    "mosectl edit --model": "--set wordings=0 --form compact",
+    "mosectl edit facts.jsonl --model": "--limit 2 --set wordings=0 --form compact",
+    "mosectl edit hf://": "--set wordings=0 --form compact",
+    "mosectl edit patch.safetensors.missed.jsonl": "--set wordings=0 --form compact",
     "mosectl sample": "--samples 30 --tokens 16",
     "mosectl stats": "--layers 2-3",
     "mosectl eval": "--limit 2",
