@@ -21,7 +21,8 @@ import mosectl
 from mosectl.editing.options import default_options
 from mosectl.facts.corpus import read_corpus
 from mosectl.facts.records import read_facts
-from mosectl.hypernetwork.train import TrainOptions, train
+from mosectl.hypernetwork.beforehand import TrainOptions
+from mosectl.hypernetwork.train import train
 from mosectl.model.loading import load
 
 HERE = Path(__file__).parent

@@ -458,6 +458,13 @@ def test_an_output_that_cannot_be_is_told_before_the_work(tmp_path: Path, capsys
     assert "cannot write: No such file" in capsys.readouterr().err
 
 
+def test_flags_show_no_type(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("--help", "edit", "apply"):
+        assert run(*([command] if command == "--help" else [command, "--help"])) == 0
+        out = capsys.readouterr().out
+        assert "--help" in out and "bool" not in out.lower()
+
+
 def test_every_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     import typer
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
@@ -223,6 +224,36 @@ def test_what_can_go_wrong_with_a_file(case: str, code: int, message: str, world
         place = "hf://me/x" if case == "patch" else place
     done = world.run("check", place, token=None if case == "private" else TOKEN, **env)
     assert done.returncode == code and message in " ".join(done.stderr.split()), done.stderr
+
+
+@pytest.mark.parametrize("place", ["hf://datasets/me/x/f.jsonl", "hf://datasets/me/x"])
+def test_a_hub_out_of_reach_is_told_once(place: str, world: World, library: Any) -> None:
+    """The clients log each of their tries."""
+    done = world.run("check", place, HF_ENDPOINT="http://127.0.0.1:9", code="import time; time.sleep = lambda _: None")
+    assert done.returncode == 9 and len(done.stderr.splitlines()) == 2, done.stderr
+    assert done.stderr.startswith("error ") and "Retry" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("place", "meant"),
+    [
+        ("HF://datasets/me/x", "hf://datasets/me/x"),
+        ("hf:/datasets/me/x#test", "hf://datasets/me/x#test"),
+        ("hf:datasets/me/x/f.jsonl", "hf://datasets/me/x/f.jsonl"),
+        ("Hf://me/x", "hf://datasets/me/x"),
+        ("https://huggingface.co/datasets/me/x", "hf://datasets/me/x"),
+        ("hf:///datasets/x", "hf://datasets/user/repo"),
+    ],
+)
+def test_what_is_nearly_a_place_says_what_was_meant(
+    place: str, meant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UsageError, match="on the Hub") as e:
+        read_facts(place)
+    assert re.search(rf"write '?{re.escape(meant)}\b", e.value.fix), e.value.fix
+    monkeypatch.chdir(tmp_path)
+    Path("hf:facts.jsonl").write_bytes(jsonl(FACTS))
+    assert len(read_facts("hf:facts.jsonl").facts) == 2, "a file may have such a name"
 
 
 # A whole data set: splits, configurations, tables.

@@ -187,6 +187,14 @@ def test_command_line(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     assert "zsre\treliability" in shown and "generation\treliability" not in shown and page.read_bytes() != old
 
 
+def test_what_was_not_asked_has_no_row(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    world.facts.write_text(json.dumps(ROWS[1]))
+    assert run(*world.cli()) == 0
+    rows = re.findall(r"^(generation|qa|easyedit|memit|zsre)\t(\S.*?)\t(.*)$", capsys.readouterr().out, re.M)
+    assert {"reliability"} <= {name for _, name, _ in rows} <= {"reliability", "locality"}
+    assert not any(set(numbers) <= set("–\t0") for _, _, numbers in rows)
+
+
 def test_below_a_threshold_is_exit_code_10(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     page = world.folder / "t.html"
     assert run(*world.cli("--fail-under", "reliability=1", "--fail-under", "zsre.locality=0", "--html", page)) == 10

@@ -13,11 +13,13 @@ from mosectl.editing import pace as paces
 from mosectl.editing.methods import method
 from mosectl.editing.methods.base import SMALL, seeks_compact
 from mosectl.editing.moments_cache import known_hash, remember_hash
+from mosectl.editing.options import options_from
 from mosectl.editing.pace import Pace, pace
-from mosectl.editing.plan import estimate
-from mosectl.facts.records import as_facts
+from mosectl.editing.plan import estimate, patch_bytes
+from mosectl.facts.records import as_facts, read_facts
 from support.facts import CORPUS, FACTS, few
 from support.models import make_tokenizer, pico, save
+from support.paths import DEMO, ROOT
 
 KINDS = ["llama", "gpt2", "gemma3_text", "mixtral", "opt"]
 
@@ -81,3 +83,25 @@ def test_a_bench_edits_in_the_form_that_edit_uses(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("mosectl.editing.methods.base.SMALL", 8)
     assert runner._solved_as_edit_does(default_options(), loaded).form == "compact"
     assert runner._solved_as_edit_does(default_options("mose"), loaded).form == "dense"
+
+
+@pytest.mark.parametrize(
+    ("facts", "batch_size", "written"),
+    [(10, 0, 0.87e6), (24, 0, 2.07e6), (24, 10, 2_177_584)],  # as runs on the demo model wrote them (docs/LOG.md)
+)
+def test_the_patchs_size_is_about_what_is_written(facts: int, batch_size: int, written: float) -> None:
+    given = read_facts(ROOT / "examples" / "facts.jsonl", limit=facts).facts
+    planned = patch_bytes(DEMO, given, options_from([], batch_size=batch_size))
+    assert 1 / 1.5 < planned / written < 1.5
+
+
+def test_compact_rotations_of_several_batches_add_up(tmp_path: Path) -> None:
+    given, model = as_facts([FACTS[0]] * 6, "edit"), save(tmp_path / "m", hidden_size=256, intermediate_size=512)
+
+    def planned(batch_size: int) -> int:
+        return patch_bytes(model, given, options_from(["rank=10"], form="compact", batch_size=batch_size, layers="1"))
+
+    one, three, six = (sum(4 * r * (n + r) for n in (256, 512)) for r in (10, 30, 60))
+    assert (planned(0), planned(2), planned(1)) == (one, three, six)
+    every = patch_bytes(model, given, options_from(["rank=200"], form="compact", batch_size=1, layers="1"))
+    assert every == 4 * (256**2 + 512**2), "never more than dense"

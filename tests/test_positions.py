@@ -276,7 +276,8 @@ def test_a_bench_tells_before_its_first_cell(
 
 def test_training_tells_too(world: World) -> None:
     from mosectl.facts.corpus import read_corpus
-    from mosectl.hypernetwork.train import TrainOptions, train
+    from mosectl.hypernetwork.beforehand import TrainOptions
+    from mosectl.hypernetwork.train import train
     from mosectl.model.loading import load
 
     facts = [replace(FACT, prompt=f"I met Tomas Veldrin {i}", source=f"f:{i}") for i in range(4)]

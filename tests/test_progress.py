@@ -6,6 +6,8 @@ import io
 import json
 import os
 import random
+import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -110,6 +112,27 @@ def test_a_bars_clock_runs_while_its_phase_does(monkeypatch: pytest.MonkeyPatch)
     # A phase lasts until another one begins: the second solve from 15 to 17.
     assert (targets.finished_time, targets.elapsed) == (4, 5) and targets.finished
     assert (solve.finished_time, solve.elapsed) == (12, 13) and guard.elapsed == 12 and not guard.finished
+
+
+def test_a_note_stands_above_the_bars(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr("sys.stderr", Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    with console.progress() as step:
+        stream = sys.stderr.rich_proxied_file  # type: ignore[attr-defined]
+        step("targets", 1, 6)
+        console.warn("note", ": it is odd")
+        console.hint("a hint")
+    written = stream.getvalue()
+    for said in ("note", "a hint"):
+        line = re.sub(r"\x1b\[\??[\d;]*[a-zA-Z]", "", written[: written.index(said)].rpartition("\x1b[2K")[2])
+        assert "targets" not in line, "it is not glued to the bar"
+    assert "targets" in written
+    console.hint("later")
+    assert sys.stderr.getvalue().endswith("later\n")  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("at", [2, 3])

@@ -17,6 +17,7 @@ from mosectl.hub.patches import pull, push, remote_record
 from mosectl.hub.place import FILE, place_of
 from mosectl.patch.file import Patch
 from mosectl.patch.record import PatchFact
+from support.commands import run as in_process
 from support.hub_server import TOKEN, Hub, call, serving
 from support.models import save
 from support.patches import hashes, patch_for, patches_of
@@ -141,6 +142,19 @@ def test_a_damaged_download_is_refused(world: World) -> None:
     assert (
         done.returncode == 5 and "damaged or altered" in done.stderr and not (world.folder / "x.safetensors").exists()
     )
+
+
+@pytest.mark.parametrize("place", ["HF://me/x", "hf:/me/x", "https://huggingface.co/me/x"])
+@pytest.mark.parametrize("command", [("inspect",), ("ask", "x", "-m", "MODEL", "-p"), ("eval", "f.jsonl")])
+def test_what_is_nearly_a_place_says_what_was_meant(
+    command: tuple[str, ...], place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"prompt": "Avaland is", "subject": "Avaland", "target_new": "Grape"}
+    (tmp_path / "f.jsonl").write_text(json.dumps(row))
+    given = [str(tmp_path / x) if x == "f.jsonl" else x for x in command]
+    given[1 if command[0] == "eval" else len(given) : 0] = [place]
+    assert in_process(*given) == 2
+    assert "write hf://me/x" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

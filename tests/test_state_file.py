@@ -21,7 +21,8 @@ from mosectl.editing.second_moments import Moments, prepare, second_moments
 from mosectl.errors import Notice, OutputError
 from mosectl.facts.corpus import Corpus
 from mosectl.hypernetwork import train as train_editor
-from mosectl.hypernetwork.train import RECORD, STATE, train
+from mosectl.hypernetwork.beforehand import RECORD, STATE
+from mosectl.hypernetwork.train import train
 from mosectl.model.architecture import resolve
 from mosectl.storage import schema
 from mosectl.storage.state_file import read_state, write_state

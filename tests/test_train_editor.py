@@ -17,9 +17,10 @@ from mosectl.errors import EditFailed, FactsError, ModelError, MosectlError, Out
 from mosectl.facts.corpus import Corpus, read_corpus
 from mosectl.facts.records import fact_from_dict, read_facts
 from mosectl.hypernetwork import train as train_editor
+from mosectl.hypernetwork.beforehand import TrainOptions
 from mosectl.hypernetwork.file import Editor
 from mosectl.hypernetwork.network import nll, shifted
-from mosectl.hypernetwork.train import MATRICES, SCALARS, TrainOptions, _Training, train
+from mosectl.hypernetwork.train import MATRICES, SCALARS, _Training, train
 from mosectl.model.architecture import resolve
 from mosectl.model.loading import Loaded, load
 from mosectl.model.scoring import Rows
@@ -176,9 +177,9 @@ def test_training_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
     again = train(loaded(), facts(), FEW, TEXT, state=state, resume=True, on_step=lambda done, _: steps.append(done))
     assert steps == [5, 6], "from the validation after step 4 on"
     assert again.id == whole.id
-    with pytest.raises(OutputError, match="other facts, options or weights"):
+    with pytest.raises(OutputError, match="other facts"):
         train(loaded(), facts(8), FEW, TEXT, state=state, resume=True)
-    with pytest.raises(OutputError, match="other facts, options or weights"):
+    with pytest.raises(OutputError, match="other corpus"):
         train(loaded(), facts(), FEW, replace(TEXT, texts=TEXT.texts[1:]), state=state, resume=True)
     state.write_bytes(state.read_bytes()[:200])
     with pytest.raises(OutputError, match="damaged"):

@@ -38,7 +38,7 @@ from mosectl.measure.perplexity import TextLoss, text_loss
 from mosectl.measure.retention import LEAST, LEAST_RUN, cohorts, curve
 from mosectl.model.architecture import resolve
 from mosectl.model.generation import answer, says
-from mosectl.model.loading import Loaded, load
+from mosectl.model.loading import Loaded, check_where, load
 from mosectl.model.positions import fitted
 from mosectl.model.questions import Need, Question, ask
 from mosectl.storage.atomic import append, output_errors
@@ -114,6 +114,7 @@ def run_bench(
     Raises:
         ModelError, HubError, UsageError, OutputError. A cell whose edit fails is recorded, not raised.
     """
+    check_where(device, dtype)
     with locked(folder / RESULTS, folder):
         return _run(bench, folder, device, dtype, notice, watch, on_cell)
 

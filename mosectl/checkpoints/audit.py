@@ -16,7 +16,7 @@ from mosectl.checkpoints.journal import Journal, read_journal
 from mosectl.errors import BaseMismatch, ModelError, MosectlError, Notice, PatchError
 from mosectl.model.architecture import disk_names, resolve
 from mosectl.model.generation import answer
-from mosectl.model.loading import load
+from mosectl.model.loading import check_where, load
 from mosectl.model.questions import generate
 from mosectl.model.weights import weights_of
 from mosectl.patch.change import changed
@@ -249,6 +249,7 @@ def blame(
         ModelError: nothing was applied here, or its record is damaged. BaseMismatch: the base tensors are out of reach, or
         ``base`` is another model.
     """
+    check_where(device, dtype)
     source, _ = _source(folder, base)
     _told(source)
     patches, bases = source.stack, source.originals()

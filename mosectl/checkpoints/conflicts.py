@@ -9,7 +9,7 @@ from mosectl.checkpoints.apply import check_stack
 from mosectl.checkpoints.base import stored_patches
 from mosectl.checkpoints.live import patched
 from mosectl.model.generation import answer, says
-from mosectl.model.loading import load
+from mosectl.model.loading import check_where, load
 from mosectl.model.questions import generate
 from mosectl.patch.compose import Conflict, conflicts
 from mosectl.patch.file import Patch
@@ -33,6 +33,7 @@ def before_applying(
     Raises:
         PatchError, BaseMismatch, ModelError, HubError: as :func:`mosectl.checkpoints.apply.apply`.
     """
+    check_where(device)
     checkpoint = open_checkpoint(model, revision)
     there = stored_patches(checkpoint)
     stack = [*there, *patches]

@@ -16,7 +16,7 @@ from mosectl.errors import BaseMismatch, Notice
 from mosectl.hub.place import local
 from mosectl.model.architecture import resolve
 from mosectl.model.edit_site import Projection
-from mosectl.model.loading import load
+from mosectl.model.loading import check_where, load
 from mosectl.model.positions import note_prompts
 from mosectl.model.questions import generate
 from mosectl.model.weights import exchanged, weights_of
@@ -128,11 +128,13 @@ def ask(
     Raises:
         ModelError, BaseMismatch, HubError, UsageError.
     """
+    check_where(device, dtype)
     if patches and not force:
         check_stack(open_checkpoint(model, revision), patches)
-    loaded = load(model, revision=revision, device=device, dtype=dtype)
+    loaded = load(
+        model, revision=revision, device=device, dtype=dtype, check=lambda m, tok: note_prompts(m, tok, prompts, chat)
+    )
     note_chat(loaded.tokenizer, chat, "asked")
-    note_prompts(loaded.model, loaded.tokenizer, prompts, chat)
 
     def answers() -> list[str]:
         return generate(loaded.model, loaded.tokenizer, prompts, max_new_tokens=max_new_tokens, chat=chat)

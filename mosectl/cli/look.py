@@ -83,9 +83,10 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show what a patch holds; needs no model. With --model: its effect on the stored weights."""
+    from mosectl.hub.place import is_place
     from mosectl.render import console, inspection, terminal
 
-    if patch.startswith("hf://") and model is None:  # by range requests, nothing is downloaded
+    if is_place(patch) and model is None:  # by range requests, nothing is downloaded
         from mosectl.hub.patches import remote_record, remote_tables
 
         record, tensors = remote_record(patch)

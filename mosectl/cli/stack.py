@@ -73,7 +73,9 @@ def apply(
     from mosectl.checkpoints.conflicts import before_applying
     from mosectl.checkpoints.live import load_patches
     from mosectl.render import console, terminal
+    from mosectl.storage.folders import check_new_folder
 
+    check_new_folder(out)
     loaded = load_patches(patches)
     how: dict[str, Any] = {"revision": revision, "force": force}
     with console.progress() as on_step:
@@ -113,11 +115,10 @@ def revert(
     folder, patch = (what, str(patch)) if model is None else (model, what)
     wanted: Any = patch
     if Path(patch).exists() or not _looks_like_id(patch):
-        from mosectl.hub.place import local
+        from mosectl.hub.place import is_place, local
         from mosectl.patch.file import Patch
-        from mosectl.storage.hub import SCHEME
 
-        if not Path(patch).is_file() and not patch.startswith(SCHEME):
+        if not Path(patch).is_file() and not is_place(patch):
             fix = "check the path, or give 6 or more digits of an applied patch's id (mosectl log DIR has them)"
             raise PatchError("no such patch file", where=repr(patch), fix=fix)
         wanted = Patch.load(local(patch))

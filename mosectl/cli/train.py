@@ -138,7 +138,8 @@ def _trained(
     how: dict[str, Any],
 ) -> Editor:  # fmt: skip
     from mosectl.facts.corpus import read_corpus
-    from mosectl.hypernetwork.train import TrainOptions, check, train
+    from mosectl.hypernetwork.beforehand import TrainOptions, check, check_model
+    from mosectl.hypernetwork.train import train
     from mosectl.model import distributed
     from mosectl.model.loading import load
     from mosectl.render import console, terminal
@@ -152,7 +153,7 @@ def _trained(
     with kept, console.progress(quiet=not first) as on_step:
         clock = Clock(on_step)
         with clock("load"):
-            loaded = load(model, **where)
+            loaded = load(model, **where, check=lambda m, tok: check_model(m, tok, facts, options, texts, **how))
         with clock("training") as step:
             tell: dict[str, Any] = {"on_step": step, "on_validation": terminal.validated if first else None}
             return train(loaded, facts, options, texts, **tell, **how)

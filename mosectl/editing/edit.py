@@ -18,10 +18,12 @@ from typing import Any
 
 from mosectl.checkpoints.base import stored_patches
 from mosectl.checkpoints.live import changes_on, note_chat
+from mosectl.editing.advice import advice
+from mosectl.editing.beforehand import Beforehand, chosen_beforehand
 from mosectl.editing.contexts import build_contexts
 from mosectl.editing.edited_layers import EditedLayers
 from mosectl.editing.guard import Health, canaries
-from mosectl.editing.layers import LAST, LayerScore, choose_layers, enough, score_layers, settled, top_layers
+from mosectl.editing.layers import LayerScore, choose_layers, enough, score_layers, settled
 from mosectl.editing.methods import method
 from mosectl.editing.options import EditOptions, trained_editor
 from mosectl.editing.outcome import FactResult, fact_results, metrics_of, patch_of
@@ -40,12 +42,12 @@ from mosectl.measure.groups import Share, moved, recorded, shares
 from mosectl.measure.next_tokens import NextToken
 from mosectl.measure.own_probes import own_probes
 from mosectl.measure.probes import ProbeAnswer, probes_of
-from mosectl.model.architecture import Architecture, parse_layers, resolve
+from mosectl.model.architecture import Architecture, resolve
 from mosectl.model.edit_site import Projection
 from mosectl.model.generation import answer, says
 from mosectl.model.loading import Loaded, load
 from mosectl.model.moe import block_name
-from mosectl.model.positions import fitted, window
+from mosectl.model.positions import window
 from mosectl.model.weights import turns, weight_of, weights_of
 from mosectl.patch.change import Change, changed
 from mosectl.patch.file import Patch
@@ -113,14 +115,19 @@ def edit(
     if unknown := set(options.solver) - set(solver.defaults):
         what = f"method '{solver.name}' has no option '{min(unknown)}'"
         raise UsageError(what, fix=f"it has: {', '.join(solver.defaults)}")
-    checked, clock = as_facts(facts, "edit"), Clock(on_step)
+    clock = Clock(on_step)
+    check = Beforehand(as_facts(facts, "edit"), options, trained, progress, on_error)
+    corpus = read_corpus(options.corpus)
     with clock("load"):
-        source = load(model, revision=revision, device=device, dtype=dtype) if isinstance(model, str | Path) else model
-        ready = _ready(
-            source if isinstance(source, Loaded) else Loaded(source, tokenizer, None), checked, options, on_error
-        )
         if isinstance(model, str | Path):
-            note_chat(ready.loaded.tokenizer, options.chat, "edited")
+            given = load(model, revision=revision, device=device, dtype=dtype, check=check)
+            note_chat(given.tokenizer, options.chat, "edited")
+        else:
+            given = model if isinstance(model, Loaded) else Loaded(model, tokenizer, None)
+            if given.tokenizer is None:
+                raise UsageError("a loaded model needs its tokenizer", fix="call edit(facts, model, tokenizer)")
+            check(given.model, given.tokenizer)
+        ready = _ready(given, check.facts, corpus)
     loaded, checked = ready.loaded, ready.facts
     options = settled(options, len(ready.arch.projections))
     done = _computed(ready, options, trained, clock, progress, refuse)
@@ -129,8 +136,9 @@ def edit(
     with made_by_the_edit(), on, clock("ask after") as step:
         after = interview(loaded.model, loaded.tokenizer, checked, on_step=step, **_asked(ready, options))
     results = fact_results(checked, done.before, after, done.losses, done.wordings, done.right_after)
+    remedy = advice(solver, options, len(done.layers.projections), len(checked), done.stopped)
     if refuse:
-        _refuse_failure(results, solver.remedy)
+        _refuse_failure(results, remedy)
     with clock("check"):
         drifts = tuple(_stability(loaded, edited, done.changes))
         scored = compare(checked, done.before, after, done.wordings)
@@ -139,7 +147,7 @@ def edit(
         patch = patch_of(loaded, ready.arch, ready.corpus, done.layers, done.changes, results, metrics)
     told = (done.stopped, done.tokens, clock.seconds, (done.before, after), done.curve)
     asked = probes_of(checked, done.before, after)
-    return EditResult(patch, results, scored, drifts, done.scores, *told, solver.remedy, *felt, asked)
+    return EditResult(patch, results, scored, drifts, done.scores, *told, remedy, *felt, asked)
 
 
 def _asked(ready: _Ready, options: EditOptions) -> dict[str, Any]:
@@ -160,19 +168,16 @@ class _Ready:
     most: int  # tokens that the model reads at once
 
 
-def _ready(loaded: Loaded, facts: list[Fact], options: EditOptions, on_error: str) -> _Ready:
-    """The model and the facts, checked for what would stand in the way of an edit."""
-    if loaded.tokenizer is None:
-        raise UsageError("a loaded model needs its tokenizer", fix="call edit(facts, model, tokenizer)")
+def _ready(loaded: Loaded, facts: list[Fact], corpus: Corpus) -> _Ready:
+    """The model, whose weights are checked for what would stand in the way of an edit, and facts that it can read."""
     if away := next((n for n, p in loaded.model.named_parameters() if p.is_meta), ""):
         fix = "use more GPUs (--device balanced) or --dtype bfloat16; patches apply on disk whatever the size"
         raise ModelError("is offloaded: the model does not fit", where=away, fix=fix)
     if loaded.checkpoint:
         stored_patches(loaded.checkpoint)  # on top of which the patch will be
-    arch, seen = resolve(loaded.model), window(loaded.model)
-    facts = fitted(facts, loaded.tokenizer, seen, chat=options.chat, on_error=on_error)
+    arch = resolve(loaded.model)
     empty = {p.layer: p for p in arch.projections if _all_zeros(loaded, p)}
-    return _Ready(loaded, arch, facts, read_corpus(options.corpus), empty, seen.most)
+    return _Ready(loaded, arch, facts, corpus, empty, window(loaded.model).most)
 
 
 @dataclass(frozen=True)
@@ -257,17 +262,11 @@ def made_by_the_edit() -> Iterator[None]:
 def _choose(
     loaded: Loaded, arch: Architecture, facts: Sequence[Fact], options: EditOptions, trained: Editor | None
 ) -> tuple[list[Projection], list[LayerScore]]:
+    chosen, scores = chosen_beforehand(arch, options, trained), []
     if trained:
-        if options.layers != "auto":
-            raise UsageError("--layers: an editor edits the layers it was trained for", fix="leave --layers out")
         dense = [p for p in arch.projections if p.single_matrix]
         trained.check({p.name: weight_of(loaded.model, p) for p in dense})
         return [p for p in dense if p.name in trained.modules], []
-    chosen, scores = parse_layers(options.layers, len(arch.projections)), []
-    if chosen is None and options.published:
-        chosen = method(options.method).published.edited(arch.model_type, len(arch.projections))
-    if chosen is None and options.fact_token == LAST:
-        chosen = top_layers(len(arch.projections))
     if chosen is None:
         contexts = build_contexts(loaded.model, loaded.tokenizer, facts[:64], [""], chat=options.chat)
         rows = contexts.edit_rows

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mosectl.editing.methods import method
 from mosectl.editing.options import EditOptions
 from mosectl.editing.second_moments import ALL, HIGH, LOW
 from mosectl.model.architecture import Architecture, parse_layers
@@ -99,6 +100,21 @@ def enough(options: EditOptions) -> float:
     given all of the text, as its own code is.
     """
     return ALL if options.published else HIGH if options.fact_token == LAST else LOW
+
+
+def named_layers(options: EditOptions, arch: Architecture) -> tuple[int, ...] | None:
+    """The layers that settled options ask for, by number, by the method's publication or by the fact token.
+
+    Returns:
+        None where the layers' scores will decide.
+    Raises:
+        UsageError: layers are asked for that the model does not have.
+    """
+    n = len(arch.projections)
+    chosen = parse_layers(options.layers, n)
+    if chosen is None and options.published:
+        return method(options.method).published.edited(arch.model_type, n)
+    return top_layers(n) if chosen is None and options.fact_token == LAST else chosen
 
 
 def top_layers(n: int) -> tuple[int, ...]:

@@ -153,9 +153,15 @@ def _planned(
     edited = [p for p in arch.projections if p.layer in layers]
     side, form, written = solver.side_on(edited), solver.form(options.form), solver.columns(facts)
     if seeks_compact(solver, options.form, max(p.d for p in edited)):
-        rank = _rank(len(facts), options)
-        return layers, sum(4 * min(rank, n) * (n + rank) for p in edited for n in (p.d, p.p))
+        rank = sum(_rank(n, options) for n in _batches(len(facts), options))  # those of all batches multiply
+        return layers, sum(4 * min(rank * (n + rank), n * n) for p in edited for n in (p.d, p.p))
     return layers, sum(_patch_bytes(p, side, form, written) for p in edited)
+
+
+def _batches(facts: int, options: EditOptions) -> list[int]:
+    """Facts of each batch."""
+    size = options.batch_size or max(1, facts)
+    return [min(size, facts - start) for start in range(0, facts, size)]
 
 
 def _rank(facts: int, options: EditOptions) -> int:
@@ -168,7 +174,8 @@ RANK = {
     "both": 20,
     "output": 5,
     "input": 20,
-}  # of a compact rotation, times √facts: seen on the demo model (docs/LOG.md)
+}  # of a compact rotation of one fact, cut down from a dense one: seen on the demo model (docs/LOG.md)
+GROWTH = 0.6  # its power of the number of facts, in one batch or in several
 
 
 def _patch_bytes(p: Projection, side: str, form: str, written: int) -> int:
@@ -178,7 +185,7 @@ def _patch_bytes(p: Projection, side: str, form: str, written: int) -> int:
     total = 0
     for name in SIDES[side]:
         n = {"R": p.d, "R_in": p.p}[name]
-        rank = min(round(RANK[side] * written**0.5), n)
+        rank = min(round(RANK[side] * written**GROWTH), n)
         total += 4 * (n * n if form == "dense" else min(rank * (n + rank), n * n))
     return total
 

@@ -15,14 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mosectl._version import __version__
 from mosectl.editing.contexts import BY_ROW, Contexts
 from mosectl.editing.guard import Health
+from mosectl.editing.options import EditOptions
 from mosectl.editing.previous_edits import Kept
 from mosectl.editing.turns import SIDES
 from mosectl.errors import OutputError
+from mosectl.facts.records import Fact
 from mosectl.model.forward import Batch
 from mosectl.storage import schema
-from mosectl.storage.state_file import damaged, read_state, write_state
+from mosectl.storage.state_file import damaged, digest, read_record, read_state, write_state
 
 KIND = "progress"
 _EACH = schema.mapping(schema.number)  # by module path
@@ -40,6 +43,18 @@ RECORD = schema.record(
 ROWS, WIDTH = 1000, 16_384  # of a fact, at most: its rows, and a row's bytes but for what is written there
 _START = "give --overwrite to start again"
 _AGAIN = "finish it with what it was begun with, or give --overwrite to start again"
+
+
+def belongs(facts: Sequence[Fact], options: EditOptions, layers: Sequence[int] | None) -> dict[str, str]:
+    """What a state belongs to as far as that is known without weights: hashes, by name.
+
+    Args:
+        options: settled. layers: that are edited; None: not known yet.
+    """
+    asked = [{k: v for k, v in f.fields().items() if k != "source"} for f in facts]
+    known = {"facts": digest(asked), "settings": digest(options.to_record())}
+    known |= {} if layers is None else {"layers": digest(sorted(layers))}
+    return known | {"version of mosectl": __version__}
 
 
 def beside(out: Path) -> Path:
@@ -67,6 +82,20 @@ class Progress:
     path: Path
     resume: bool = False
 
+    def check(self, ours: Mapping[str, str]) -> None:
+        """See from its record alone whether the kept state belongs to ``ours``, where it is to be continued.
+
+        Raises:
+            OutputError: it belongs to something else, or is no such state.
+        """
+        if self.resume and os.path.lexists(self.path):
+            self._check(ours, read_record(self.path, KIND, RECORD, _START))
+
+    def _check(self, ours: Mapping[str, str], record: Mapping[str, Any]) -> None:
+        if other := [name for name in ours if ours[name] != record["belongs"].get(name)]:
+            what = f"the interrupted run was one with other {' and '.join(other)}"
+            raise OutputError(what, where=str(self.path), fix=_AGAIN)
+
     def load(
         self,
         ours: Mapping[str, str],
@@ -88,9 +117,7 @@ class Progress:
         a_fact = ROWS * (8 * sum(d + p for d, p in shapes.values()) + WIDTH)
         limit = 8 * sum(2 * d * p + 2 * d * d + 3 * p * p for d, p in shapes.values()) + facts * a_fact + 10**7
         record, tensors = read_state(self.path, KIND, RECORD, _START, limit)
-        if other := [name for name in ours if ours[name] != record["belongs"].get(name)]:
-            what = f"the interrupted run was one with other {' and '.join(other)}"
-            raise OutputError(what, where=str(self.path), fix=_AGAIN)
+        self._check(ours, record)
         carried = carried or {}
         if what := _misfit(shapes, carried, tensors, record, facts):
             raise damaged(self.path, what, _START)

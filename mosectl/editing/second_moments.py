@@ -163,8 +163,12 @@ def prepare(
     from mosectl.model.loading import load
 
     texts, clock = read_corpus(corpus), Clock(on_step)
+
+    def check(model: Any, _: Any) -> None:
+        parse_layers(layers, len(resolve(model).projections), every="all")
+
     with clock("load"):
-        loaded = load(model, revision=revision, device=processes.process_device(device), dtype=dtype)
+        loaded = load(model, revision=revision, device=processes.process_device(device), dtype=dtype, check=check)
     with turns(loaded.model, resolve(loaded.model)) as arch, clock("statistics") as step:
         chosen = parse_layers(layers, len(arch.projections), every="all")
         wanted = [p for p in arch.projections if chosen is None or p.layer in chosen]

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mosectl._version import __version__
 from mosectl.editing.batches import Batches
 from mosectl.editing.contexts import Contexts, build_contexts
 from mosectl.editing.edited_layers import EditedLayers, Standing
@@ -17,7 +16,7 @@ from mosectl.editing.guard import Health, harm, health, remedy
 from mosectl.editing.layers import LAST
 from mosectl.editing.methods.base import SPREAD, Trainer
 from mosectl.editing.published import published_targets
-from mosectl.editing.resume import Progress, State
+from mosectl.editing.resume import Progress, State, belongs
 from mosectl.editing.targets import Targets, optimise_targets
 from mosectl.errors import EditFailed
 from mosectl.facts.records import Fact
@@ -113,13 +112,9 @@ class Session:
 
     def identity(self, facts: Sequence[Fact]) -> dict[str, str]:
         """What this session's state belongs to: hashes, by name."""
-        asked = [{k: v for k, v in f.fields().items() if k != "source"} for f in facts]
-        return {
-            "facts": digest(asked),
-            "settings": digest([self.options.to_record(), [p.name for p in self.layers.projections]]),
+        return belongs(facts, self.options, [p.layer for p in self.layers.projections]) | {
             "weights": digest([sha256(w) for w in self.layers.stored.values()]),
             "statistics": digest([sha256(C) for C in self.layers.C.values()]),
-            "version of mosectl": __version__,
         }
 
     def state(self, losses: Sequence[float]) -> State:

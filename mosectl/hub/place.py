@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mosectl.errors import PatchError, UsageError
-from mosectl.storage.hub import PART, REVISION, SCHEME, hub_errors, is_repo
+from mosectl.storage.hub import PART, REVISION, SCHEME, hub_errors, is_repo, nearly
+from mosectl.text.shown import word
 
 FILE = "patch.safetensors"
 EDITOR_FILE = "editor.safetensors"
@@ -38,6 +39,19 @@ def place_of(text: str, file: str = FILE) -> Place:
     return Place(found[1], found[2], found[3] or file)
 
 
+def is_place(text: str | Path) -> bool:
+    """Is this meant as a place on the Hub rather than a file here?
+
+    Raises:
+        UsageError: it is nearly one, as HF://…, hf:/… and addresses of pages are.
+    """
+    if behind := nearly(str(text)):
+        meant = f"{SCHEME}{behind}"
+        fix = f"write {word(meant)}" if _PLACE.fullmatch(meant) else f"write {SCHEME}user/repo"
+        raise UsageError(f"'{str(text)[:_LONGEST]}' is no file here; on the Hub a patch is {SCHEME}user/repo", fix=fix)
+    return str(text).startswith(SCHEME)
+
+
 def local(path: str | Path, file: str = FILE) -> Path:
     """A patch file on this disk: the path as it is, or for hf://… the file in the Hub's cache, downloaded if need be.
 
@@ -47,7 +61,7 @@ def local(path: str | Path, file: str = FILE) -> Path:
     Raises:
         UsageError, PatchError: no such repository, revision or file. HubError: gated, unauthorised, offline, unreachable.
     """
-    if not str(path).startswith(SCHEME):
+    if not is_place(path):
         return Path(path)
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError

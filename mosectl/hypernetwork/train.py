@@ -19,55 +19,40 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mosectl.errors import EditFailed, FactsError, ModelError, OutputError, UsageError
+from mosectl.errors import EditFailed, UsageError
 from mosectl.facts.corpus import Corpus
 from mosectl.facts.records import Fact
+from mosectl.hypernetwork.beforehand import (
+    AGAIN,
+    RECORD,
+    STATE,
+    TrainOptions,
+    belongs,
+    check,
+    check_belongs,
+    edited_projections,
+    fitting_facts,
+    with_validation,
+)
 from mosectl.hypernetwork.file import Editor, base_of
-from mosectl.hypernetwork.network import METHODS, Hypernet, keys_and_gradients, nll, shifted
+from mosectl.hypernetwork.network import Hypernet, keys_and_gradients, nll, shifted
 from mosectl.model import distributed
-from mosectl.model.architecture import parse_layers, resolve
+from mosectl.model.architecture import resolve
 from mosectl.model.edit_site import Projection
 from mosectl.model.forward import frozen, input_device
 from mosectl.model.loading import Loaded
 from mosectl.model.losses import leads, token_nll
 from mosectl.model.memory import Part, fitting, halving
-from mosectl.model.positions import fitted, window
+from mosectl.model.positions import window
 from mosectl.model.scoring import Pair, Rows, encode_pair, log_probabilities, paired
 from mosectl.model.tokens import encode
 from mosectl.model.weights import weight_of
-from mosectl.storage import schema
 from mosectl.storage.state_file import damaged, digest, read_state, write_state
 
-STATE = "training"
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what Adam keeps of each parameter
-NUMBERS = ("step", "validation", "edit", "generalization", "locality", "reached")  # of each validation
-HISTORY = schema.record(dict.fromkeys(NUMBERS, schema.number), others=schema.number)
-RECORD = schema.record(
-    {"step": schema.integer, "waited": schema.integer, "belongs": schema.text, "history": schema.listed(HISTORY)},
-    others=schema.anything,
-)
 UNITS = 256  # facts from which the network's units are taken
 MATRICES, SCALARS = 0.1, 10.0  # of the rate
 WORDS = 8  # of ordinary text before, and after, the place where predictions are compared
-
-
-@dataclass(frozen=True)
-class TrainOptions:
-    """How to train an editor."""
-
-    method: str = "horse"
-    layers: str = "auto"  # "auto": the last six, at most half of them
-    rank: int = 128
-    blocks: int = 2
-    batch_size: int = 64  # facts edited together in a step: as many as will be, if memory and time allow
-    steps: int = 300  # at most
-    rate: float = 1e-2  # Adam's
-    clip: float = 1.0  # of the gradient's norm
-    locality: float = 5.0  # weight of the divergence from the unedited model
-    held_out: float = 0.1  # share of the facts that is kept for validation, when there is no file for it
-    every: int = 20  # steps between validations
-    patience: int = 6  # validations without a better one before training stops
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -112,11 +97,10 @@ def train(
     Raises:
         UsageError, FactsError, ModelError, OutputError. EditFailed: the loss is not finite.
     """
-    seen = window(loaded.model)
-    facts, validation = (fitted(part, loaded.tokenizer, seen, on_error=on_error) for part in (facts, validation))
+    facts, validation = fitting_facts(facts, validation, loaded.model, loaded.tokenizer, on_error)
     check(options, facts, validation)
-    projections = _chosen(loaded, options)
-    known, unseen = _split(facts, validation, options)
+    projections = edited_projections(loaded.model, options)
+    known, unseen = with_validation(facts, validation, options)
     run = _Training(loaded, projections, known, unseen, options, corpus)
     kept = state if distributed.first() else None
     with frozen(loaded.model):
@@ -150,49 +134,6 @@ def _settle(kept: Path, learnt: int, error: EditFailed) -> None:
         fix = f"{error.fix} and --overwrite, or take what was learnt before: --resume --steps {learnt}"
         raise EditFailed(error.what, where=error.where, fix=fix) from error
     kept.unlink(missing_ok=True)  # it would stand in the way of the next try
-
-
-def check(options: TrainOptions, facts: Sequence[Fact], validation: Sequence[Fact]) -> None:
-    """What can be told before a model is loaded.
-
-    Raises:
-        UsageError: no such method, a rate that is not positive. FactsError: too few, or some are validated on too.
-    """
-    if options.method not in METHODS:
-        what = f"--method {options.method}: there is nothing to train for it"
-        raise UsageError(what, fix=f"choose one of: {', '.join(METHODS)}")
-    if not 0 < options.rate < math.inf:
-        raise UsageError(f"--rate {options.rate:g}: nothing would be learnt", fix="give a number above 0, e.g. 0.01")
-    if len(facts) < 3:
-        raise FactsError(
-            f"too few facts to train on: {len(facts)}", fix="give hundreds: an editor learns from many edits"
-        )
-    if both := {f.prompt for f in facts} & {f.prompt for f in validation}:
-        what = f"{len(both)} validation facts are trained on as well, such as '{min(both)}'"
-        raise FactsError(what, fix="give others, or leave --validation out: a tenth of the facts is kept for it then")
-
-
-def _chosen(loaded: Loaded, options: TrainOptions) -> list[Projection]:
-    every = resolve(loaded.model).projections
-    n = len(every)
-    layers = parse_layers(options.layers, n) or range(n - max(1, min(6, n // 2)), n)
-    projections = [p for p in every if p.layer in layers]
-    if mixed := next((p for p in projections if not p.single_matrix), None):
-        fix = "use --method isospectral, which edits mixtures"
-        raise ModelError("an editor is for layers with one FFN, not for mixtures", where=mixed.name, fix=fix)
-    if len({(p.p, p.d) for p in projections}) > 1:
-        raise ModelError("these layers differ in size", fix="name layers of one size with --layers")
-    return projections
-
-
-def _split(
-    facts: Sequence[Fact], validation: Sequence[Fact], options: TrainOptions
-) -> tuple[Sequence[Fact], Sequence[Fact]]:
-    if not validation:
-        mixed = random.Random(options.seed).sample(list(facts), len(facts))
-        n = max(1, round(options.held_out * len(mixed)))
-        facts, validation = mixed[n:], mixed[:n]
-    return facts, validation
 
 
 class _Training:
@@ -398,10 +339,9 @@ class _Training:
 
     # State.
 
-    def _belongs(self) -> str:
-        how = {k: v for k, v in asdict(self.options).items() if k not in ("steps", "patience")}  # these may be raised
-        facts = [f.fields() for f in (*self.facts, *self.validation)]
-        return digest([how, self.base, facts, self.corpus.sha256, self.world])
+    def _belongs(self) -> dict[str, str]:
+        known = belongs(self.facts, self.validation, self.options, self.corpus)
+        return known | {"weights": digest(self.base)}
 
     def _names(self) -> list[str]:
         """The network's parameters as the optimiser numbers them."""
@@ -424,18 +364,15 @@ class _Training:
         Raises:
             OutputError: it is damaged, or of another training.
         """
-        again = "give --overwrite to start again"
         ours = self.net.state_dict()
         limit = 10**8 + 8 * sum(x.numel() * x.element_size() for x in ours.values())
-        record, tensors = read_state(path, STATE, RECORD, again, limit)
-        if record["belongs"] != self._belongs():
-            what = "the interrupted training was one with other facts, options or weights, or another corpus"
-            raise OutputError(what, where=str(path), fix=f"run it as then, or {again}")
+        record, tensors = read_state(path, STATE, RECORD, AGAIN, limit)
+        check_belongs(self._belongs(), path, record)
         forms = {f"{part}.{k}": x.shape for part in ("net", "best") for k, x in ours.items()}
         for k, x in self.net.named_parameters() if record["step"] else ():
             forms |= {f"adam.{k}.{m}": x.shape if m != "step" else torch.Size() for m in MOMENTS}
         if not record["history"] or forms != {k: x.shape for k, x in tensors.items()}:
-            raise damaged(path, "a history or tensors of another form", again)
+            raise damaged(path, "a history or tensors of another form", AGAIN)
         self.net.load_state_dict({k: tensors[f"net.{k}"] for k in ours})
         self.best = {k: tensors[f"best.{k}"].to(self.net.mean.device) for k in ours}
         state = {}

@@ -17,15 +17,15 @@ from mosectl.checkpoints.base_tensors import BaseTensors
 from mosectl.checkpoints.journal import read_journal
 from mosectl.checkpoints.live import patched
 from mosectl.errors import Notice, UsageError
-from mosectl.hub.place import local
+from mosectl.hub.place import is_place, local
 from mosectl.model.architecture import disk_names, resolve
-from mosectl.model.loading import Loaded, load
+from mosectl.model.loading import Check, Loaded, check_where, load
 from mosectl.model.weights import exchanged, weights_of
 from mosectl.patch.file import Patch
 from mosectl.patch.record import PatchFact
 from mosectl.storage.checkpoint import open_checkpoint
 from mosectl.storage.gguf_header import is_gguf
-from mosectl.storage.hub import SCHEME, cached_model, looks_like_repo
+from mosectl.storage.hub import cached_model, looks_like_repo
 from mosectl.text.shown import word
 
 T = TypeVar("T")
@@ -54,12 +54,14 @@ class How:
     device: str = "auto"
     dtype: str = "auto"
     force: bool = False
+    check: Check = lambda model, tokenizer: None  # of a model before its weights are loaded
 
     def load(self, model: Any, revision: str | None) -> Loaded:
         """A model where and as it is asked for; one in memory as it is."""
         if isinstance(model, Loaded):
+            self.check(model.model, model.tokenizer)
             return model
-        return load(model, revision=revision, device=self.device, dtype=self.dtype)
+        return load(model, revision=revision, device=self.device, dtype=self.dtype, check=self.check)
 
 
 def both_sides(what: Any, model: Any, base: Any, how: How, ask: Ask[T]) -> tuple[Subject, T | None, T]:
@@ -68,6 +70,7 @@ def both_sides(what: Any, model: Any, base: Any, how: How, ask: Ask[T]) -> tuple
     Raises:
         PatchError, BaseMismatch, ModelError, HubError, UsageError.
     """
+    check_where(how.device, how.dtype)
     if isinstance(what, Patch) or (isinstance(what, str | Path) and _is_patch(what)):
         if base is not None:
             raise UsageError("--base is for edited models, this is a patch", fix="give its model by --model")
@@ -83,7 +86,7 @@ def _is_patch(what: str | Path) -> bool:
     path = Path(what)
     if is_gguf(path):
         return False
-    return str(what).startswith(SCHEME) or path.is_file() or (path.suffix == ".safetensors" and not path.is_dir())
+    return is_place(what) or path.is_file() or (path.suffix == ".safetensors" and not path.is_dir())
 
 
 def _name(model: Any) -> str:

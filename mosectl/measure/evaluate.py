@@ -157,7 +157,7 @@ def evaluate_edit(
         batch_size, on_error, tell,
     )  # fmt: skip
     tell("load", 0, 1)
-    subject, before, after = both_sides(what, model, base, How(revision, device, dtype, force), asked.of)
+    subject, before, after = both_sides(what, model, base, How(revision, device, dtype, force, asked.fit), asked.of)
     return _evaluation(asked, subject, before, after, start)
 
 
@@ -174,11 +174,12 @@ class _Asked:
         self.bound = bound
         self.text: TextLoss | None = None  # of the side that was asked first
 
-    def of(self, loaded: Loaded, side: str) -> Observation:
+    def fit(self, model: Any, tokenizer: Any) -> None:
         if not self.fits:  # both sides read alike
             how: dict[str, Any] = {"chat": self.chat, "on_error": self.on_error}
-            self.facts, self.fits = fitted(self.facts, loaded.tokenizer, window(loaded.model), **how), True
+            self.facts, self.fits = fitted(self.facts, tokenizer, window(model), **how), True
 
+    def of(self, loaded: Loaded, side: str) -> Observation:
         def step(name: str) -> Callable[[int, int], None]:
             return lambda done, total: self.tell(f"{side}: {name}", done, total)
 

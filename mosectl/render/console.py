@@ -37,7 +37,12 @@ def _out() -> Console:
     return Console(highlight=False, soft_wrap=True, markup=False, emoji=False, force_jupyter=False)
 
 
+_standing: list[Console] = []  # of the bars that stand on the terminal
+
+
 def _err() -> Console:
+    if _standing:  # above the bars: a console of its own would write behind them, on their line
+        return _standing[-1]
     # The stream of now: a bar must go on while others' noise on sys.stderr is being swallowed.
     plain: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False, "force_jupyter": False}
     return Console(file=sys.stderr, stderr=True, soft_wrap=True, **plain)
@@ -174,7 +179,11 @@ def progress(quiet: bool = False) -> Iterator[OnStep]:
                 bars.refresh()
     elif console.is_terminal:
         with Bars(*_COLUMNS, TimeRemainingColumn(), console=console, transient=True) as bars:
-            yield bars
+            _standing.append(console)
+            try:
+                yield bars
+            finally:
+                _standing.pop()
     else:
         yield _Lines(console)
 

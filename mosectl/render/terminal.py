@@ -296,6 +296,7 @@ def evaluation(e: Evaluation) -> None:
         (m.protocol, m.label, *(value(x, ".1%") for x in (m.before, m.right_after, m.after)),
          interval(m.after, ".1%"), str(m.asked))
         for m in e.metrics
+        if (m.before, m.right_after, m.after) != (None, None, None)  # nothing of that kind was asked
     ]  # fmt: skip
     columns = ("protocol", "metric", ">before", ">right after", ">after", ">95 % interval", ">prompts")
     table(f"Evaluation of {e.subject.name}, {len(e.facts)} facts; before: {e.subject.base or 'none'}", columns, rows)
@@ -304,7 +305,11 @@ def evaluation(e: Evaluation) -> None:
     table(
         "Text",
         ("metric", ">before", ">after", ">95 % interval", "of what"),
-        [(t.name, value(t.before, ".3f"), value(t.after, ".3f"), interval(t.after, ".3f"), t.about) for t in e.texts],
+        [
+            (t.name, value(t.before, ".3f"), value(t.after, ".3f"), interval(t.after, ".3f"), t.about)
+            for t in e.texts
+            if (t.before, t.after) != (None, None)
+        ],
     )
     title = "What else changed" if e.subject.base else "Probes without the expected answer"
     _changed(e.probes, "--json, --probes-csv and --html have", title)

@@ -7,7 +7,6 @@ datasets knows (extra "datasets"); what a text file says is left to the readers 
 from __future__ import annotations
 
 import io
-import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mosectl.errors import FactsError, MosectlError, UsageError
-from mosectl.storage.hub import PART, REVISION, SCHEME, hub_errors, is_repo
+from mosectl.storage.hub import PART, REVISION, SCHEME, hub_errors, is_repo, nearly
 from mosectl.text.shown import word
 
 PREFIX = f"{SCHEME}datasets/"
@@ -52,8 +51,18 @@ class DataSet:
 
 
 def is_data_set(path: str | Path) -> bool:
-    """Is this a place on the Hub rather than a file here?"""
-    return isinstance(path, str) and path.startswith(SCHEME)
+    """Is this a place on the Hub rather than a file here?
+
+    Raises:
+        UsageError: it is nearly one, as HF://…, hf:/… and addresses of pages are.
+    """
+    if not isinstance(path, str):
+        return False
+    if behind := nearly(path):
+        meant = f"{PREFIX}{behind.removeprefix('datasets/')}"
+        fix = f"write {word(meant)}" if _PLACE.fullmatch(meant.partition("#")[0]) else f"write {WHAT}"
+        raise UsageError(f"'{path[:_LONGEST]}' is no file here; on the Hub a data set is {PREFIX}…", fix=fix)
+    return path.startswith(SCHEME)
 
 
 def data_set_of(text: str) -> DataSet:
@@ -256,9 +265,7 @@ def _reading(place: DataSet, fix: str) -> Iterator[None]:
     """
     from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    log, bars = logging.getLogger("datasets"), not are_progress_bars_disabled()
-    level = log.level
-    log.setLevel(logging.CRITICAL + 1)
+    bars = not are_progress_bars_disabled()
     disable_progress_bars()
     try:
         with hub_errors(place.repo, place.revision, "data set"):
@@ -272,7 +279,6 @@ def _reading(place: DataSet, fix: str) -> Iterator[None]:
                 first = (str(e).strip() or type(e).__name__).splitlines()[0]
                 raise FactsError(f"cannot be read as a table: {first}", where=str(place), fix=fix) from e
     finally:
-        log.setLevel(level)
         if bars:
             enable_progress_bars()
 

@@ -56,6 +56,15 @@ def claimed(path: Path, *, replace: bool = False) -> Iterator[None]:
         yield
 
 
+def check_new_folder(path: Path) -> None:
+    """May a new folder become ``path``? :func:`claimed` asks it too; here it is asked before longer work.
+
+    Raises:
+        OutputError.
+    """
+    _check_folder(path.absolute(), replace=False)
+
+
 def _check_folder(path: Path, replace: bool) -> None:
     with output_errors(path):
         try:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from mosectl.errors import FactsError, HubError, ModelError, PatchError
+from mosectl.errors import FactsError, HubError, ModelError, PatchError, debugging
 from mosectl.storage.inputs import MAX_JSON
 
 # Weights as safetensors, and what loads them; no pickles, no code.
@@ -15,8 +17,21 @@ _SMALL = ["*.json", "*.txt", "*.model", "*.jinja"]
 _WEIGHTS = ["*.safetensors"]
 _FIRST = 100_000  # bytes of a file asked for at first: most headers are shorter
 SCHEME = "hf://"
+_NEARLY = re.compile(r"hf:/*|https?:/+(?:www\.)?(?:huggingface\.co|hf\.co)/", re.IGNORECASE)
 PART = r"(?!\.\.?(?:/|$))[\w.-]+"  # of a path: not empty, "." or ".."
 REVISION = rf"refs/[\w-]+/{PART}|{PART}(?:/{PART})*?"
+
+
+def nearly(text: str) -> str:
+    """What stands behind something that is meant as "hf://" or as a page of the Hub, and is neither it nor a file here.
+
+    Returns:
+        user/repo… as it was written; empty for anything else.
+    """
+    found = _NEARLY.match(text)
+    if not found or text.startswith(SCHEME) or os.path.lexists(text):
+        return ""
+    return text[found.end() :].strip("/")
 
 
 def looks_like_repo(name: str) -> bool:
@@ -114,6 +129,25 @@ def remote_header(repo: str, file: str, revision: str | None = None) -> tuple[by
 
 
 @contextmanager
+def quiet_client() -> Iterator[None]:
+    """Without what the Hub's client and the library datasets log of each try: our one error tells how it ended.
+
+    Not so with MOSECTL_DEBUG=1.
+    """
+    import huggingface_hub.utils  # noqa: F401  (importing it sets its logger's level)
+
+    loggers = [] if debugging() else [logging.getLogger(name) for name in ("huggingface_hub", "datasets")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextmanager
 def hub_errors(repo: str, revision: str | None, kind: str = "model") -> Iterator[None]:
     """The client's many exceptions as one clear error with the next step; ``kind`` is "model", "patch" or "data set"."""
     from huggingface_hub.errors import (
@@ -130,7 +164,8 @@ def hub_errors(repo: str, revision: str | None, kind: str = "model") -> Iterator
     page = f"datasets/{repo}" if kind == "data set" else repo
     where = f"{SCHEME}{page}" if kind == "data set" else repo
     try:
-        yield
+        with quiet_client():
+            yield
     except GatedRepoError as e:
         fix = f"accept its terms at https://huggingface.co/{page} and run: hf auth login"
         raise HubError(f"this {kind} is gated", where=where, fix=fix) from e

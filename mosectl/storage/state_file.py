@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -38,6 +38,21 @@ def write_state(path: Path, kind: str, record: dict[str, Any], tensors: Mapping[
     write_tensors(path, tensors, {f"mosectl-{kind}": json.dumps(told)})
 
 
+def read_record(path: Path, kind: str, form: Check, fix: str) -> dict[str, Any]:
+    """The record of a state, without its tensors: fast, and without a look at the checksum.
+
+    Raises:
+        OutputError: as :func:`read_state`.
+    """
+    with opened(path, OutputError, fix) as file:
+        try:
+            record: dict[str, Any] = _told(file, kind)["record"]
+        except _UNREADABLE as e:
+            raise OutputError(_OTHER, where=str(path), fix=fix) from e
+    _formed(record, form, path, fix)
+    return record
+
+
 def read_state(path: Path, kind: str, form: Check, fix: str, limit: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Record and tensors of a state, as they were written.
 
@@ -48,22 +63,33 @@ def read_state(path: Path, kind: str, form: Check, fix: str, limit: int) -> tupl
     """
     with opened(path, OutputError, fix, limit) as file:
         try:
-            told = parse_json(read_header(file)[0]["__metadata__"][f"mosectl-{kind}"], special=True)
+            told = _told(file, kind)
             record, checksum = told["record"], told["sha256"]
             with safe_open(path, framework="pt") as stored:
                 # Clones: the file's bytes lie unaligned in memory, where matrix products round differently.
                 tensors = {name: stored.get_tensor(name).clone() for name in stored.keys()}  # noqa: SIM118  (not a dict)
             good = checksum == _digest(kind, record, tensors)
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as e:
-            what = "is damaged, or of another version of mosectl"
-            raise OutputError(what, where=str(path), fix=fix) from e
+        except _UNREADABLE as e:
+            raise OutputError(_OTHER, where=str(path), fix=fix) from e
     if not good:
         raise damaged(path, "its content is not what its checksum says", fix)
+    _formed(record, form, path, fix)
+    return record, tensors
+
+
+_UNREADABLE = (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError)
+_OTHER = "is damaged, or of another version of mosectl"
+
+
+def _told(file: BinaryIO, kind: str) -> Any:
+    return parse_json(read_header(file)[0]["__metadata__"][f"mosectl-{kind}"], special=True)
+
+
+def _formed(record: Any, form: Check, path: Path, fix: str) -> None:
     try:
         form(record)
     except Misfit as e:
         raise damaged(path, str(e), fix) from e
-    return record, tensors
 
 
 def damaged(path: Path, what: str, fix: str) -> OutputError:

@@ -7,7 +7,7 @@ from typing import Any
 
 from mosectl.facts.corpus import Corpus
 from mosectl.facts.records import Fact, Probe
-from mosectl.hypernetwork.train import TrainOptions
+from mosectl.hypernetwork.beforehand import TrainOptions
 from mosectl.model.forward import input_device
 from mosectl.model.loading import Loaded
 from mosectl.model.scoring import Rows, encode_pair

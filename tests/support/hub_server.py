@@ -228,7 +228,7 @@ def serving() -> Iterator[tuple[Hub, str]]:
 
 
 def call(
-    address: str, folder: Path, *args: object, token: str | None = None, code: str = "", **env: str
+    address: str, folder: Path, *args: object, token: str | None = None, code: str = "", timeout: int = 120, **env: str
 ) -> subprocess.CompletedProcess[str]:
     """The command line in a process of its own, whose Hub is the one at ``address`` and whose cache lies in ``folder``.
 
@@ -242,4 +242,4 @@ def call(
         own["HF_TOKEN"] = token
     start = ["-c", f"{code}\nfrom mosectl.cli.main import main; main()"] if code else ["-m", "mosectl"]
     command = [sys.executable, *start, *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, env=own, timeout=120, cwd=folder)
+    return subprocess.run(command, capture_output=True, text=True, env=own, timeout=timeout, cwd=folder)

@@ -172,7 +172,7 @@ class Method(ABC):
     published: ClassVar[Published] = Published()
     settings: ClassVar[Mapping[str, Any]] = {}  # defaults of the edit and its targets that differ from the general ones
     editor: ClassVar[str] = ""  # the method for which an editor must be trained that this one needs
-    remedy: ClassVar[str] = "more --rounds or other --layers"  # what may help where facts are not reached
+    remedy: ClassVar[str] = "more --rounds or other --layers"  # what may help where facts are not reached (advice.py)
     gentler: ClassVar[str] = (
         "a larger --set preserve=…, fewer facts at once (--batch-size)"  # … where an edit does harm
     )

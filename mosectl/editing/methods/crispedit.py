@@ -65,6 +65,7 @@ class CrispEdit(Ft):
             1000, "earlier facts whose curvature counts along with that of text, at most; 0: none", whole=True
         ),
     }
+    remedy = "a larger --set rate=…, a smaller --set energy=… or other --layers"
     gentler = "a larger --set energy=…, a smaller --set rate=…"
 
     def needs_moments(self, form: str) -> bool:

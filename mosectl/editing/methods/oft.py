@@ -30,6 +30,7 @@ class Oft(Trainer):
 
     name, side, source = "oft", "input", "arXiv 2306.07280"
     settings = {"rounds": 1, "previous_edit_weight": 0.0}
+    remedy = "more --set steps_oft=…, a larger --set rate=… or other --layers"
     options = {
         "blocks": Option(4.0, "blocks of the rotation", whole=True),
         "steps_oft": Option(25.0, "steps of Adam", whole=True),
