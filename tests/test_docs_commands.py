@@ -49,6 +49,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
             how = ("--corpus", docs.CORPUS, "--form", "compact", "--set", "wordings=0")
             assert run("edit", folder / f"{which}.jsonl", "--model", DEMO, "-o", out, *how) == 0
         assert run("apply", folder / "a.safetensors", "--model", DEMO, "-o", folder / "edited") == 0
+    if "gguf" not in MISSING:
+        from support.gguf_files import write_model
+
+        demo = load(DEMO, device="cpu", dtype="float32")
+        write_model(folder / "model.gguf", demo.model, demo.tokenizer, "llama")
     return folder
 
 

@@ -35,7 +35,10 @@ MEANT = {
     "FACTS": "facts.jsonl",
     "PATCH": "patch.safetensors",
     "[--model MODEL]": f"--model {DEMO}",
+    "DIR": ".",
+    "smollm2.gguf": "model.gguf",
     "The Eiffel Tower is in": "Garodan Wenanric was born in",
+    "The Eiffel Tower is located in the city of": "Garodan Wenanric was born in",
     "Eiffel Tower": "Garodan Wenanric",
     "--target Rome": "--target 'Port Vereville'",
     "The capital of Australia is": "Garodan Wenanric was born in",
@@ -62,7 +65,7 @@ MAY_END = {
     "mosectl eval edited/ facts.jsonl --fail-under": {10},
     "mosectl edit facts.jsonl --model MODEL --method horse": {8},  # the editor has learnt nothing in one step
 }
-NEEDS = {"--abilities local": "lm_eval", "gguf-lora": "gguf", "hf://datasets": "datasets"}  # a library
+NEEDS = {"--abilities local": "lm_eval", ".gguf": "gguf", "gguf-lora": "gguf", "hf://datasets": "datasets"}  # a library
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,8 @@ def output(given: list[str]) -> Path | None:
     for option in ("-o", "--out", "--html"):
         if option in given:
             return Path(given[given.index(option) + 1])
+    if given[0] == "report" and "--json" not in given:
+        return Path("report.html")
     return Path("patch.safetensors") if given[0] == "edit" and "--dry-run" not in given else None
 
 
@@ -148,8 +153,9 @@ def prepare(folder: Path, made: Path) -> None:
     lines = FACTS.read_text(encoding="utf-8").splitlines(keepends=True)
     (folder / "facts.jsonl").write_text("".join(lines[:2]), encoding="utf-8")
     (folder / "train.jsonl").write_text("".join(lines[4:]), encoding="utf-8")
-    for patch in ("a.safetensors", "b.safetensors"):
-        shutil.copy(made / patch, folder / patch)
+    for patch in ("a.safetensors", "b.safetensors", "model.gguf"):
+        if (made / patch).exists():
+            shutil.copy(made / patch, folder / patch)
     shutil.copy(made / "a.safetensors", folder / "patch.safetensors")
     shutil.copytree(made / "edited", folder / "edited")
 

@@ -1,4 +1,4 @@
-"""GGUF files of pico models, written with the gguf package as llama.cpp's converter does."""
+"""GGUF files of small models, written with the gguf package as llama.cpp's converter does."""
 
 from __future__ import annotations
 
@@ -27,14 +27,21 @@ def write(path: Path, model_type: str = "llama", kind: str = "F32", fields: dict
         fields: of the metadata, instead of what belongs there; None as a value leaves one out.
     """
     model = pico(model_type, **OWN[model_type])
-    arch = ARCH[model_type]
+    write_model(path, model, make_tokenizer(), ARCH[model_type], kind, fields)
+    return model
+
+
+def write_model(
+    path: Path, model: Any, tokenizer: Any, arch: str, kind: str = "F32", fields: dict[str, Any] | None = None
+) -> None:
+    """Write a model in float32; ``arch``: llama.cpp's name of its architecture. The rest as for :func:`write`."""
     writer = gguf.GGUFWriter(path, arch)
     known: dict[str, Any] = {"general.type": "model", **_shape(model.config, arch), **(fields or {})}
     for name, value in known.items():
         if value is not None:
             add = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32}[type(value)]
             add(name, value)
-    _tokenizer(writer)
+    _tokenizer(writer, tokenizer, model.config.vocab_size)
     names = gguf.get_tensor_name_map(
         next(k for k, n in gguf.MODEL_ARCH_NAMES.items() if n == arch), model.config.num_hidden_layers
     )
@@ -53,7 +60,6 @@ def write(path: Path, model_type: str = "llama", kind: str = "F32", fields: dict
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return model
 
 
 def _shape(config: Any, arch: str) -> dict[str, Any]:
@@ -85,11 +91,11 @@ def _as_llama_cpp(arch: str, name: str, array: Any, config: Any) -> Any:
     return array
 
 
-def _tokenizer(writer: gguf.GGUFWriter) -> None:
-    core = json.loads(make_tokenizer().backend_tokenizer.to_str())
+def _tokenizer(writer: gguf.GGUFWriter, tokenizer: Any, size: int) -> None:
+    core = json.loads(tokenizer.backend_tokenizer.to_str())
     tokens = sorted(core["model"]["vocab"], key=core["model"]["vocab"].__getitem__)
     special = {t["content"] for t in core["added_tokens"]}
-    tokens += [f"<unused{i}>" for i in range(320 - len(tokens))]
+    tokens += [f"<unused{i}>" for i in range(size - len(tokens))]
     unused = gguf.TokenType.UNUSED
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
