@@ -439,8 +439,8 @@ def test_a_deep_model_is_edited_high_at_the_prompts_last_token() -> None:
     assert [top_layers(n) for n in (30, 18, 10)] == [(24, 25, 26, 27), (13, 14, 15, 16), (6, 7, 8, 9)]
     assert likely_layers(30) == (3, 4, 5)
 
-    def token(n: int, name: str = "isospectral", *sets: str, **how: Any) -> tuple[str, float | None]:
-        chosen = settled(options_from(sets, method=name, **how), n)
+    def token(n: int, name: str = "isospectral", *sets: str, facts: int = 1, **how: Any) -> tuple[str, float | None]:
+        chosen = settled(options_from(sets, method=name, **how), n, facts)
         return chosen.fact_token, chosen.targets.margin
 
     assert token(30) == token(10) == (LAST, 3.0) and token(9) == (SUBJECT, 6.0)
@@ -458,7 +458,23 @@ def test_a_deep_model_is_edited_high_at_the_prompts_last_token() -> None:
     with pytest.raises(UsageError, match="no such choice"):
         options_from(["fact_token=first"])
     with pytest.raises(UsageError, match="not layers of this model"):
-        settled(options_from([], layers="40"), 30)
+        settled(options_from([], layers="40"), 30, 1)
+
+
+def test_many_facts_of_a_deep_model_are_edited_at_their_subjects_in_more_layers() -> None:
+    def chosen(facts: int, n: int = 30, *sets: str, **how: Any) -> tuple[Any, ...]:
+        made = settled(options_from(sets, **how), n, facts)
+        return made.fact_token, made.layers, made.solver.get("preserve"), made.targets.margin
+
+    assert chosen(50) == (LAST, "auto", None, 3.0), "as many as there is room for"
+    assert chosen(51) == (SUBJECT, "2-9", 100.0, 6.0) and chosen(51, 18)[1] == "1-4"
+    assert chosen(51, 32)[1] == "2-9" and chosen(51, 80)[1] == "5-12"
+    assert chosen(51, 9) == (SUBJECT, "auto", None, 6.0), "a small model as before"
+    assert chosen(51, 30, "preserve=10")[2] == 10.0 and chosen(51, 30, "fact_token=last")[:3] == (LAST, "auto", None)
+    assert chosen(51, 30, layers="20-23")[:3] == (LAST, "20-23", None), "layers that are given tell the place"
+    assert chosen(51, 30, layers="3-5")[:3] == (SUBJECT, "3-5", None)
+    for name in ("mose", "memit", "alphaedit"):
+        assert chosen(51, 30, method=name)[1:3] == ("auto", None), "others are as they are"
 
 
 def test_an_edit_at_the_prompts_last_token(corpus: str) -> None:

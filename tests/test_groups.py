@@ -436,7 +436,7 @@ def test_what_was_disturbed_is_said() -> None:
 
 def test_no_other_token_is_proposed_where_options_refuse_it() -> None:
     def proposed(*settings: str, method: str = "isospectral") -> str:
-        record = settled(options_from(settings, method=method), 4).to_record()
+        record = settled(options_from(settings, method=method), 4, 1).to_record()
         lost = Share("locality", "same_subject", False, 3, 0.1, 0.1)
         return disturbed([lost], token_of(method, record), "fewer facts")
 

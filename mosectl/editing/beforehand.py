@@ -35,7 +35,7 @@ class Beforehand:
         """
         arch = resolve(model)
         self.facts = fitted(self.facts, tokenizer, window(model), chat=self.options.chat, on_error=self.on_error)
-        options = settled(self.options, len(arch.projections))
+        options = settled(self.options, len(arch.projections), len(self.facts))
         layers = chosen_beforehand(arch, options, self.trained)
         if self.trained:
             dense = {p.name: model.get_parameter(p.weight_name) for p in arch.projections if p.single_matrix}

@@ -129,7 +129,7 @@ def edit(
             check(given.model, given.tokenizer)
         ready = _ready(given, check.facts, corpus)
     loaded, checked = ready.loaded, ready.facts
-    options = settled(options, len(ready.arch.projections))
+    options = settled(options, len(ready.arch.projections), len(checked))
     done = _computed(ready, options, trained, clock, progress, refuse)
     edited = [p for p in ready.arch.projections if p.name in done.changes]
     on = changes_on(loaded.model, [(p, [done.changes[p.name]]) for p in edited])

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mosectl.editing.methods import method
+from mosectl.editing.methods import DEFAULT, method
 from mosectl.editing.options import EditOptions
 from mosectl.editing.second_moments import ALL, HIGH, LOW
 from mosectl.model.architecture import Architecture, parse_layers
@@ -78,19 +78,27 @@ SUBJECT, LAST = "subject_last", "last"
 DEEP = 10  # layers from which a model has a place for either
 MARGINS = {SUBJECT: 6.0, LAST: 3.0}  # nats: less is asked of a key that is the prompt's own
 TOP = 4  # layers edited at the prompt's last token
+FEW = 50  # facts for which the keys of prompts' last tokens have room in these: each disturbs prompts with its old object
+WIDE = 8  # layers edited at the subject's last token of more facts, at most: what each has to turn is less
+STILL = 100.0  # λ there
 
 
-def settled(options: EditOptions, n: int) -> EditOptions:
-    """The options for a model of n layers: fact token and margin are no longer left open.
+def settled(options: EditOptions, n: int, facts: int) -> EditOptions:
+    """The options for a model of n layers and so many facts: fact token and margin are no longer left open, nor where many
+    facts are edited in a deep model.
 
     Raises:
         UsageError: layers are asked for that it does not have.
     """
     layers = parse_layers(options.layers, n)
-    token = options.fact_token
+    token, many = options.fact_token, facts > FEW and n >= DEEP and options.method == DEFAULT and not options.published
     if token == "auto":
-        high = n >= DEEP and not options.published and (layers is None or min(layers) >= n / 2)
+        high = n >= DEEP and not options.published and (not many if layers is None else min(layers) >= n / 2)
         token = LAST if high else SUBJECT
+    if many and token == SUBJECT and layers is None:
+        first, width = max(1, n // 15), min(WIDE, round(n / 4))
+        solver = {"preserve": STILL, **options.solver}
+        options = replace(options, layers=f"{first}-{first + width - 1}", solver=solver)
     margin = MARGINS[token] if options.targets.margin is None else options.targets.margin
     return replace(options, fact_token=token, targets=replace(options.targets, margin=margin))
 

@@ -100,7 +100,7 @@ def estimate(
     arch = resolve(meta_model)
     device = pick_device(device)
     kind = pick_dtype(dtype, device, config)
-    options = settled(options, len(arch.projections))
+    options = settled(options, len(arch.projections), len(facts))
     layers, size = _planned(meta_model, arch, facts, options)
     host = device == "cpu" if host is None else host
     work = _Work(meta_model, arch, layers, facts, options, device, kind, host, _known(folder, arch, layers, options))
@@ -135,7 +135,7 @@ def patch_bytes(model: str | Path, facts: Sequence[Fact], options: EditOptions, 
     with suppress(MosectlError, ArithmeticError, ValueError, TypeError):  # an odd config.json: told by the edit
         meta_model = skeleton(read_config(locate(model, revision, weights=False)[0]))
         arch = resolve(meta_model)
-        return _planned(meta_model, arch, facts, settled(options, len(arch.projections)))[1]
+        return _planned(meta_model, arch, facts, settled(options, len(arch.projections), len(facts)))[1]
     return 0
 
 
