@@ -461,20 +461,27 @@ def test_a_deep_model_is_edited_high_at_the_prompts_last_token() -> None:
         settled(options_from([], layers="40"), 30, 1)
 
 
-def test_many_facts_of_a_deep_model_are_edited_at_their_subjects_in_more_layers() -> None:
+def test_at_the_subject_a_deep_model_is_edited_in_more_layers_and_many_facts_are_edited_there() -> None:
     def chosen(facts: int, n: int = 30, *sets: str, **how: Any) -> tuple[Any, ...]:
         made = settled(options_from(sets, **how), n, facts)
+        assert made.previous_edit_weight == (1.0 if made.layers != how.get("layers", "auto") else 50.0)
         return made.fact_token, made.layers, made.solver.get("preserve"), made.targets.margin
 
     assert chosen(50) == (LAST, "auto", None, 3.0), "as many as there is room for"
     assert chosen(51) == (SUBJECT, "2-9", 100.0, 6.0) and chosen(51, 18)[1] == "1-4"
     assert chosen(51, 32)[1] == "2-9" and chosen(51, 80)[1] == "5-12"
     assert chosen(51, 9) == (SUBJECT, "auto", None, 6.0), "a small model as before"
+    assert chosen(1, 30, "fact_token=subject_last") == (SUBJECT, "2-9", 100.0, 6.0)
     assert chosen(51, 30, "preserve=10")[2] == 10.0 and chosen(51, 30, "fact_token=last")[:3] == (LAST, "auto", None)
     assert chosen(51, 30, layers="20-23")[:3] == (LAST, "20-23", None), "layers that are given tell the place"
     assert chosen(51, 30, layers="3-5")[:3] == (SUBJECT, "3-5", None)
+    made = settled(options_from(["previous_edit_weight=50"]), 30, 51)
+    assert (made.layers, made.weight_of_earlier) == ("2-9", 50.0), "what is given stays"
     for name in ("mose", "memit", "alphaedit"):
-        assert chosen(51, 30, method=name)[1:3] == ("auto", None), "others are as they are"
+        made = settled(options_from([], method=name), 30, 51)
+        assert made.layers == "auto" and not made.solver, "others are as they are"
+    with pytest.raises(AssertionError, match="depends on the model"):
+        assert EditOptions().weight_of_earlier
 
 
 def test_an_edit_at_the_prompts_last_token(corpus: str) -> None:

@@ -79,28 +79,35 @@ DEEP = 10  # layers from which a model has a place for either
 MARGINS = {SUBJECT: 6.0, LAST: 3.0}  # nats: less is asked of a key that is the prompt's own
 TOP = 4  # layers edited at the prompt's last token
 FEW = 50  # facts for which the keys of prompts' last tokens have room in these: each disturbs prompts with its old object
-WIDE = 8  # layers edited at the subject's last token of more facts, at most: what each has to turn is less
-STILL = 100.0  # λ there
+WIDE = 8  # layers edited at the subject's last token, at most: the more there are, the less each has to turn
+STILL, LIGHT = 100.0, 1.0  # λ there, and the weight of earlier facts: with more there is no room for new ones
+HEAVY = 50.0  # that weight elsewhere
 
 
 def settled(options: EditOptions, n: int, facts: int) -> EditOptions:
-    """The options for a model of n layers and so many facts: fact token and margin are no longer left open, nor where many
-    facts are edited in a deep model.
+    """The options for a model of n layers and so many facts: fact token, margin and the weight of earlier facts are no longer
+    left open, nor are the layers at the subject's token of a deep model.
 
     Raises:
         UsageError: layers are asked for that it does not have.
     """
     layers = parse_layers(options.layers, n)
-    token, many = options.fact_token, facts > FEW and n >= DEEP and options.method == DEFAULT and not options.published
+    token, ours = options.fact_token, n >= DEEP and not options.published
     if token == "auto":
-        high = n >= DEEP and not options.published and (not many if layers is None else min(layers) >= n / 2)
+        high = ours and (facts <= FEW if layers is None else min(layers) >= n / 2)
         token = LAST if high else SUBJECT
-    if many and token == SUBJECT and layers is None:
+    if ours and options.method == DEFAULT and token == SUBJECT and layers is None:
         first, width = max(1, n // 15), min(WIDE, round(n / 4))
-        solver = {"preserve": STILL, **options.solver}
-        options = replace(options, layers=f"{first}-{first + width - 1}", solver=solver)
+        options = replace(options, layers=f"{first}-{first + width - 1}")
+        options = _with_weight(replace(options, solver={"preserve": STILL, **options.solver}), LIGHT)
+    options = _with_weight(options, HEAVY)
     margin = MARGINS[token] if options.targets.margin is None else options.targets.margin
     return replace(options, fact_token=token, targets=replace(options.targets, margin=margin))
+
+
+def _with_weight(options: EditOptions, weight: float) -> EditOptions:
+    """That weight of earlier facts, where it is still left open."""
+    return replace(options, previous_edit_weight=weight) if options.previous_edit_weight is None else options
 
 
 def enough(options: EditOptions) -> float:

@@ -29,12 +29,15 @@ class EditOptions:
     unreached_weight_growth: float = 3.0  # each round weighs the facts that do not hold yet by this factor more
     prefixes: int = 2  # pieces of text put before the prompt, besides none (published: the model's own)
     wordings: int = 2  # the model's own wordings of a fact, edited along with its prompt, at most (not in a chat)
-    previous_edit_weight: float = 50.0  # weight of each earlier fact against a new one
+    # Weight of each earlier fact against a new one; "auto": 1 at the subject's last token of a model of ten layers or more,
+    # else 50.
+    previous_edit_weight: float | None = None
     # Where the values come from: "per-layer", one target a layer; "spread", one target at the top, its residual spread over
     # the layers (MEMIT); "method", the method's own way.
     placement: str = "method"
     # The token whose keys are edited (ROME's hparams call it so): "subject_last", the subject's last; "last", the prompt's;
-    # "auto", the prompt's in a model of ten layers or more, unless layers of its lower half are asked for.
+    # "auto", the prompt's in a model of ten layers or more, unless layers of its lower half are asked for or more than 50
+    # facts are edited.
     fact_token: str = "auto"
     replay_margin: float = 1.0  # nats; earlier facts that lead by less are edited again along with a batch; 0 = none
     guard: float = 1.0  # nats a token by which ordinary text may become less likely before a run is stopped; 0 = any
@@ -53,6 +56,12 @@ class EditOptions:
     def published(self) -> bool:
         """As in the method's own code: layers, the way to values (ROME's and MEMIT's search), every update kept."""
         return self.targets.optimizer == "published"
+
+    @property
+    def weight_of_earlier(self) -> float:
+        """``previous_edit_weight`` of options in which it is no longer left open (layers.settled)."""
+        assert self.previous_edit_weight is not None, "which weight it is depends on the model: see layers.settled"
+        return self.previous_edit_weight
 
     def to_record(self) -> dict[str, Any]:
         """As a patch's record has it (patches/FORMAT.md)."""
@@ -73,7 +82,8 @@ def options_from(settings: Sequence[str], **given: Any) -> EditOptions:
     """
     solver = method(given.get("method") or EditOptions.method)
     known = {f.name: str(f.type).removesuffix(" | None") for f in fields(TargetOptions)}
-    numbers = {f.name: f.type for f in fields(EditOptions) if f.type in ("int", "float") or f.name in WORDS}
+    kinds = {f.name: str(f.type).removesuffix(" | None") for f in fields(EditOptions)}
+    numbers = {name: kind for name, kind in kinds.items() if kind in ("int", "float") or name in WORDS}
     own = {name: kind for name, kind in numbers.items() if name not in _FLAGS}
     whole = {name: "int" if option.whole else "float" for name, option in solver.options.items()}
     searches = {"placement", "fact_token", *known} - {"margin", "max_rows"}

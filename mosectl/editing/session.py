@@ -79,7 +79,7 @@ class Session:
             batch = facts[start : start + size]
             with clock("targets", len(facts) * self.options.rounds, in_parts=True):
                 again = layers.earlier.slipped(self.options.replay_margin)
-                layers.remember(self.options.previous_edit_weight)
+                layers.remember(self.options.weight_of_earlier)
             taken = [*range(start, start + len(batch)), *again]
             contexts = build_contexts(
                 self.loaded.model, self.loaded.tokenizer, [facts[i] for i in taken], prefixes,
