@@ -1,5 +1,5 @@
-"""Exported adapters changed for one another in one process, through PEFT: each gives its patch's logits, and going back gives
-the first's exactly.
+"""Exported adapters changed for one another in one process, through PEFT: each gives its patch's logits, and going back
+gives the first's exactly.
 """
 
 from __future__ import annotations
@@ -20,9 +20,7 @@ from support.patches import patch_for, small
 from support.paths import DEMO, ROOT
 
 peft = pytest.importorskip("peft", reason="peft is not installed: pip install -e '.[dev]'")
-pytestmark = pytest.mark.skipif(
-    not (DEMO / "model.safetensors").exists(), reason="the demo model has not been trained"
-)
+pytestmark = pytest.mark.skipif(not (DEMO / "model.safetensors").exists(), reason="the demo model has not been trained")
 IDS = torch.tensor([[5, 9, 2, 31, 7, 11, 3]])
 SMALL, LARGE = 8, 32  # ranks of the two adapters
 Two = tuple[Path, Path, torch.Tensor, torch.Tensor]  # adapters, and the logits of the patched models
@@ -102,7 +100,9 @@ def test_an_adapter_swapped_in_place(two: Two, smaller_first: bool, prepared: in
         if prepared or not smaller_first:  # of one shape throughout: the same operations on the same numbers
             assert torch.equal(logits(model), begun)
     if prepared:
-        assert {p.shape for name, p in model.named_parameters() if "lora_A" in name} == shapes, "nothing is compiled anew"
+        assert {p.shape for name, p in model.named_parameters() if "lora_A" in name} == shapes, (
+            "nothing is compiled anew"
+        )
 
 
 def test_other_layers_are_for_set_adapter(two: Two, tmp_path: Path) -> None:

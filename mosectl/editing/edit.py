@@ -27,6 +27,7 @@ from mosectl.editing.options import EditOptions, trained_editor
 from mosectl.editing.outcome import FactResult, fact_results, metrics_of, patch_of
 from mosectl.editing.paraphrases import own_wordings
 from mosectl.editing.published import written_prefixes
+from mosectl.editing.replies import replies_settled
 from mosectl.editing.resume import Progress
 from mosectl.editing.second_moments import Moments, second_moments
 from mosectl.editing.session import Session
@@ -119,10 +120,11 @@ def edit(
         ready = _ready(
             source if isinstance(source, Loaded) else Loaded(source, tokenizer, None), checked, options, on_error
         )
+        loaded, checked = ready.loaded, ready.facts
+        options = replies_settled(settled(options, len(ready.arch.projections)), loaded.tokenizer)
         if isinstance(model, str | Path):
-            note_chat(ready.loaded.tokenizer, options.chat, "edited")
-    loaded, checked = ready.loaded, ready.facts
-    options = settled(options, len(ready.arch.projections))
+            instead = "give --chat" if options.published else "give --set replies=1"
+            note_chat(loaded.tokenizer, options.chat or bool(options.replies), "edited", instead)
     done = _computed(ready, options, trained, clock, progress, refuse)
     edited = [p for p in ready.arch.projections if p.name in done.changes]
     on = changes_on(loaded.model, [(p, [done.changes[p.name]]) for p in edited])
