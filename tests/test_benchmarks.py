@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ import sys
 
 import pytest
 
+from mosectl.facts.records import as_facts
 from support.paths import ROOT
 
 
@@ -52,6 +54,28 @@ def test_the_solve_against_the_dense_form() -> None:
 
 def test_llama_cpp_is_skipped_with_a_reason() -> None:
     assert "llama-cpp-python" in (said := run("serve_gguf.py")) or "give --gguf" in said
+
+
+def test_questions_in_a_chat() -> None:
+    assert "give --model" in json.loads(run("chat.py"))["skipped"]
+    path = ROOT / "benchmarks" / "chat.py"
+    spec = importlib.util.spec_from_file_location("chat_benchmark", path)
+    assert spec and spec.loader
+    chat = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(chat)
+    for name in ("real-facts.jsonl", "chat-facts.jsonl"):
+        facts = as_facts(path.with_name(name), "ask about")
+        asked = {
+            q for f in facts for p in (f.prompt, *(probe.prompt for probe in f.locality)) for q in chat.questions(p)
+        }
+        before = dict.fromkeys(asked, "It is so.")
+        said = {q: f"It is {f.target_new}." for f in facts for q in chat.questions(f.prompt)}
+        found = chat.counted(facts, before, before | said)
+        assert found["new object"].startswith("100 ") and found["old object"].startswith("0 ")
+        assert not found["same_subject same sentence"].startswith("0 "), "most are not about the facts themselves"
+        assert found["neighborhood new object"].startswith("0 ")
+    with pytest.raises(SystemExit, match="no question for"):
+        chat.questions("Nobody asks")
 
 
 def test_real_models_are_skipped_with_a_reason() -> None:

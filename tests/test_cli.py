@@ -594,10 +594,15 @@ def test_a_chat_model_asked_without_its_template_gets_a_hint(world: World, capsy
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
     tokenizer.save_pretrained(world.model)
-    commands = {"asked": ("ask", "I met", "-m", world.model, "--json"), "edited": world.edit("--overwrite", "--json")}
-    for done, command in commands.items():
+    edit = world.edit("--overwrite", "--json")
+    commands = {
+        "asked": (("ask", "I met", "-m", world.model, "--json"), "--chat"),
+        "edited": ([*edit, "--set", "replies=0"], "--set replies=1"),
+    }
+    for done, (command, instead) in commands.items():
         assert run(*command) == 0
         out, err = capsys.readouterr()
-        assert json.loads(out) and err.count("--chat") == 1
-        assert f"note: {done} without the tokenizer's chat template, as plain text: give --chat" in err
-        assert run(*command, "--chat") in (0, 8) and "--chat" not in capsys.readouterr().err
+        assert json.loads(out) and err.count("note:") == 1
+        assert f"note: {done} without the tokenizer's chat template, as plain text: give {instead} if" in err
+        assert run(*command, "--chat") in (0, 8) and "note:" not in capsys.readouterr().err
+    assert run(*edit) == 0 and "note:" not in capsys.readouterr().err, "replies are edited along"

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from mosectl.checkpoints.export import LLAMA_CPP, RANKS, export
 from mosectl.checkpoints.live import patched
@@ -60,6 +61,12 @@ def test_the_adapters_configuration(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
     assert config["r"] == config["lora_alpha"] == done.rank and config["target_modules"] == ["mlp.down_proj"]
     assert config["layers_to_transform"] == [0, 1] and not config["fan_in_fan_out"]
+    # What vLLM asks besides (docs/how-to/serve.md); of the names of tensors it compares the last part of the module's.
+    assert config["bias"] == "none" and config["modules_to_save"] is None
+    assert config["use_dora"] is False and config["use_rslora"] is False and "rank_pattern" not in config
+    tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    assert {name.rsplit(".", 3)[1] for name in tensors} == {"down_proj"}
+    assert {t.shape[0 if "lora_A" in name else 1] for name, t in tensors.items()} == {done.rank}
     card = (tmp_path / "lora" / "README.md").read_text()
     assert card.startswith("---\n") and "library_name: mosectl" in card and str(tmp_path) not in card
     with pytest.raises(OutputError, match="the output exists"):

@@ -27,10 +27,10 @@ from mosectl.patch.finite import check_changed, check_weight
 from mosectl.storage.checkpoint import open_checkpoint
 
 
-def note_chat(tokenizer: Any, chat: bool, done: str) -> None:
+def note_chat(tokenizer: Any, chat: bool, done: str, instead: str = "give --chat") -> None:
     """A hint where a model that may be one for chats is used without its template; ``done``: "asked", "edited"."""
     if not chat and getattr(tokenizer, "chat_template", None):
-        what = f"{done} without the tokenizer's chat template, as plain text: give --chat if the model is one for chats"
+        what = f"{done} without the tokenizer's chat template, as plain text: {instead} if the model is one for chats"
         warnings.warn(what, Notice, stacklevel=2)
 
 

@@ -12,7 +12,6 @@ import typer
 from mosectl.cli.params import (
     FACTS,
     FILE,
-    Chat,
     Corpus,
     Device,
     Dtype,
@@ -78,6 +77,14 @@ Form = Annotated[
     typer.Option(
         help="Rotations in the patch: compact (low rank), dense, or auto: the smaller that loses no fact.",
         rich_help_panel=HOW,
+    ),
+]
+Chat = Annotated[
+    bool,
+    typer.Option(
+        "--chat",
+        help="Edit in the tokenizer's chat template alone: a prompt is a message, and the target the reply's first words. "
+        "Without it: text and, by default, replies in sentences.",
     ),
 ]
 Seed = Annotated[int, typer.Option(help="Chooses the prefix texts.", rich_help_panel=HOW)]

@@ -9,6 +9,7 @@ from typing import Any
 from mosectl.editing.layers import named_layers, settled
 from mosectl.editing.methods import method
 from mosectl.editing.options import EditOptions
+from mosectl.editing.replies import replies_settled
 from mosectl.editing.resume import Progress, belongs
 from mosectl.errors import UsageError
 from mosectl.facts.records import Fact
@@ -35,7 +36,7 @@ class Beforehand:
         """
         arch = resolve(model)
         self.facts = fitted(self.facts, tokenizer, window(model), chat=self.options.chat, on_error=self.on_error)
-        options = settled(self.options, len(arch.projections), len(self.facts))
+        options = replies_settled(settled(self.options, len(arch.projections), len(self.facts)), tokenizer)
         layers = chosen_beforehand(arch, options, self.trained)
         if self.trained:
             dense = {p.name: model.get_parameter(p.weight_name) for p in arch.projections if p.single_matrix}

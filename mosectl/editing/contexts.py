@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mosectl.errors import FactsError
+from mosectl.errors import FactsError, ModelError, UsageError
 from mosectl.facts.records import Fact
 from mosectl.model.architecture import Architecture
 from mosectl.model.edit_site import Projection
 from mosectl.model.forward import Batch, hidden_at, input_device, keys_at
 from mosectl.model.partial_forward import Below
 from mosectl.model.positions import Window, window
-from mosectl.model.tokens import Encoded, encode
+from mosectl.model.tokens import Encoded, encode, rendered_already
 
 BY_ROW = ("fact", "token", "positions", "targets", "is_edit")
 MOST = 1e9  # bytes of what lower layers put out that are kept for a batch
@@ -26,8 +26,8 @@ MOST = 1e9  # bytes of what lower layers put out that are kept for a batch
 
 @dataclass(frozen=True)
 class Contexts:
-    """One batch of facts as token rows: each fact's prompt behind every prefix, its other wordings, "{subject} is a" where
-    its subject is edited.
+    """One batch of facts as token rows: each fact's prompt behind every prefix, its other wordings, perhaps the reply that
+    says it in a chat, "{subject} is a" where its subject is edited.
     """
 
     batch: Batch
@@ -98,10 +98,13 @@ def build_contexts(
     *,
     chat: bool = False,
     last: bool = False,
+    replies: bool = False,
 ) -> Contexts:
     """Tokenise ``facts`` behind each prefix ("" first) and in their other wordings; add one "{subject} is a" row a fact.
 
-    With ``last`` it is the prompt's last token that is edited, and nothing is asked about the subject otherwise.
+    With ``last`` it is the prompt's last token that is edited, and nothing is asked about the subject otherwise. With
+    ``replies`` there is a row more, in which the prompt is a user's message in a chat and the reply to it says the whole
+    sentence; a question (a prompt with "?") gets none, as nobody knows the sentence that answers it.
     Prefixes are shortened, and wordings left out, where the model could not read them with prompt and target.
     """
     seen = window(model)
@@ -109,10 +112,11 @@ def build_contexts(
     for i, fact in enumerate(facts):
         asked = [(prefix, fact.prompt) for prefix in prefixes]
         asked += [("", wording) for wording in (wordings[i] if wordings else ())]
-        for prefix, prompt in asked:
-            if e := _row(tokenizer, fact, prompt, prefix, chat, seen):
-                token = e.target_start - 1 if last else e.subject_last
-                rows.append((e.input_ids, i, token, e.target_start, len(e.input_ids)))
+        found = [_row(tokenizer, fact, prompt, prefix, chat, seen) for prefix, prompt in asked]
+        found += [_reply(tokenizer, fact, seen)] if replies else []
+        for e in (e for e in found if e):
+            token = e.target_start - 1 if last else e.subject_last
+            rows.append((e.input_ids, i, token, e.target_start, len(e.input_ids)))
         if last:
             continue
         e = encode(tokenizer, f"{fact.subject} is a", fact.subject, None, chat=chat)
@@ -153,6 +157,19 @@ def _row(tokenizer: Any, fact: Fact, prompt: str, prefix: str, chat: bool, seen:
             return e
         if not prefix and prompt == fact.prompt:
             raise FactsError(f"the prompt {what} (with its target)", where=fact.source, fix="shorten it")
+    return None
+
+
+def _reply(tokenizer: Any, fact: Fact, seen: Window) -> Encoded | None:
+    """A chat in which the reply to the prompt is the whole sentence; None for a question, a prompt that is a rendered
+    template, or where it cannot be written or read: the text is edited all the same.
+    """
+    if "?" in fact.prompt or rendered_already(tokenizer, fact.prompt):
+        return None
+    how: dict[str, Any] = {"chat": True, "reply": True, "space": fact.space_before_target}
+    with suppress(FactsError, ModelError, UsageError):
+        e = encode(tokenizer, fact.prompt, fact.subject, fact.target_new, **how)
+        return None if seen.refuses(e.input_ids) else e
     return None
 
 

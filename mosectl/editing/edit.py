@@ -29,6 +29,7 @@ from mosectl.editing.options import EditOptions, trained_editor
 from mosectl.editing.outcome import FactResult, fact_results, metrics_of, patch_of
 from mosectl.editing.paraphrases import own_wordings
 from mosectl.editing.published import written_prefixes
+from mosectl.editing.replies import replies_settled
 from mosectl.editing.resume import Progress
 from mosectl.editing.second_moments import Moments, second_moments
 from mosectl.editing.session import Session
@@ -121,15 +122,17 @@ def edit(
     with clock("load"):
         if isinstance(model, str | Path):
             given = load(model, revision=revision, device=device, dtype=dtype, check=check)
-            note_chat(given.tokenizer, options.chat, "edited")
         else:
             given = model if isinstance(model, Loaded) else Loaded(model, tokenizer, None)
             if given.tokenizer is None:
                 raise UsageError("a loaded model needs its tokenizer", fix="call edit(facts, model, tokenizer)")
             check(given.model, given.tokenizer)
         ready = _ready(given, check.facts, corpus)
-    loaded, checked = ready.loaded, ready.facts
-    options = settled(options, len(ready.arch.projections), len(checked))
+        loaded, checked = ready.loaded, ready.facts
+        options = replies_settled(settled(options, len(ready.arch.projections), len(checked)), loaded.tokenizer)
+        if isinstance(model, str | Path):
+            instead = "give --chat" if options.published else "give --set replies=1"
+            note_chat(loaded.tokenizer, options.chat or bool(options.replies), "edited", instead)
     done = _computed(ready, options, trained, clock, progress, refuse)
     edited = [p for p in ready.arch.projections if p.name in done.changes]
     on = changes_on(loaded.model, [(p, [done.changes[p.name]]) for p in edited])

@@ -78,7 +78,9 @@ SUBJECT, LAST = "subject_last", "last"
 DEEP = 10  # layers from which a model has a place for either
 MARGINS = {SUBJECT: 6.0, LAST: 3.0}  # nats: less is asked of a key that is the prompt's own
 TOP = 4  # layers edited at the prompt's last token
-FEW = 50  # facts for which the keys of prompts' last tokens have room in these: each disturbs prompts with its old object
+FEW = (
+    50  # facts for which the keys of prompts' last tokens have room in these: each disturbs prompts with its old object
+)
 WIDE = 8  # layers edited at the subject's last token, at most: the more there are, the less each has to turn
 STILL, LIGHT = 100.0, 1.0  # λ there, and the weight of earlier facts: with more there is no room for new ones
 HEAVY = 50.0  # that weight elsewhere

@@ -29,6 +29,8 @@ class EditOptions:
     unreached_weight_growth: float = 3.0  # each round weighs the facts that do not hold yet by this factor more
     prefixes: int = 2  # pieces of text put before the prompt, besides none (published: the model's own)
     wordings: int = 2  # the model's own wordings of a fact, edited along with its prompt, at most (not in a chat)
+    # 1: where the tokenizer has a chat template, facts are edited in a chat, too, as replies in sentences say them; 0: not.
+    replies: int = 1
     # Weight of each earlier fact against a new one; "auto": 1 at the subject's last token of a model of ten layers or more,
     # else 50.
     previous_edit_weight: float | None = None
@@ -65,7 +67,10 @@ class EditOptions:
 
     def to_record(self) -> dict[str, Any]:
         """As a patch's record has it (patches/FORMAT.md)."""
-        return recorded({**vars(self), "solver": dict(self.solver), "targets": self.targets.to_record()})
+        fields = {**vars(self), "solver": dict(self.solver), "targets": self.targets.to_record()}
+        if not self.replies:  # patches without them keep their bytes
+            del fields["replies"]
+        return recorded(fields)
 
 
 FORMS = ("auto", "compact", "dense")
@@ -118,7 +123,23 @@ def options_from(settings: Sequence[str], **given: Any) -> EditOptions:
     if options.published and options.fact_token == "last":
         what = "--set fact_token=last: the published search is at the subject's last token"
         raise UsageError(what, fix="leave it out, or give --set optimizer=adam too")
+    _check_replies(options, asked="replies" in found["edit"])
     return options
+
+
+def _check_replies(options: EditOptions, asked: bool) -> None:
+    """Raises UsageError where replies in a chat are asked for and cannot be edited."""
+    if options.replies not in (0, 1):
+        raise UsageError(f"--set replies={options.replies}: no such choice", fix="choose one of: 0, 1")
+    if not asked or not options.replies:
+        return
+    if options.published:
+        what = "--set replies=1: as published, facts are edited in text alone"
+        raise UsageError(what, fix="leave it out, or give --set optimizer=adam too")
+    if options.chat:
+        raise UsageError(
+            "--set replies=1: with --chat there is no text beside the chat", fix="leave one of the two out"
+        )
 
 
 def _unknown(setting: str, name: str, method_name: str, names: Sequence[str]) -> UsageError:
@@ -177,6 +198,7 @@ def default_options(name: str = EditOptions.method) -> EditOptions:
             "unreached_weight_growth": 1.0,
             "replay_margin": 0.0,
             "wordings": 0,
+            "replies": 0,
             "fact_token": "subject_last",
             "optimizer": "adam",
             **method(name).settings,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from mosectl.linalg.metric import EXACT
 from mosectl.measure.next_tokens import TEXTS, WORDS
 from mosectl.model.architecture import Architecture, disk_names, parse_layers, resolve, skeleton
 from mosectl.model.edit_site import Projection
+from mosectl.model.files import has_chat_template
 from mosectl.model.loading import DTYPES, pick_device, pick_dtype
 from mosectl.model.memory import logit_bytes, token_bytes, work_bytes
 from mosectl.model.positions import Window, window
@@ -101,6 +102,8 @@ def estimate(
     device = pick_device(device)
     kind = pick_dtype(dtype, device, config)
     options = settled(options, len(arch.projections), len(facts))
+    if options.chat or options.published or not has_chat_template(folder):
+        options = replace(options, replies=0)
     layers, size = _planned(meta_model, arch, facts, options)
     host = device == "cpu" if host is None else host
     work = _Work(meta_model, arch, layers, facts, options, device, kind, host, _known(folder, arch, layers, options))
@@ -211,7 +214,7 @@ class _Work:
         # English text in common vocabularies: about 1.4 tokens a word.
         self.prompt = 2 + 1.4 * sum(len(f.prompt.split()) for f in facts) / max(1, len(facts))
         self.asked = sum(1 + len(f.rephrase_prompts) + len(f.locality) for f in facts)
-        self.rows = 2 + options.prefixes + (0 if options.chat else options.wordings)  # at most
+        self.rows = 2 + options.prefixes + options.replies + (0 if options.chat else options.wordings)  # at most
         self.row_tokens = self.prompt + 8 + 3
         self.tail_tokens = 4 if options.fact_token == LAST else self.row_tokens / 2  # from the edited token on
 

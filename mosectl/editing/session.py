@@ -84,6 +84,7 @@ class Session:
             contexts = build_contexts(
                 self.loaded.model, self.loaded.tokenizer, [facts[i] for i in taken], prefixes,
                 [wordings[i] for i in taken], chat=self.options.chat, last=self.options.fact_token == LAST,
+                replies=bool(self.options.replies),
             ).above(self.loaded.model, layers.arch, layers.projections[0].layer)  # fmt: skip
             before = layers.standing()
             done = self._batch(contexts, clock, start, len(batch), len(facts))

@@ -46,8 +46,7 @@ def notes_of(
         out.append("perplexity is on mosectl's small embedded corpus; --text measures it on yours")
     if note := read_note(text, bound):
         out.append(note)
-    if subject.patches and subject.chat != chat:
-        out.append(f"the patch was made {'with' if subject.chat else 'without'} --chat, and is asked otherwise here")
+    out += _chat_notes(subject, chat)
     own = [r.wordings if r else () for r in records]
     if along := sum(p in w for f, w in zip(facts, own, strict=True) for p in f.rephrase_prompts):
         others = measure(unseen(facts, [a.rephrased for a in sides.now], own))
@@ -62,6 +61,18 @@ def notes_of(
         out.append(
             f"of {counted(unknown, 'fact')} the patch does not say what the model answered right after its own batch: there "
             "'right after' is when the patch was made"
+        )
+    return out
+
+
+def _chat_notes(subject: Subject, chat: bool) -> list[str]:
+    out = []
+    if subject.patches and subject.chat != chat:
+        out.append(f"the patch was made {'with' if subject.chat else 'without'} --chat, and is asked otherwise here")
+    if chat:
+        out.append(
+            "in a chat many models answer in a sentence: reliability and generalization ask for answers that begin with the "
+            "new object, and the first three words that qa compares may say nothing of it yet"
         )
     return out
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from mosectl.errors import ModelError
@@ -15,6 +16,18 @@ OBJECTS = (
 )  # fmt: skip
 TEXTS = (".json", ".txt", ".model", ".tiktoken")  # of a tokenizer: none of them may be a pipe
 _FIX = "fetch the model again"
+
+
+def has_chat_template(folder: Path) -> bool:
+    """Does a model folder bring a chat template? Looked up without loading its tokenizer; unreadable files have none."""
+    if (folder / "chat_template.jinja").is_file():
+        return True
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        with suppress(ModelError, ValueError, TypeError):
+            found = parse_json(read_bytes(folder / name, ModelError, _FIX, LIMIT)) if (folder / name).is_file() else {}
+            if "chat_template" in found:
+                return True
+    return False
 
 
 def check_model_files(folder: Path) -> None:

@@ -71,6 +71,7 @@ def encode(
     chat: bool = False,
     prefix: str = "",
     space: bool | None = None,
+    reply: bool = False,
 ) -> Encoded:
     """Tokenise prefix + prompt + target and find the subject's last occurrence in the prompt, as a word if it is one there.
 
@@ -79,11 +80,13 @@ def encode(
 
     Args:
         space: between prompt and target; None: as both ask, see :func:`mosectl.facts.records.words.gap`.
+        reply: in a chat, whose reply says the prompt again before the target, as a model does that answers in sentences;
+            the subject is looked for there.
     Raises:
         FactsError: the subject is not in the prompt, or the tokenizer cannot represent the text.
         ModelError: the tokenizer's tokens cannot be traced back to the text. UsageError: chat without a template.
     """
-    context = _context(tokenizer, prompt, chat, prefix)
+    context = _reply(tokenizer, prompt) if chat and reply else _context(tokenizer, prompt, chat, prefix)
     ids, offsets = _tokenise(tokenizer, context.text, context.special, trace=subject is not None)
     first = last = -1
     if subject is not None:
@@ -96,7 +99,7 @@ def encode(
         return Encoded(tuple(ids), last, first, len(ids), False)
     if not target.strip():
         raise FactsError("the target is empty", where=_short(prompt), fix="fill it in")
-    joined = context.text + (target.lstrip() if chat else gap(prompt, target, space) + target)
+    joined = context.text + (target.lstrip() if chat and not reply else gap(prompt, target, space) + target)
     whole, _ = _tokenise(tokenizer, joined, context.special, trace=False)
     split = whole[: len(ids)] != ids or len(whole) == len(ids)
     if split:
@@ -123,6 +126,12 @@ def _context(tokenizer: Any, prompt: str, chat: bool, prefix: str) -> _Context:
     return _Context(rendered, at + max(0, len(prefix) - cut), at + len(text), False)
 
 
+def _reply(tokenizer: Any, prompt: str) -> _Context:
+    """The prompt as a user's message, and again as how the reply to it begins."""
+    rendered = render_chat(tokenizer, prompt)
+    return _Context(rendered + prompt, len(rendered), len(rendered + prompt), False)
+
+
 def _beginning(tokenizer: Any, prompt: str) -> str:
     """The special token that the prompt begins with as texts or rendered chat templates begin; empty if with none.
 
@@ -139,6 +148,11 @@ def _beginning(tokenizer: Any, prompt: str) -> str:
         return first if first and render_chat(tokenizer, "x").startswith(first) else ""
     except UsageError:  # a template that fails has rendered nothing
         return ""
+
+
+def rendered_already(tokenizer: Any, prompt: str) -> bool:
+    """Does the prompt hold special tokens, as what a chat template renders?"""
+    return any(token in prompt for token in _special_tokens(tokenizer))
 
 
 def _special_tokens(tokenizer: Any) -> list[str]:

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mosectl.editing.methods import method
 from mosectl.patch.record import HOLDS
@@ -63,6 +63,7 @@ def edit(result: EditResult, path: Path | None, model: str, missed: Path | None 
     stability("Stability of the changed W against W, float32", result.stability)
     line("time: " + ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in result.seconds.items()))
     own_wordings(result.facts)
+    replies(result.patch.options)
     _kept(result.facts)
     if unreached := sum(r.status in ("not reached", "not finite") for r in result.facts):
         edited = sum(r.status != "not edited" for r in result.facts)
@@ -121,6 +122,12 @@ def own_wordings(facts: Sequence[FactResult] | Sequence[PatchFact]) -> None:
     """How many wordings of the model's own were edited along."""
     if own := sum(len(f.wordings) for f in facts):
         hint(f"edited with the prompts: {own} wordings of the model's own (--json lists them; --set wordings=0: none)")
+
+
+def replies(options: Mapping[str, Any]) -> None:
+    """That facts were edited in a chat along with the text."""
+    if options.get("replies"):
+        hint("edited in a chat, too, as replies in sentences (--set replies=0: in text alone)")
 
 
 def stability(title: str, drifts: Sequence[Stability]) -> None:
