@@ -87,8 +87,8 @@ HEAVY = 50.0  # that weight elsewhere
 
 
 def settled(options: EditOptions, n: int, facts: int) -> EditOptions:
-    """The options for a model of n layers and so many facts: fact token, margin and the weight of earlier facts are no longer
-    left open, nor are the layers at the subject's token of a deep model.
+    """The options for a model of n layers and so many facts: fact token, margin and the weight of earlier facts are no
+    longer left open, nor are the layers at the subject's token of a deep model.
 
     Raises:
         UsageError: layers are asked for that it does not have.
