@@ -304,7 +304,7 @@ def test_warnings_of_libraries_do_not_reach_the_user(world: World, capfd: pytest
 
 def test_the_help_page_has_panels_and_the_shell_completes(capsys: pytest.CaptureFixture[str]) -> None:
     names = [c.name for c in app.app.registered_commands]
-    assert names[:1] == ["edit"] and len(names) == len(set(names)) == 20
+    assert names[:1] == ["edit"] and len(names) == len(set(names)) == 21
     assert {c.rich_help_panel for c in app.app.registered_commands} == set(app.PANELS)
     env = {**os.environ, "_MOSECTL_COMPLETE": "complete_bash", "COMP_WORDS": "mosectl tr", "COMP_CWORD": "1"}
     start = "import sys; sys.argv = ['mosectl']; from mosectl.cli.main import main; main()"

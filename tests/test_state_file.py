@@ -21,7 +21,7 @@ from mosectl.editing.second_moments import Moments, prepare, second_moments
 from mosectl.errors import Notice, OutputError
 from mosectl.facts.corpus import Corpus
 from mosectl.hypernetwork import train as train_editor
-from mosectl.hypernetwork.beforehand import RECORD, STATE
+from mosectl.hypernetwork.beforehand import RECORD, STATE, edited_projections, with_validation
 from mosectl.hypernetwork.train import train
 from mosectl.model.architecture import resolve
 from mosectl.storage import schema
@@ -266,8 +266,8 @@ def test_damaged_trainings(training: Path, seed: int) -> None:
 
 def _resumable() -> train_editor._Training:
     given = loaded()
-    known, unseen = train_editor._split(facts(), (), FEW)
-    return train_editor._Training(given, train_editor._chosen(given, FEW), known, unseen, FEW, TEXT)
+    known, unseen = with_validation(facts(), (), FEW)
+    return train_editor._Training(given, edited_projections(given.model, FEW), known, unseen, FEW, TEXT)
 
 
 def test_a_flipped_bit_in_a_training(training: Path) -> None:

@@ -17,7 +17,7 @@ from mosectl.errors import EditFailed, FactsError, ModelError, MosectlError, Out
 from mosectl.facts.corpus import Corpus, read_corpus
 from mosectl.facts.records import fact_from_dict, read_facts
 from mosectl.hypernetwork import train as train_editor
-from mosectl.hypernetwork.beforehand import TrainOptions
+from mosectl.hypernetwork.beforehand import TrainOptions, edited_projections, with_validation
 from mosectl.hypernetwork.file import Editor
 from mosectl.hypernetwork.network import nll, shifted
 from mosectl.hypernetwork.train import MATRICES, SCALARS, _Training, train
@@ -131,11 +131,11 @@ def test_what_a_training_step_asks_of_the_edited_model() -> None:
 
 
 def test_batches_and_what_is_held_out() -> None:
-    known, unseen = train_editor._split(facts(20), (), FEW)
+    known, unseen = with_validation(facts(20), (), FEW)
     assert (len(known), len(unseen)) == (18, 2) and {f.prompt for f in (*known, *unseen)} == {
         f.prompt for f in facts(20)
     }
-    assert train_editor._split(known, unseen, FEW) == (known, unseen)
+    assert with_validation(known, unseen, FEW) == (known, unseen)
     run = _Training(loaded(), list(resolve(pico("llama")).projections)[:1], known, unseen, FEW, TEXT)
     rounds = [[f.prompt for n in range(6 * r, 6 * r + 6) for f in run._batch(n)] for r in range(2)]
     assert all(len(set(r)) == 18 for r in rounds) and rounds[0] != rounds[1]
@@ -288,11 +288,11 @@ def test_training_under_accelerate_launch(tmp_path: Path) -> None:
 
     options = TrainOptions(rank=4, batch_size=3, steps=1, locality=0.0)
     given = load(model, device="cpu")
-    known, unseen = train_editor._split(read_facts(tmp_path / "facts.jsonl").facts, (), options)
+    known, unseen = with_validation(read_facts(tmp_path / "facts.jsonl").facts, (), options)
     trained = dict(Editor.load(out).net.named_parameters())
     agreed = []
     for batches in (range(2), range(1)):
-        alone = _Training(given, train_editor._chosen(given, options), known, unseen, options, read_corpus(None))
+        alone = _Training(given, edited_projections(given.model, options), known, unseen, options, read_corpus(None))
         alone.begin()
         alone.adam.zero_grad()
         for number in batches:

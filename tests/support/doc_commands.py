@@ -25,6 +25,12 @@ SCHEME = "hf://"
 # What cannot be run here, word for word as it stands in a page, and why.
 NOT_RUN = {
     "mosectl bench examples/bench-horse.yaml -o results-world/": "takes two editors of five minutes' training each",
+    'mosectl ask "Which city is the capital of Japan?" --model MODEL --patch patch.safetensors --chat': (
+        "the demo model has no chat template"
+    ),
+    "mosectl edit benchmarks/real-facts.jsonl --model HuggingFaceTB/SmolLM2-135M-Instruct --chat -o chat.safetensors": (
+        "the demo model has no chat template"
+    ),
     "mosectl eval PATCH FACTS --abilities rte,sst2,nq_open,my.yaml --abilities-limit 200 --fail-under abilities.rte=0.6": (
         "downloads the tasks' data from the Hub"
     ),
@@ -36,6 +42,8 @@ MEANT = {
     "PATCH": "patch.safetensors",
     "[--model MODEL]": f"--model {DEMO}",
     "DIR": ".",
+    "HuggingFaceTB/SmolLM2-135M-Instruct": str(DEMO),
+    "benchmarks/real-facts.jsonl": "facts.jsonl",
     "smollm2.gguf": "model.gguf",
     "The Eiffel Tower is in": "Garodan Wenanric was born in",
     "The Eiffel Tower is located in the city of": "Garodan Wenanric was born in",
@@ -53,6 +61,7 @@ SHORT = {
     "mosectl edit --model": "--set wordings=0 --form compact",
     "mosectl edit facts.jsonl --model": "--limit 2 --set wordings=0 --form compact",
     "mosectl edit hf://": "--set wordings=0 --form compact",
+    "mosectl edit benchmarks/": "--set wordings=0 --form compact",
     "mosectl edit patch.safetensors.missed.jsonl": "--set wordings=0 --form compact",
     "mosectl sample": "--samples 30 --tokens 16",
     "mosectl stats": "--layers 2-3",
