@@ -21,7 +21,7 @@ def report(
         ),
     ],
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Page to write; default: report.html.", **FILE)
+        Path | None, typer.Option("--out", "-o", help="Page to write; default: report.html here.", **FILE)
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing page.")] = False,
     as_json: Json = False,

@@ -52,7 +52,7 @@ def notes_of(
         others = measure(unseen(facts, [a.rephrased for a in sides.now], own))
         share = f"on the others generalization is {others.value:.1%}" if others else "there are no others"
         out.append(
-            f"{along} rephrasings were edited along, as the model's own wordings of the facts: {share} (generation)"
+            f"{counted(along, 'rephrasing')} edited along, as the model's own wordings of the facts: {share} (generation)"
         )
     known = sum(r is not None for r in records)
     if known < len(facts) and subject.patches:
