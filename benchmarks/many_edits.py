@@ -69,7 +69,7 @@ def _batch(d: int, p: int, n: int) -> dict[str, float]:
     earlier = Earlier(loaded.model, [projection])
     _fill(earlier, _contexts(loaded, n), turns.begun, scale, projection.name, g)
     C, batch = {projection.name: _moment(scale, g)}, _contexts(loaded, BATCH)
-    solve = [turns.solve(solver, C, _facts(W, scale, 1, g), _sums(earlier, projection.name), 1.0, solver.defaults)]
+    turns.solve(solver, C, _facts(W, scale, 1, g), _sums(earlier, projection.name), 1.0, solver.defaults)
     turns.take(turns.left, turns.right)  # the factor of C is there now, as in every batch but the first
     took = {"care for earlier facts, s": 0.0, "solve, s": 0.0, "progress file, s": 0.0}
     start = time.process_time()
@@ -78,7 +78,7 @@ def _batch(d: int, p: int, n: int) -> dict[str, float]:
     took["care for earlier facts, s"] = time.process_time() - start
     start, facts = time.process_time(), _facts(W, scale, BATCH, g)
     for _r in range(ROUNDS):
-        solve.append(turns.solve(solver, C, facts, sums, 1.0, solver.defaults))
+        turns.solve(solver, C, facts, sums, 1.0, solver.defaults)
     W = turns.keep()
     took["solve, s"] = time.process_time() - start
     start = time.process_time()

@@ -20,7 +20,7 @@ from mosectl.model.positions import fitted, window
 
 @dataclass
 class Beforehand:
-    """The check that is handed to the loader; afterwards it holds the facts that the model can read."""
+    """The check that is handed to the loader; afterwards it holds the facts that the model can read, and settled options."""
 
     facts: list[Fact]
     options: EditOptions
@@ -36,7 +36,9 @@ class Beforehand:
         """
         arch = resolve(model)
         self.facts = fitted(self.facts, tokenizer, window(model), chat=self.options.chat, on_error=self.on_error)
-        options = replies_settled(settled(self.options, len(arch.projections), len(self.facts)), tokenizer)
+        options = self.options = replies_settled(
+            settled(self.options, len(arch.projections), len(self.facts)), tokenizer
+        )
         layers = chosen_beforehand(arch, options, self.trained)
         if self.trained:
             dense = {p.name: model.get_parameter(p.weight_name) for p in arch.projections if p.single_matrix}

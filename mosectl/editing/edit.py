@@ -23,13 +23,12 @@ from mosectl.editing.beforehand import Beforehand, chosen_beforehand
 from mosectl.editing.contexts import build_contexts
 from mosectl.editing.edited_layers import EditedLayers
 from mosectl.editing.guard import Health, canaries
-from mosectl.editing.layers import LayerScore, choose_layers, enough, score_layers, settled
+from mosectl.editing.layers import LayerScore, choose_layers, enough, score_layers
 from mosectl.editing.methods import method
 from mosectl.editing.options import EditOptions, trained_editor
 from mosectl.editing.outcome import FactResult, fact_results, metrics_of, patch_of
 from mosectl.editing.paraphrases import own_wordings
 from mosectl.editing.published import written_prefixes
-from mosectl.editing.replies import replies_settled
 from mosectl.editing.resume import Progress
 from mosectl.editing.second_moments import Moments, second_moments
 from mosectl.editing.session import Session
@@ -128,8 +127,7 @@ def edit(
                 raise UsageError("a loaded model needs its tokenizer", fix="call edit(facts, model, tokenizer)")
             check(given.model, given.tokenizer)
         ready = _ready(given, check.facts, corpus)
-        loaded, checked = ready.loaded, ready.facts
-        options = replies_settled(settled(options, len(ready.arch.projections), len(checked)), loaded.tokenizer)
+        loaded, checked, options = ready.loaded, ready.facts, check.options
         if isinstance(model, str | Path):
             instead = "give --chat" if options.published else "give --set replies=1"
             note_chat(loaded.tokenizer, options.chat or bool(options.replies), "edited", instead)

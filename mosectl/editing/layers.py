@@ -78,9 +78,7 @@ SUBJECT, LAST = "subject_last", "last"
 DEEP = 10  # layers from which a model has a place for either
 MARGINS = {SUBJECT: 6.0, LAST: 3.0}  # nats: less is asked of a key that is the prompt's own
 TOP = 4  # layers edited at the prompt's last token
-FEW = (
-    50  # facts for which the keys of prompts' last tokens have room in these: each disturbs prompts with its old object
-)
+FEW = 50  # facts that these have room for: each disturbs prompts with its old object
 WIDE = 8  # layers edited at the subject's last token, at most: the more there are, the less each has to turn
 STILL, LIGHT = 100.0, 1.0  # λ there, and the weight of earlier facts: with more there is no room for new ones
 HEAVY = 50.0  # that weight elsewhere
@@ -98,18 +96,15 @@ def settled(options: EditOptions, n: int, facts: int) -> EditOptions:
     if token == "auto":
         high = ours and (facts <= FEW if layers is None else min(layers) >= n / 2)
         token = LAST if high else SUBJECT
+    weight = HEAVY
     if ours and options.method == DEFAULT and token == SUBJECT and layers is None:
         first, width = max(1, n // 15), min(WIDE, round(n / 4))
         options = replace(options, layers=f"{first}-{first + width - 1}")
-        options = _with_weight(replace(options, solver={"preserve": STILL, **options.solver}), LIGHT)
-    options = _with_weight(options, HEAVY)
+        options, weight = replace(options, solver={"preserve": STILL, **options.solver}), LIGHT
+    given = options.previous_edit_weight
     margin = MARGINS[token] if options.targets.margin is None else options.targets.margin
-    return replace(options, fact_token=token, targets=replace(options.targets, margin=margin))
-
-
-def _with_weight(options: EditOptions, weight: float) -> EditOptions:
-    """That weight of earlier facts, where it is still left open."""
-    return replace(options, previous_edit_weight=weight) if options.previous_edit_weight is None else options
+    targets = replace(options.targets, margin=margin)
+    return replace(options, fact_token=token, previous_edit_weight=weight if given is None else given, targets=targets)
 
 
 def enough(options: EditOptions) -> float:
