@@ -20,7 +20,7 @@ from mosectl.checkpoints.apply import apply, revert
 from mosectl.checkpoints.audit import verify
 from mosectl.checkpoints.base import layout
 from mosectl.checkpoints.export import export
-from mosectl.editing.plan import diagnose
+from mosectl.editing.diagnosis import diagnose
 from mosectl.errors import ModelError, MosectlError, Notice
 from mosectl.model.loading import load
 from mosectl.storage.checkpoint import INDEX, SINGLE, open_checkpoint, shard_files, twins

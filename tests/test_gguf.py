@@ -16,7 +16,7 @@ import torch
 from mosectl.checkpoints.apply import apply
 from mosectl.checkpoints.export import export
 from mosectl.checkpoints.live import patched
-from mosectl.editing.plan import diagnose
+from mosectl.editing.diagnosis import diagnose
 from mosectl.errors import BaseMismatch, ModelError, Notice, OutputError, UsageError
 from mosectl.model.loading import load
 from mosectl.patch.fingerprint import sha256

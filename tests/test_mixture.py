@@ -15,7 +15,7 @@ from mosectl.checkpoints.apply import apply, revert
 from mosectl.checkpoints.audit import blame, verify
 from mosectl.checkpoints.export import export
 from mosectl.checkpoints.live import patched
-from mosectl.editing.plan import diagnose
+from mosectl.editing.diagnosis import diagnose
 from mosectl.errors import BaseMismatch, ModelError, UsageError
 from mosectl.linalg.rotation import nearest_rotation
 from mosectl.measure.evaluate import evaluate_edit

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mosectl.editing.plan import diagnose
+from mosectl.editing.diagnosis import diagnose
 from mosectl.errors import ModelError
 from mosectl.model.files import OBJECTS, check_model_files
 from mosectl.model.readiness import load_tokenizer

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mosectl.editing.plan import diagnose
+from mosectl.editing.diagnosis import diagnose
 from mosectl.errors import ModelError
 from mosectl.model.architecture import MIXTURES, TABLE, skeleton
 from mosectl.model.loading import load

@@ -21,12 +21,12 @@ import torch
 from mosectl._version import __version__
 from mosectl.bench.config import Bench, Cell, cells
 from mosectl.checkpoints.live import patched
+from mosectl.editing.diagnosis import reader
 from mosectl.editing.edit import EditResult, edit, made_by_the_edit
 from mosectl.editing.guard import Health
 from mosectl.editing.methods import method
 from mosectl.editing.methods.base import seeks_compact
 from mosectl.editing.options import EditOptions
-from mosectl.editing.plan import reader
 from mosectl.errors import EditFailed, OutputError
 from mosectl.facts.corpus import read_corpus
 from mosectl.facts.groups import NEIGHBOURS, SAME_SUBJECT

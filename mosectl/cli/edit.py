@@ -186,7 +186,8 @@ def _options(settings: Sequence[str] | None, given: Mapping[str, Any]) -> EditOp
 def _estimate(
     checked: FactsReport, model: str, options: EditOptions, where: Mapping[str, Any], on_error: str, as_json: bool
 ) -> None:
-    from mosectl.editing.plan import estimate, reader
+    from mosectl.editing.diagnosis import reader
+    from mosectl.editing.plan import estimate
     from mosectl.model.positions import fitted
     from mosectl.render import console, terminal
 

@@ -33,7 +33,7 @@ def check(
     found = read_facts(facts, "report", limit, choices(read or ()))
     tokens, unreadable = None, 0
     if model is not None:
-        from mosectl.editing.plan import reader
+        from mosectl.editing.diagnosis import reader
         from mosectl.model.positions import fit
         from mosectl.model.tokens import describe
 
@@ -62,7 +62,7 @@ def doctor(
     as_json: Json = False,
 ) -> None:
     """Say what would be edited in a model, and whether anything stands in the way. Loads no weights."""
-    from mosectl.editing.plan import diagnose
+    from mosectl.editing.diagnosis import diagnose
     from mosectl.render import console, terminal
 
     found = diagnose(model, revision)

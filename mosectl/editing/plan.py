@@ -1,4 +1,4 @@
-"""Before any weight is loaded: what would be edited, what it would need, and whether anything stands in the way."""
+"""What an edit would take, before any weight is loaded: time, memory, the patch's size."""
 
 from __future__ import annotations
 
@@ -21,23 +21,18 @@ from mosectl.editing.options import EditOptions, trained_editor
 from mosectl.editing.pace import Pace, pace
 from mosectl.editing.paraphrases import ROUND, TOKENS
 from mosectl.editing.second_moments import ALL, BATCH_TOKENS, BLOCK, HIGH, LOW, cache_key, gradient_tokens, serving
-from mosectl.errors import ModelError, MosectlError
+from mosectl.errors import MosectlError
 from mosectl.facts.corpus import MAX_TOKENS, read_corpus
 from mosectl.facts.records import Fact
 from mosectl.linalg.metric import EXACT
 from mosectl.measure.next_tokens import TEXTS, WORDS
-from mosectl.model.architecture import Architecture, disk_names, parse_layers, resolve, skeleton
+from mosectl.model.architecture import Architecture, parse_layers, resolve, skeleton
 from mosectl.model.edit_site import Projection
 from mosectl.model.files import has_chat_template
-from mosectl.model.loading import DTYPES, pick_device, pick_dtype
+from mosectl.model.loading import pick_device, pick_dtype
 from mosectl.model.memory import logit_bytes, token_bytes, work_bytes
-from mosectl.model.positions import Window, window
-from mosectl.model.readiness import Problem, load_tokenizer, reading_problems, weight_problems
-from mosectl.model.tokens import check_tokenizer
 from mosectl.patch.change import SIDES
-from mosectl.storage.checkpoint import Checkpoint, index_tensors, locate, open_checkpoint, read_config, twins
-from mosectl.storage.gguf import origin as gguf_origin
-from mosectl.storage.hub import remote_tensors
+from mosectl.storage.checkpoint import locate, read_config
 
 _STEPS = (
     6  # optimiser steps a fact takes over all rounds, of all its rows, as seen in practice; each round adds a forward
@@ -62,20 +57,6 @@ class Estimate:
     peak_bytes: int
     patch_bytes: int
     seconds: dict[str, float]  # by phase
-
-
-@dataclass(frozen=True)
-class Diagnosis:
-    """What `mosectl doctor` found."""
-
-    model: str
-    revision: str | None
-    architecture: Architecture
-    parameters: int
-    tensors: tuple[tuple[str, str, tuple[int, ...]], ...]  # (name on disk, dtype, shape), a mixture's first expert's
-    memory: dict[str, int]  # bytes to load the model, by dtype
-    problems: tuple[str, ...]  # what stands in the way of editing
-    notes: tuple[str, ...]
 
 
 def estimate(
@@ -333,98 +314,3 @@ class _Work:
         rank = min(_rank(n, self.options), d / 2)
         columns = 4 * (PROBES + rank) + 3 * self.rows * n  # products with the metric and W over all stages
         return columns * (2 * p * p + 6 * d * p) * speed.exact + _SMALL * (1 + (rank / 40) ** 2)
-
-
-def diagnose(model: str | Path, revision: str | None = None) -> Diagnosis:
-    """Look at config and tensor names (for a hub model that is not in the cache by range requests: no weight is loaded).
-
-    Raises:
-        ModelError: unknown or quantised model, or no safetensors. HubError.
-    """
-    folder, name, commit = locate(model, revision, weights=False)
-    checkpoint = _on_disk(model, folder, commit)
-    found = {n: (e.dtype, e.shape) for n, e in checkpoint.tensors.items()} if checkpoint else None
-    found = found or remote_tensors(str(model), commit or revision)
-    meta_model = skeleton(read_config(folder), len(found))
-    arch = resolve(meta_model)
-    on_disk = disk_names(arch, found)
-    edited = {p.name: [(n, *found[n]) for n in on_disk[p.name]] for p in arch.projections}
-    parameters = sum(p.numel() for p in meta_model.parameters())
-    problems, notes = (
-        weight_problems(meta_model, folder, found),
-        _notes(arch, folder, twins(checkpoint) if checkpoint else []),
-    )
-    quantised = (t for every in edited.values() for t in every if t[1] not in ("F32", "F16", "BF16"))
-    if odd := next(quantised, None):
-        problems.append(Problem(f"{odd[0]} is stored as {odd[1]}", "use an unquantised checkpoint"))
-    try:
-        tokenizer = load_tokenizer(folder)
-    except ModelError as e:
-        at = f"{Path(e.where).name}: " if Path(e.where).is_file() else ""
-        problems.append(Problem(at + e.what, e.fix))
-    else:
-        problems += reading_problems(meta_model, folder, tokenizer)
-        notes += check_tokenizer(tokenizer)
-        if (rows := window(meta_model).rows) < len(tokenizer):
-            notes.append(
-                f"{len(tokenizer) - rows} tokens of its tokenizer have no embedding: prompts with them are refused"
-            )
-    return Diagnosis(
-        model=name,
-        revision=commit,
-        architecture=arch,
-        parameters=parameters,
-        tensors=tuple(every[0] for every in edited.values()),
-        memory={kind: parameters * d.itemsize for kind, d in DTYPES.items()},
-        problems=tuple(map(str, problems)),
-        notes=tuple(notes),
-    )
-
-
-def _on_disk(model: str | Path, folder: Path, commit: str | None) -> Checkpoint | None:
-    """The checkpoint; None for a hub model of which the cache has not all."""
-    if Path(model).exists():
-        return open_checkpoint(model)
-    try:
-        return Checkpoint(folder, str(model), commit, index_tensors(folder))
-    except ModelError:
-        return None
-
-
-def _notes(arch: Architecture, folder: Path, others: Sequence[str]) -> list[str]:
-    from mosectl.checkpoints.journal import read_journal
-
-    out = []
-    if not arch.listed:
-        out.append(f"'{arch.model_type}' is not in mosectl's table; its layers were found by their structure")
-    if arch.post_norm:
-        out.append(f"a norm follows the FFN ({arch.post_norm}): it sees the turned output at its old length")
-    if mixed := [p for p in arch.projections if not p.single_matrix]:
-        out.append(
-            f"{len(mixed)} layers are mixtures of {mixed[0].experts} experts: one rotation turns all of a layer's"
-        )
-    if len(arch.projections) < 4:
-        out.append(f"only {len(arch.projections)} layers: an edit has little room here and may not reach its targets")
-    if arch.tied_embeddings:
-        out.append("input and output embeddings are tied (they are not edited)")
-    if others:
-        some = ", ".join(others)
-        out.append(f"holds the weights once more for other programs, not edited and not copied by apply: {some}")
-    if file := gguf_origin(folder):
-        out += file.notes()
-    if journal := read_journal(folder):
-        out.append(f"already edited: {len(journal.patches)} patches are applied (mosectl.json)")
-    return out
-
-
-def reader(model: str | Path, revision: str | None = None) -> tuple[Any, Window]:
-    """The model's tokenizer, and what the model can read, without its weights.
-
-    Raises:
-        ModelError: there is no tokenizer that can be loaded, or no such model. HubError.
-    """
-    folder, _, _ = locate(model, revision, weights=False)
-    meta_model = skeleton(
-        read_config(folder)
-    )  # first: transformers reads the config for a tokenizer too, whatever it claims
-    return load_tokenizer(folder), window(meta_model)
