@@ -94,20 +94,28 @@ def check_model(
     """
     with warnings.catch_warnings():  # the training itself tells what is only long
         warnings.simplefilter("ignore", Notice)
-        facts, validation = fitting_facts(facts, validation, model, tokenizer, on_error)
-    check(options, facts, validation)
-    edited_projections(model, options)
+        _, known, unseen = prepared(model, tokenizer, facts, validation, options, on_error)
     if resume and state and state.exists():
-        check_belongs(belongs(*with_validation(facts, validation, options), options, corpus), state)
+        check_belongs(belongs(known, unseen, options, corpus), state)
 
 
-def fitting_facts(
-    facts: Sequence[Fact], validation: Sequence[Fact], model: Any, tokenizer: Any, on_error: str
-) -> tuple[list[Fact], list[Fact]]:
-    """Both kinds of facts as far as the model can read them, see :func:`mosectl.model.positions.fitted`."""
+def prepared(
+    model: Any,
+    tokenizer: Any,
+    facts: Sequence[Fact],
+    validation: Sequence[Fact],
+    options: TrainOptions,
+    on_error: str,
+) -> tuple[list[Projection], Sequence[Fact], Sequence[Fact]]:
+    """What a training works on: the edit sites, and the facts to train and to validate on that ``model`` can read.
+
+    Raises:
+        UsageError, FactsError, ModelError.
+    """
     seen = window(model)
     known, unseen = (fitted(part, tokenizer, seen, on_error=on_error) for part in (facts, validation))
-    return known, unseen
+    check(options, known, unseen)
+    return edited_projections(model, options), *with_validation(known, unseen, options)
 
 
 def belongs(facts: Sequence[Fact], validation: Sequence[Fact], options: TrainOptions, corpus: Corpus) -> dict[str, str]:

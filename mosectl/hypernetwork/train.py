@@ -28,11 +28,8 @@ from mosectl.hypernetwork.beforehand import (
     STATE,
     TrainOptions,
     belongs,
-    check,
     check_belongs,
-    edited_projections,
-    fitting_facts,
-    with_validation,
+    prepared,
 )
 from mosectl.hypernetwork.file import Editor, base_of
 from mosectl.hypernetwork.network import Hypernet, keys_and_gradients, nll, shifted
@@ -97,10 +94,7 @@ def train(
     Raises:
         UsageError, FactsError, ModelError, OutputError. EditFailed: the loss is not finite.
     """
-    facts, validation = fitting_facts(facts, validation, loaded.model, loaded.tokenizer, on_error)
-    check(options, facts, validation)
-    projections = edited_projections(loaded.model, options)
-    known, unseen = with_validation(facts, validation, options)
+    projections, known, unseen = prepared(loaded.model, loaded.tokenizer, facts, validation, options, on_error)
     run = _Training(loaded, projections, known, unseen, options, corpus)
     kept = state if distributed.first() else None
     with frozen(loaded.model):
