@@ -25,10 +25,10 @@ RANK_TOLERANCE = 1e-3  # share of the largest singular value of R − I that sti
 
 @dataclass(frozen=True)
 class FactorReport:
-    """One rotation R (n, n) of a patch, or the product B A of an additive one."""
+    """One rotation R (n, n) of a patch, on either side, or the product B A of an additive one."""
 
     module: str
-    factor: str  # "R", "R_in" or "B A"
+    factor: str  # as the file names it: "R" (L of W' = L W R), "R_in" (R of it), or "B A"
     form: str  # "dense" or "compact"
     shape: tuple[int, int]
     orthogonality_error: float | None  # ‖RᵀR − I‖_F / √n; None for an additive change

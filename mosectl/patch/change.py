@@ -20,10 +20,10 @@ COMPACT = {"R": ("U", "Q"), "R_in": ("U_in", "Q_in")}  # the other form of a rot
 
 @dataclass(frozen=True)
 class Change:
-    """W' = R W R_in, a missing factor being the identity, or W' = W + B A; the factors by their names in a patch file.
+    """W' = L W R, a missing factor being the identity, or W' = W + B A; the factors by their names in a patch file.
 
-    R (d, d) and R_in (p, p) are rotations, dense or compact: U (n, r) and Q (r, r) stand for I + U (Q − I) Uᵀ. A (r, p) and
-    B (d, r) are no rotations. All are float32 in a patch.
+    There L (d, d) is called "R", and R (p, p) "R_in". Both are rotations, dense or compact: U (n, r) and Q (r, r) stand for
+    I + U (Q − I) Uᵀ. A (r, p) and B (d, r) are no rotations. All are float32 in a patch.
     """
 
     factors: Mapping[str, Tensor]
@@ -33,7 +33,7 @@ class Change:
         return side_of(self.factors)
 
     def rotation(self, name: str) -> Tensor | Compact | None:
-        """The rotation "R" or "R_in", float64, in the form it is held in; None where there is none."""
+        """The rotation "R" (L) or "R_in" (R), float64, in the form it is held in; None where there is none."""
         if name in self.factors:
             return self.factors[name].double()
         U, Q = COMPACT[name]
@@ -61,15 +61,15 @@ class Change:
             for part, a in zip(W.split(BLOCK, 1), A.split(BLOCK, 1), strict=True):
                 part += B @ a
             return W
-        R, R_in = self.rotation("R"), self.rotation("R_in")
-        for part in W.split(BLOCK, 1) if R is not None else ():
-            part.copy_(R.left(part) if isinstance(R, Compact) else R @ part)
-        for part in W.split(BLOCK) if R_in is not None else ():
-            part.copy_(R_in.right(part) if isinstance(R_in, Compact) else part @ R_in)
+        L, R = self.rotation("R"), self.rotation("R_in")
+        for part in W.split(BLOCK, 1) if L is not None else ():
+            part.copy_(L.left(part) if isinstance(L, Compact) else L @ part)
+        for part in W.split(BLOCK) if R is not None else ():
+            part.copy_(R.right(part) if isinstance(R, Compact) else part @ R)
         return W
 
     def undo(self, W: Tensor) -> Tensor:
-        """The inverse of :meth:`apply` up to rounding: Rᵀ W R_inᵀ, or W − B A."""
+        """The inverse of :meth:`apply` up to rounding: Lᵀ W Rᵀ, or W − B A."""
         f = self.factors
         if "A" in f:
             return Change({"A": f["A"], "B": -f["B"]}).apply(W)
@@ -130,7 +130,7 @@ def combined(changes: Sequence[Change]) -> Change:
 
 
 def of_rotations(left: Tensor | Compact | None, right: Tensor | Compact | None) -> Change:
-    """R and R_in, each in the form it has, as a patch holds them; None: there is none."""
+    """L and R, each in the form it has, as a patch holds them; None: there is none."""
     factors: dict[str, Tensor] = {}
     for name, whole in (("R", left), ("R_in", right)):
         if isinstance(whole, Compact):

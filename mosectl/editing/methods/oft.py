@@ -26,7 +26,7 @@ def cayley(raw: Tensor) -> Tensor:
 
 
 class Oft(Trainer):
-    """W' = W R_in by module path, R_in block-diagonal, for one batch of facts."""
+    """W' = W R by module path, R block-diagonal, for one batch of facts."""
 
     name, side, source = "oft", "input", "arXiv 2306.07280"
     settings = {"rounds": 1, "previous_edit_weight": 0.0}
