@@ -19,7 +19,7 @@ from mosectl.measure import lm_harness
 from mosectl.measure.evaluate import evaluate_edit
 from mosectl.measure.lm_harness import FOLDER, LOCAL, load_tasks
 from mosectl.model.loading import Loaded
-from mosectl.render import html
+from mosectl.render import html, scores
 from support.commands import run
 from support.evaluations import FACTS, World, ask
 from support.models import make_tokenizer, pico
@@ -121,7 +121,9 @@ def test_a_metric_that_is_no_mean(harness: Any, own: Path) -> None:
     side = ask(load_tasks([str(own)]), Loaded(pico("llama"), make_tokenizer(), None))
     assert side.scores["own_text", "word_perplexity"].value > 1 and side.examples == {"own_text": 3}
     (row,) = lm_harness.compare_abilities(side, side)
-    assert row.change is None and row.higher_is_better is False and lm_harness.table([row])[0][1] == "word_perplexity ↓"
+    assert (
+        row.change is None and row.higher_is_better is False and scores.of_abilities([row])[0][1] == "word_perplexity ↓"
+    )
 
 
 def test_command_line(harness: Any, tmp_path: Path, own: Path, capfd: pytest.CaptureFixture[str]) -> None:

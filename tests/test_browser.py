@@ -18,7 +18,10 @@ from support.browser import started
 from support.golden import FOLDER, WRITE
 from support.reports import evaluation, folder
 
-LOOKS = {"light": (1200, "light"), "dark": (1200, "dark"), "narrow": (400, "light"), "narrow dark": (400, "dark")}
+LOOKS = {
+    "light": (1200, "light"), "dark": (1200, "dark"), "narrow": (400, "light"), "narrow dark": (400, "dark"),
+    "narrow half": (500, "light"), "tablet": (800, "light"),
+}  # fmt: skip
 # Texts as strangers may write them into facts, paths and names of models; each tries to set window.x.
 HOSTILE = {
     "script": "<script>window.x=1</script>",
@@ -163,6 +166,16 @@ def test_a_page_is_whole_and_readable(kind: str, look: str, show: Show, pages: d
     assert look.startswith("narrow") or page.eval_on_selector_all(".number", right)
     assert "tabular-nums" in page.eval_on_selector("td.number", "n => getComputedStyle(n).fontVariantNumeric")
     assert not found.errors and len(found.fetched) == 1, "it complains of nothing and fetches nothing"
+
+
+@pytest.mark.parametrize(("look", "most"), [("narrow half", 220), ("tablet", 100), ("light", 100)])
+@pytest.mark.parametrize("kind", ["report", "eval"])
+def test_no_row_is_tall(kind: str, look: str, most: int, show: Show, pages: dict[str, str]) -> None:
+    page = show(pages[kind], look).page
+    page.eval_on_selector_all("details", "all => all.forEach((d) => (d.open = true))")
+    heights = "all => all.map((r) => [Math.round(r.getBoundingClientRect().height), r.textContent.slice(0, 60)])"
+    tall = [row for row in page.eval_on_selector_all("tbody tr", heights) if row[0] > most]
+    assert not tall, f"pixels of rows that are at most {most} tall: {tall[:5]}"
 
 
 @pytest.mark.parametrize("look", ["light", "narrow"])

@@ -17,8 +17,11 @@ import pytest
 
 from mosectl.checkpoints.apply import apply
 from mosectl.errors import UsageError
+from mosectl.measure.bootstrap import Measure
 from mosectl.measure.evaluation_file import read_evaluation
-from mosectl.render import html, page
+from mosectl.measure.metrics import Metric
+from mosectl.render import charts, html, page
+from mosectl.render.console import in_one_unit
 from mosectl.render.page import Mark, Page, Section, Words, table
 from mosectl.report.folder import look_through
 from mosectl.report.pages import render, summary
@@ -28,7 +31,7 @@ from mosectl.text.jsonable import jsonable
 from support.commands import run
 from support.models import save
 from support.patches import make, patch_for
-from support.reports import evaluation, fact, folder, result
+from support.reports import evaluation, fact, folder, patch, result
 
 EVIL = "</td></style><script>window.x=1</script>\"'><img src=x onerror=window.x=1>\u202e{{7*7}}"
 
@@ -94,7 +97,9 @@ def test_everything_in_a_folder_is_on_the_page(full: Path) -> None:
         "Abilities", "Definitions", "Bench", "Runs that failed or were stopped", "Old facts and new ones", "Left out",
     ]  # fmt: skip
     assert f"Patch {first}" in read.headings and f"Patch {second}" in read.headings
-    rows = read.table("file", "patch", "same subject kept")
+    own = "own probes kept (QA)"
+    rows = read.table("file", "patch", own, "size, kB")
+    assert (rows[0][-2], rows[1][-2]) == ("12.4", "3.2")
     assert [r[:3] for r in rows] == [["first.safetensors", first, "mose"], ["second.safetensors", second, "mose"]]
     assert rows[0][4:10] == ["1", "31", "24", "25", "56.0%", "2.1e-08"], (
         "30 facts but the last of five, and one that changed"
@@ -139,10 +144,71 @@ def test_empty_rows_columns_and_sections_are_left_out(tmp_path: Path) -> None:
     read = Reader(render(look_through(tmp_path / "run")))
     assert read.headings[1:] == ["Patches", f"Patch {bare.id[:12]}", "Facts", "Spectrum"], "no conflict of one patch"
     head = next(head for head, _ in read.tables if "file" in head)
-    assert not {"held right after", "same subject kept", "largest σ drift"} & {*head}
+    assert not {"held right after", "largest σ drift"} & {*head} and not any("same subject" in name for name in head)
     page = Reader(html.render(evaluation()))
     assert "portability" not in page.text, "nothing was asked"
     assert "right after" in page.tables[1][0] and "nothing" not in page.text.lower()
+
+
+def test_the_same_subject_by_two_kinds_of_prompts_is_two_columns(tmp_path: Path) -> None:
+    share = {"metric": "locality", "group": "same_subject", "asked": 8, "strict": 0.25}
+    (tmp_path / "run").mkdir()
+    for name, found in (("a", [(False, 0.5), (True, 0.75)]), ("b", [(True, 0.125)])):
+        shares = [{**share, "own": own, "qa": qa} for own, qa in found]
+        patch(ord(name), (fact(0),), metrics={"shares": shares}).save(tmp_path / "run" / f"{name}.safetensors")
+    read = Reader(render(look_through(tmp_path / "run")))
+    head, rows = next((head, rows) for head, rows in read.tables if "file" in head)
+    at = head.index("same subject kept (QA)")
+    assert head[at + 1] == "own probes kept (QA)"
+    assert [row[at : at + 2] for row in rows if row] == [["50.0%", "75.0%"], ["–", "12.5%"]]
+    measured = read.table("metric", "share", "as QA compares")
+    assert measured[0][:3] == ["same subject", "25.0%", "50.0%"]
+
+
+def test_what_was_edited_at_once_has_no_retention() -> None:
+    found = evaluation()
+    at_once = replace(found, subject=replace(found.subject, in_order=False), cohorts=())
+    drawn, read = Reader(html.render(found)), Reader(html.render(at_once))
+    assert "Retention" in drawn.headings and "Retention" not in read.headings
+    for at in (0, 1):  # of facts, and of metrics
+        assert "right after" in drawn.tables[at][0] and "right after" not in read.tables[at][0], (
+            "it is what stands there now"
+        )
+    since = replace(at_once, facts=(replace(found.facts[0], right_after="x"), *found.facts[1:]))
+    assert "right after" in Reader(html.render(since)).tables[0][0]
+
+
+def test_a_share_is_drawn_once_with_what_all_protocols_say() -> None:
+    def of(protocol: str, name: str, value: float, **more: Any) -> Metric:
+        return Metric(protocol, name, Measure(0.125, 0, 1, 4), None, Measure(value, 0.25, 1, 4), 4, **more)
+
+    drawn = charts.shares(
+        (
+            of("qa", "reliability", 0.5), of("qa", "locality", 0.75), of("qa", "locality", 0.5, group="same_subject"),
+            of("zsre", "reliability", 1.0), of("zsre", "portability", 1.0), of("memit", "reliability", 0.25),
+        )
+    )  # fmt: skip
+    assert [(d.label, d.after.value, d.lowest, d.highest) for d in drawn] == [
+        ("reliability", 0.5, 0.25, 1.0), ("locality", 0.75, 0.75, 0.75), ("locality · same subject", 0.5, 0.5, 0.5),
+        ("portability (zsre)", 1.0, 1.0, 1.0),
+    ]  # fmt: skip
+    svg = charts.svg_shares(drawn)
+    assert svg.count("<circle") == 4 and svg.count('class="band"') == 1 and "50.0% (25.0 – 100.0%)" in svg
+    assert "by the protocol qa" in charts.shares_about(drawn) and "Bands" not in charts.shares_about(drawn[1:])
+
+
+def test_pages_say_which_intervals_and_what_a_dash_is(full: Path) -> None:
+    for text in (html.render(evaluation()), render(look_through(full))):
+        told = " ".join(Reader(text).text.split())
+        assert "percentile bootstrap over facts" in told and "Wilson's" in told
+        assert "–: not asked, not recorded, or not to be known; of an interval: no value varied." in told
+
+
+def test_sizes_of_a_column_have_one_unit() -> None:
+    assert in_one_unit([12_400, 2_990]) == ("kB", ["12.4", "3.0"])
+    assert in_one_unit([2_177_000, 12_400, 960_000]) == ("MB", ["2.2", "0.01", "1.0"])
+    assert in_one_unit([3_500_000_000, 1_234_500_000_000]) == ("GB", ["3.5", "1,234.5"])
+    assert in_one_unit([]) == ("kB", [])
 
 
 def test_json_is_the_same_data(
@@ -212,6 +278,10 @@ def test_nothing_to_report_is_one_clear_error(
     err = capsys.readouterr().err
     assert told in " ".join(err.split()) and err.count("error") == 1 and "→" in err and "Traceback" not in err
     assert not (tmp_path / "r.html").exists()
+    (tmp_path / "r.html").write_text("a page of before")
+    assert run("report", place, "-o", tmp_path / "r.html") == 2, "not 7: there is nothing to write"
+    assert told in " ".join(capsys.readouterr().err.split())
+    assert (tmp_path / "r.html").read_text() == "a page of before"
     assert run("report", __file__) == 2 and "is a file, not a folder" in capsys.readouterr().err
 
 

@@ -33,14 +33,11 @@ def report(
     from mosectl.storage.atomic import write_bytes
     from mosectl.storage.places import new_file
 
-    reads = read_by(folder)
-    if as_json and out is None:
-        with console.progress() as on_step:
-            found = look_through(folder, on_step)
-    else:
-        with new_file(out or PAGE, overwrite=overwrite, reads=reads) as place:
-            with console.progress() as on_step:
-                found = look_through(folder, on_step)
+    # First: whether a page may be written matters only where there is something to write. No model is read, only files.
+    with console.progress() as on_step:
+        found = look_through(folder, on_step)
+    if out or not as_json:
+        with new_file(out or PAGE, overwrite=overwrite, reads=read_by(folder)) as place:
             write_bytes(place.ready(), render(found).encode())
     for left in found.left_out:
         console.hint(f"left out: {left.file}: {left.why}")

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from mosectl.errors import HubError, MosectlError, UsageError
-from mosectl.measure.bootstrap import Measure, Tally, interval_text, measure, value_text
+from mosectl.measure.bootstrap import Measure, Tally, measure
 from mosectl.measure.task_file import no_metric_scripts, read_task
 from mosectl.model.loading import Loaded
 from mosectl.model.positions import context_length
@@ -386,22 +386,3 @@ def ability_notes(tasks: AbilityTasks, after: Side) -> list[str]:
                 f"{task}: {n} of {after.examples[task]} prompts are longer than the model reads: cut from the left"
             )
     return out
-
-
-# For the report and the web page.
-
-COLUMNS = ("task", "metric", ">before", ">after", ">change", ">95 % interval", ">examples")
-
-
-def table(abilities: Sequence[Ability]) -> list[tuple[str, ...]]:
-    """A row under :data:`COLUMNS` for each: the arrow says where better is, the interval is that of the change."""
-    arrow = {True: " ↑", False: " ↓", None: ""}
-
-    def score(s: Score | None) -> str:
-        return "–" if s is None else f"{s.value:.3f}" + ("" if s.stderr is None else f" ± {s.stderr:.3f}")
-
-    return [
-        (a.task, a.metric + arrow[a.higher_is_better], score(a.before), score(a.after),
-         value_text(a.change, "+.3f"), interval_text(a.change, "+.3f"), str(a.examples))
-        for a in abilities
-    ]  # fmt: skip

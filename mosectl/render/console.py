@@ -297,6 +297,12 @@ def tables(grids: Sequence[Grid], notes: Sequence[str] = ()) -> None:
         line(f"note: {note}")
 
 
+def in_one_unit(sizes: Sequence[float]) -> tuple[str, list[str]]:
+    """Bytes for people, as a column: the unit of the largest, at least kB, and each in it; small ones by one digit."""
+    unit, one = next(((u, x) for u, x in (("GB", 1e9), ("MB", 1e6)) if max(sizes, default=0) >= x), ("kB", 1e3))
+    return unit, [f"{n / one:,.1f}" if n >= 0.1 * one else f"{n / one:.1g}" for n in sizes]
+
+
 def size(n: float) -> str:
     """Bytes for people."""
     for unit in ("B", "kB", "MB", "GB"):

@@ -7,12 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mosectl.measure.bootstrap import interval_text, value_text
-from mosectl.measure.lm_harness import COLUMNS
-from mosectl.measure.lm_harness import table as changes
 from mosectl.measure.probes import surprising
 from mosectl.render import page, scores
-from mosectl.render.charts import shown, svg_retention, svg_shares
-from mosectl.render.page import Cell, Mark, Page, Picture, Section, Table, Terms, Words, firm, table
+from mosectl.render.charts import shares, shares_about, svg_retention, svg_shares
+from mosectl.render.page import DASH, Cell, Mark, Page, Picture, Section, Table, Terms, Words, firm, table
 from mosectl.text.shown import counted
 
 if TYPE_CHECKING:
@@ -28,7 +26,7 @@ def render(evaluation: Evaluation) -> str:
     """The whole page."""
     e = evaluation
     title = f"mosectl eval: {named(e.subject.name)}"
-    return page.draw(Page(title, (lead(e),), e.notes, parts(e), foot=foot(e.settings)))
+    return page.draw(Page(title, (lead(e),), e.notes, parts(e), foot=(DASH, foot(e.settings))))
 
 
 def lead(e: Evaluation) -> str:
@@ -53,13 +51,12 @@ def ids(found: tuple[str, ...]) -> str:
 
 def parts(e: Evaluation) -> tuple[Section, ...]:
     """Every section that there is something for."""
-    bars, bins = shown(e), e.retention if len(e.retention) > 1 else ()
-    about = "Bars: after the edit, with 95 % intervals." + (" Red marks: before." if e.subject.base else "")
+    dots, bins = shares(e.metrics), scores.retained(e)
     along = "Facts in the order of the file; the share that holds under generation."
     return page.sections(
         Section("Facts", _facts(e)),
         Section("Metrics", _metrics(e)),
-        Section("Shares", (Picture(svg_shares(bars), about),) if bars else ()),
+        Section("Shares", (Picture(svg_shares(dots), shares_about(dots)),) if dots else ()),
         Section("What else changed" if e.subject.base else "Probes without the expected answer", _probes(e)),
         Section("Retention", (*((Picture(svg_retention(bins), along),) if bins else ()), *cohorts_table(e.cohorts))),
         Section("Text", _texts(e)),
@@ -86,8 +83,14 @@ def chance(p: float | None) -> str:
 
 
 def _facts(e: Evaluation) -> tuple[Table, ...]:
-    head = FACTS if any(f.right_after is not None for f in e.facts) else tuple(c for c in FACTS if c != "right after")
+    head = FACTS if _right_after(e) else tuple(c for c in FACTS if c != "right after")
     return table(head, [_fact(f, "right after" in head) for f in e.facts], cards=True)
+
+
+def _right_after(e: Evaluation) -> bool:
+    """Does "right after" say anything? Of facts edited at once it is the patch's record, of the same time."""
+    known = [f for f in e.facts if f.right_after is not None]
+    return bool(known) and (e.subject.in_order or any(f.right_after != f.after for f in known))
 
 
 def _fact(f: EvaluatedFact, batches: bool) -> tuple[Cell, ...]:
@@ -97,8 +100,9 @@ def _fact(f: EvaluatedFact, batches: bool) -> tuple[Cell, ...]:
 
 
 def _metrics(e: Evaluation) -> tuple[Table, ...]:
+    told = _right_after(e)
     rows = [
-        (m.protocol, m.label, *(value_text(x, ".1%") for x in (m.before, m.right_after, m.after)),
+        (m.protocol, m.label, *(value_text(x, ".1%") for x in (m.before, m.right_after if told else None, m.after)),
          interval_text(m.after, ".1%"), f"{m.asked:,}")
         for m in e.metrics
         if m.before or m.right_after or m.after
@@ -112,12 +116,12 @@ def _texts(e: Evaluation) -> tuple[Table, ...]:
         for t in e.texts
         if t.before or t.after
     ]
-    return table(("metric", ">before", ">after", ">95 % interval", "of what"), rows)
+    return table(("metric", ">before", ">after", ">95 % interval", "of what"), rows, cards=True)
 
 
 def _abilities(e: Evaluation) -> tuple[Table, ...]:
     about = "By lm-evaluation-harness; ±: its standard error; interval: of the change, over the same examples."
-    return table(COLUMNS, changes(e.abilities), about=about)
+    return table(scores.ABILITIES, scores.of_abilities(e.abilities), about=about)
 
 
 def cohorts_table(found: Sequence[Cohort]) -> tuple[Table, ...]:
@@ -145,7 +149,8 @@ def _definitions(settings: Mapping[str, Any]) -> tuple[Terms | Words, ...]:
     source = {name: f" ({p.source})" for name, p in PROTOCOLS.items()}
     items = tuple((name, f"{about}{source.get(name, '')}") for name, about in settings["protocols"].items())
     how = (
-        f"Intervals: percentile bootstrap over facts, {settings['resamples']} resamples, seed {settings['seed']}. "
+        f"Intervals: percentile bootstrap over facts, {settings['resamples']} resamples, seed {settings['seed']}; of shares "
+        "of 0 and 100 %, which resampling cannot move, Wilson's, each fact a trial. "
         "Right after: what the patches recorded when a fact's own batch was done."
     )
     return Terms(items), Words(how)

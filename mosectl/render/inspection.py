@@ -52,21 +52,26 @@ def origin(i: Inspection) -> list[tuple[str, str]]:
     ]
 
 
+def factor(r: FactorReport) -> str:
+    """A factor as formulas have it; a patch file calls L "R" and R "R_in" (patches/FORMAT.md)."""
+    return {"R": "L", "R_in": "R"}.get(r.factor, r.factor)
+
+
 def factors(found: Sequence[FactorReport]) -> tuple[Grid, Grid]:
     """Every factor, a table of what it is and one of what it does: together they are wider than most terminals."""
     names = [place(r.module) for r in found]
     made = tuple(
-        (name, r.factor, r.form, "×".join(map(str, r.shape)), str(r.rank), _or_dash(r.left_out, ".1%"))
+        (name, factor(r), r.form, "×".join(map(str, r.shape)), str(r.rank), _or_dash(r.left_out, ".1%"))
         for name, r in zip(names, found, strict=True)
     )
     does = tuple(
-        (name, r.factor, _or_dash(r.orthogonality_error, ".1e"), _or_dash(r.largest_angle, ".1f", "°"),
+        (name, factor(r), _or_dash(r.orthogonality_error, ".1e"), _or_dash(r.largest_angle, ".1f", "°"),
          _or_dash(r.median_angle, ".2f", "°"), f"{r.distance:.3f}")
         for name, r in zip(names, found, strict=True)
     )  # fmt: skip
-    columns = ("module", "factor", ">‖RᵀR−I‖/√n", ">max angle", ">median angle", ">distance")
+    columns = ("module", "factor", ">orthogonality error", ">max angle", ">median angle", ">distance")
     return (
-        Grid("Factors (W' = R W R_in, or W + B A)", ("module", "factor", "form", ">size", ">rank", ">left out"), made),
+        Grid("Factors (W' = L W R, or W + B A)", ("module", "factor", "form", ">size", ">rank", ">left out"), made),
         Grid("How far they turn", columns, does),
     )
 
@@ -75,7 +80,7 @@ def _measured(metrics: Mapping[str, Any]) -> None:
     """What a patch says was measured when it was made; older ones have no groups of prompts."""
     if recorded := metrics.get("shares"):
         title = "Measured when it was made (protocol generation)"
-        table(title, scores.COLUMNS, list(scores.of_patch(recorded)))
+        table(title, scores.COLUMNS, list(scores.of_patch(recorded, metrics.get("scores", {}))))
         line(scores.AS_QA)
     elif found := {k: v for k, v in metrics.get("scores", {}).items() if isinstance(v, float)}:
         told = ", ".join(f"{k} {v:.1%}" for k, v in found.items())

@@ -22,6 +22,8 @@ from markupsafe import Markup
 from mosectl.text.shown import printable
 
 NOTHING = ("–", "")
+DASH = "–: not asked, not recorded, or not to be known; of an interval: no value varied."
+SENTENCE = 36  # characters of a cell from which on its column is one of sentences, and not made narrow
 _UNBROKEN = re.compile(r"\S{32}")  # a run that no column is made wide for: a path, a hash, a very long word
 _JOINT = re.compile(r"\S[^\w.,:;'\"()]\S")  # where a line may end within a word
 LONGEST = 24  # characters of a word that fits a column
@@ -107,21 +109,28 @@ class Page:
     notes: tuple[str, ...] = ()
     sections: tuple[Section, ...] = ()
     contents: bool = False  # with links to its sections
-    foot: str = ""
+    foot: tuple[str, ...] = ()
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Cell]], **rest: Any) -> tuple[Table, ...]:
     """A table without the columns of numbers in which no row has any; nothing where there is no row.
 
     Args:
-        head: names; ">x" is a column of numbers, "!x" one of words that stand in one line, "~x" one of sentences.
+        head: names; ">x" is a column of numbers, "!x" one of words that stand in one line, "~x" one of sentences. One that
+            is none of these counts as one of sentences where a cell is long.
         rest: the other fields of :class:`Table`.
     """
     if not rows:
         return ()
     kept = [i for i, name in enumerate(head) if not name.startswith(">") or any(row[i] not in NOTHING for row in rows)]
-    columns = tuple(Column(head[i].lstrip(">!~"), _KINDS.get(head[i][:1], "text")) for i in kept)
+    columns = tuple(Column(head[i].lstrip(">!~"), _kind(head[i], [row[i] for row in rows])) for i in kept)
     return (Table(columns, tuple(tuple(row[i] for i in kept) for row in rows), **rest),)
+
+
+def _kind(name: str, cells: Sequence[Cell]) -> str:
+    given = _KINDS.get(name[:1], "text")
+    long = given == "text" and any(isinstance(c, str) and len(c) > SENTENCE for c in cells)
+    return "prose" if long else given
 
 
 def firm(head: Sequence[str], columns: int = 1) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from mosectl.facts.groups import SAME_SUBJECT
 from mosectl.model.generation import says
 from mosectl.patch.record import HOLDS
 from mosectl.render import inspection, page, scores
+from mosectl.render.console import in_one_unit
 from mosectl.render.html import chance, cohorts_table
 from mosectl.render.page import Cell, Mark, Section, Table, Terms, Words, firm, table
 from mosectl.render.terminal import place
@@ -25,20 +26,32 @@ if TYPE_CHECKING:
 
 FACTS = ("~prompt", "new object", "before", "right after", "after", ">P(new) before", ">P(new) after")
 OVERVIEW = (
-    "file", "!patch", "!method", "model", "!layers", ">facts", ">held right after", ">held at the end", ">same subject kept",
-    ">largest σ drift", ">kB", "!file's date",
+    "file", "!patch", "!method", "model", "!layers", ">facts", ">held right after", ">held at the end",
+    ">same subject kept (QA)", ">own probes kept (QA)", ">largest σ drift", ">size, {}",
+    "!file's date",
 )  # fmt: skip
+OVERVIEW_ABOUT = (
+    "Held: greedy answers to the bare prompt, as the patches record them. Same subject: what the facts file asks about the "
+    "subjects otherwise; own probes: what mosectl asks about them where the file does not. QA: the share as QA compares, "
+    "the more lenient of the two in a patch's own section."
+)
 
 
-def overview(file: str, written: str, i: Inspection) -> tuple[str, ...]:
-    """A patch as a row under :data:`OVERVIEW`."""
+def overview(patches: Sequence[tuple[str, str, Inspection]]) -> tuple[Table, ...]:
+    """Every patch as a row: its file, the file's date, and what is known of it."""
+    unit, sizes = in_one_unit([i.file_bytes for _, _, i in patches])
+    rows = [_overview(*found, size) for found, size in zip(patches, sizes, strict=True)]
+    return table([name.format(unit) for name in OVERVIEW], rows, about=OVERVIEW_ABOUT, cards=True)
+
+
+def _overview(file: str, written: str, i: Inspection, size: str) -> tuple[str, ...]:
     p = i.patch
     then = [says(f.right_after, *f.targets) for f in p.facts if f.right_after is not None]
     drifts = [s["spectrum_drift"] for s in p.metrics.get("stability", ()) if "spectrum_drift" in s]
     return (
         short(file, p), p.id[:12], p.method, p.model, layers(p), f"{len(p.facts):,}", f"{sum(then):,}" if then else "–",
-        f"{sum(f.status in HOLDS for f in p.facts):,}", _same_subject(p), f"{max(drifts):.1e}" if drifts else "–",
-        f"{i.file_bytes / 1000:,.0f}", written.split(" ")[0],
+        f"{sum(f.status in HOLDS for f in p.facts):,}", *(_same_subject(p, own) for own in (False, True)),
+        f"{max(drifts):.1e}" if drifts else "–", size, written.split(" ")[0],
     )  # fmt: skip
 
 
@@ -57,9 +70,10 @@ def layers(p: Patch) -> str:
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
-def _same_subject(p: Patch) -> str:
-    found = [s for s in p.metrics.get("shares", ()) if s["metric"] == "locality" and s["group"] == SAME_SUBJECT]
-    return scores.percent(found[0]["qa"]) if found else "–"
+def _same_subject(p: Patch, own: bool) -> str:
+    wanted = ("locality", SAME_SUBJECT, own)
+    found = [s["qa"] for s in p.metrics.get("shares", ()) if (s["metric"], s["group"], s["own"]) == wanted]
+    return scores.percent(found[0]) if found else "–"
 
 
 def section(
@@ -107,11 +121,11 @@ def _fact(f: PatchFact, batches: bool) -> tuple[Cell, ...]:
 def _measured(metrics: Mapping[str, Any]) -> tuple[Table | Words, ...]:
     out: tuple[Table | Words, ...] = ()
     if recorded := metrics.get("shares"):
-        rows = [row for row in scores.of_patch(recorded) if row[1:3] != ("–", "–")]
-        head = ("!of", ">share", ">as QA compares", ">prompts", "meaning")
-        out += table(head, rows, about=f"Protocol generation; {scores.AS_QA}.")
+        rows = [row for row in scores.of_patch(recorded, metrics.get("scores", {})) if row[1:3] != ("–", "–")]
+        head = ("!metric", *scores.COLUMNS[1:])
+        out += table(head, rows, about=f"Protocol generation; {scores.AS_QA}.", cards=True)
     elif found := {k: v for k, v in metrics.get("scores", {}).items() if isinstance(v, float)}:
-        out += table(("!of", ">share"), [(k, f"{v:.1%}") for k, v in found.items()], about="Protocol generation.")
+        out += table(("!metric", ">share"), [(k, f"{v:.1%}") for k, v in found.items()], about="Protocol generation.")
     if moved := metrics.get("next_tokens"):
         out += table(firm(scores.NEXT_RECORDED), scores.of_next_recorded(moved), title=scores.NEXT_TITLE)
     return out

@@ -11,13 +11,15 @@ from mosectl.facts.groups import FORGETFULNESS, NEIGHBOURS, SAME_SUBJECT, shown
 
 if TYPE_CHECKING:
     from mosectl.measure.answers import Scores
+    from mosectl.measure.evaluate import Evaluation
     from mosectl.measure.groups import Share
+    from mosectl.measure.lm_harness import Ability, Score
     from mosectl.measure.next_tokens import NextToken
     from mosectl.measure.probes import ProbeAnswer
-    from mosectl.measure.retention import Cohort
+    from mosectl.measure.retention import Bin, Cohort
 
 KEPT = 0.5  # of a group of probes, below which it is said
-COLUMNS = ("", ">share", ">as QA compares", ">of", "meaning")
+COLUMNS = ("", ">share", ">as QA compares", ">prompts", "meaning")
 AS_QA = (
     "as QA compares: differences in case, articles, punctuation and a leading 'the city of' are ignored; a locality prompt "
     "counts as kept if the model gives the known answer again or, where none is known or it gave another one before, if the "
@@ -43,6 +45,7 @@ COHORTS_HELP = (
     "that holds now; how the prompts around a fact were answered then is not known"
 )
 STABILITY = ("tensor", ">‖W‖", ">κ(W)", ">‖W‖ drift", ">κ drift", ">largest σ drift")
+ABILITIES = ("task", "metric", ">before", ">after", ">change", ">95 % interval", ">examples")
 CHANGED = ("prompt", "group", "before", "after", "")
 NEXT_TITLE = "Next token: KL (before ‖ after), and the likeliest token kept"
 
@@ -92,21 +95,28 @@ def of_edit(scores: Scores, shares: Sequence[Share]) -> Iterator[tuple[str, ...]
         lenient = next((s.qa for s in shares if (s.metric, s.group) == (name, "")), None)
         yield name, percent(share), percent(lenient), str(of), MEANINGS[name]
         if name == "generalization" and scores.rephrasings_unseen < scores.rephrasings:
-            what = "those of them that were not edited along (see below)"
-            yield "  unseen wordings", percent(scores.unseen), "–", str(scores.rephrasings_unseen), what
+            yield _unseen(scores.unseen, scores.rephrasings_unseen, " (see below)")
         for s in shares:
             if s.metric == name and s.group:
                 yield _part(s.group, s.own, s.strict, s.qa, s.asked)
 
 
-def of_patch(shares: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
-    """The shares that a patch has recorded."""
+def _unseen(share: float | None, asked: int, more: str = "") -> tuple[str, ...]:
+    return "  unseen wordings", percent(share), "–", str(asked), f"those of them that were not edited along{more}"
+
+
+def of_patch(shares: Sequence[Mapping[str, Any]], scores: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    """The shares that a patch has recorded, and of its scores what stands in none of them."""
+    unseen, asked = scores.get("unseen"), scores.get("rephrasings_unseen")
     for s in shares:
         if s["group"]:
             yield _part(s["group"], s["own"], s["strict"], s["qa"], s["asked"])
         else:
             about = MEANINGS.get(s["metric"], "")
             yield s["metric"], percent(s["strict"]), percent(s["qa"]), str(s["asked"]), about
+            known = isinstance(unseen, float) and isinstance(asked, int)
+            if s["metric"] == "generalization" and known and asked < s["asked"]:
+                yield _unseen(unseen, asked)
 
 
 def _part(group: str, own: bool, strict: float | None, lenient: float | None, asked: int) -> tuple[str, ...]:
@@ -141,6 +151,12 @@ def of_next(tokens: Sequence[NextToken]) -> list[tuple[str, ...]]:
     ]  # fmt: skip
 
 
+def retained(evaluation: Evaluation) -> tuple[Bin, ...]:
+    """What is left of the facts in their order; none where all were edited at once, and no order was."""
+    bins = evaluation.retention
+    return bins if evaluation.subject.in_order and len(bins) > 1 else ()
+
+
 def of_cohorts(cohorts: Sequence[Cohort]) -> list[tuple[str, ...]]:
     """What is left of a run's facts by their age."""
     from mosectl.measure.bootstrap import interval_text, value_text  # here: numpy is slow to import
@@ -165,3 +181,19 @@ def of_next_recorded(tokens: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...
 
 def _where(of: str, group: str, own: bool) -> str:
     return "ordinary text" if of == "text" else label(group, own, "locality prompts")
+
+
+def of_abilities(abilities: Sequence[Ability]) -> list[tuple[str, ...]]:
+    """A row under :data:`ABILITIES` for each: the arrow says where better is, the interval is that of the change."""
+    from mosectl.measure.bootstrap import interval_text, value_text  # here: numpy is slow to import
+
+    arrow = {True: " ↑", False: " ↓", None: ""}
+
+    def score(s: Score | None) -> str:
+        return "–" if s is None else f"{s.value:.3f}" + ("" if s.stderr is None else f" ± {s.stderr:.3f}")
+
+    return [
+        (a.task, a.metric + arrow[a.higher_is_better], score(a.before), score(a.after),
+         value_text(a.change, "+.3f"), interval_text(a.change, "+.3f"), str(a.examples))
+        for a in abilities
+    ]  # fmt: skip

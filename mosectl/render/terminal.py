@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from mosectl.checkpoints.export import Exported
     from mosectl.checkpoints.live import Asked
     from mosectl.checkpoints.writer import ApplyReport
+    from mosectl.editing.diagnosis import Diagnosis
     from mosectl.editing.edit import EditResult
     from mosectl.editing.outcome import FactResult
-    from mosectl.editing.plan import Diagnosis, Estimate
+    from mosectl.editing.plan import Estimate
     from mosectl.editing.second_moments import Moments
     from mosectl.facts.records import FactsReport
     from mosectl.hypernetwork.file import Editor
@@ -323,15 +324,12 @@ def evaluation(e: Evaluation) -> None:
     if e.next_tokens:
         table(scores.NEXT_TITLE, scores.NEXT, scores.of_next(e.next_tokens))
     if e.abilities:
-        from mosectl.measure.lm_harness import COLUMNS
-        from mosectl.measure.lm_harness import table as changes
-
         title = f"Abilities (lm-evaluation-harness {e.settings['lm_eval']}; ±: standard error; interval: of the change)"
-        table(title, COLUMNS, changes(e.abilities))
-    if len(e.retention) > 1:
+        table(title, scores.ABILITIES, scores.of_abilities(e.abilities))
+    if retained := scores.retained(e):
         bins = [
             (f"{b.first}-{b.last}", "–" if b.right_after is None else f"{b.right_after:.0%}", f"{b.after:.0%}")
-            for b in e.retention
+            for b in retained
         ]
         table("Retention (generation): facts in order that hold", ("facts", ">right after", ">after"), bins)
     if e.cohorts:

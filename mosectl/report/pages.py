@@ -8,7 +8,7 @@ from typing import Any
 from mosectl._version import __version__
 from mosectl.patch.record import HOLDS
 from mosectl.render import html, page, patch_page
-from mosectl.render.page import Cell, Mark, Page, Section, Table, Words, table
+from mosectl.render.page import DASH, Cell, Mark, Page, Section, Table, Words, table
 from mosectl.render.terminal import place
 from mosectl.report.folder import EvaluationFile, Folder, PatchFile
 from mosectl.text.shown import counted
@@ -22,9 +22,8 @@ AGES = ("!method", "model", "!data", ">seed", "!facts", ">right after", ">at the
 
 def render(found: Folder) -> str:
     """The whole page."""
-    return page.draw(
-        Page(f"mosectl report: {found.folder}", (summary(found),), (), _parts(found), True, f"mosectl {__version__}")
-    )
+    title, foot = f"mosectl report: {found.folder}", (DASH, f"mosectl {__version__}")
+    return page.draw(Page(title, (summary(found),), (), _parts(found), True, foot))
 
 
 def summary(f: Folder) -> str:
@@ -46,10 +45,8 @@ def summary(f: Folder) -> str:
 
 
 def _parts(f: Folder) -> tuple[Section, ...]:
-    rows = [patch_page.overview(p.file, p.written, p.inspection) for p in f.patches]
-    about = "Held: greedy answers to the bare prompt, as the patches record them. Same subject: compared as QA does."
     return page.sections(
-        Section("Patches", table(patch_page.OVERVIEW, rows, about=about, cards=True)),
+        Section("Patches", patch_page.overview([(p.file, p.written, p.inspection) for p in f.patches])),
         Section("Conflicts", tuple(_conflicts(f))),
         *map(_patch, f.patches),
         *(_evaluation(e) for e in f.evaluations),

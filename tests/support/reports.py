@@ -87,7 +87,7 @@ def evaluation(word: str = "") -> Evaluation:
         1, f"Land 1 is{word}", "locality", word or "same_subject", True, None, "a", f"b{word}", False, False, "changed"
     )
     part = CohortPart("locality", word or "neighborhood", False, 10, M)
-    made = ("ab" * 32,), (fact(0),), ("cd" * 32,), False
+    made = ("ab" * 32,), (fact(0),), ("cd" * 32,), False, True
     return Evaluation(
         subject=Subject("patch", f"patch.safetensors{word}", f"/home/me/base{word}", *made),
         metrics=metrics,
