@@ -18,7 +18,7 @@ from mosectl.facts.records import Fact, FactsReport, Probe, fact_from_dict, read
 from mosectl.facts.shapes import SHAPES
 from support.commands import run
 from support.facts import CORPUS, few
-from support.field_files import HALLU, MQUAKE, RIPPLE, ROWS, WHOLE, reading, write
+from support.field_files import HALLU, MQUAKE, RIPPLE, ROWS, WHOLE, write
 from support.models import make_tokenizer, pico
 
 MET, TOMAS = "I met Tomas Veldrin", "Tomas Veldrin"
@@ -124,8 +124,8 @@ FACTS = sorted(ROWS)
 def read(
     name: str, folder: Path, rows: list[dict[str, Any]] | None = None, *said: str, how: str = "fail"
 ) -> FactsReport:
-    """A file of a shape; a subject is asked for where it has none."""
-    return read_facts(write(name, folder, rows), how, read=choices([*said, *reading(name)[1:]]))
+    """A file of a shape."""
+    return read_facts(write(name, folder, rows), how, read=choices(said))
 
 
 def told(report: FactsReport) -> list[tuple[str, str]]:
@@ -154,7 +154,7 @@ def test_what_is_read(name: str, tmp_path: Path) -> None:
 def test_a_fact_is_checked_and_edited(
     name: str, tmp_path: Path, edited: tuple[Any, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run("check", write(name, tmp_path), *reading(name)) == 0
+    assert run("check", write(name, tmp_path)) == 0
     assert f"read as {name}" in capsys.readouterr().out
     (tmp_path / "corpus.txt").write_text(CORPUS)
     first = read(name, tmp_path).facts[:1]
@@ -162,6 +162,17 @@ def test_a_fact_is_checked_and_edited(
     (made,) = result.patch.facts
     assert (made.status, made.prompt, made.target_new) == ("changed", MET, "and")
     assert made.target_aliases == first[0].target_aliases and made.subject == first[0].subject
+
+
+def test_check_counts_probes_by_group(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("check", write("KnowEdit", tmp_path)) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert (
+        "1 rephrasing, 3 locality prompts (2 same subject, 1 forgetfulness), 3 portability prompts (1 Reasoning, "
+        in out
+    )
+    assert run("check", write("zsRE", tmp_path)) == 0
+    assert " ".join(capsys.readouterr().out.split()).endswith("; 2 rephrasings, 2 locality prompts"), "no more"
 
 
 def test_every_shape_has_a_file_here() -> None:
@@ -178,16 +189,44 @@ def test_fields_that_are_not_used_are_told(name: str, tmp_path: Path) -> None:
     }
 
 
-# What is asked for where it is not there: a subject, or what a shape lacks.
+# A subject that is not there, and what else a shape lacks.
+
+NO_SUBJECT = "an entry names no subject: its whole prompt is read as the subject, and edited at its last token"
 
 
-@pytest.mark.parametrize("name", WHOLE)
-def test_a_subject_is_asked_for(name: str, tmp_path: Path) -> None:
-    with pytest.raises(FactsError, match="'subject' is missing") as e:
-        read_facts(write(name, tmp_path, ROWS[name][:1]))
-    assert 'add "subject": "…"' in e.value.fix and "--read subject=prompt" in e.value.fix
-    given = read_facts(write(name, tmp_path, [{**ROWS[name][0], "subject": TOMAS}])).facts
-    assert [f.subject for f in given] == [TOMAS]
+@pytest.mark.parametrize("name", [*WHOLE, "zsRE"])
+def test_a_data_set_without_subjects_is_read_and_that_is_told(name: str, tmp_path: Path) -> None:
+    def about(found: FactsReport) -> list[str]:
+        return [w for s, w in told(found) if s == "warning" and "names no subject" in w]
+
+    rows = [{k: v for k, v in row.items() if k != "subject"} for row in ROWS[name]]
+    found = read(name, tmp_path, rows)
+    assert [f.subject for f in found.facts] == [f.prompt for f in found.facts]
+    assert about(found) == [f"{NO_SUBJECT} (2 times)"], "once a file"
+    mixed = read(name, tmp_path, [{**rows[0], "subject": TOMAS}, rows[1]])
+    assert [f.subject for f in mixed.facts] == [TOMAS, mixed.facts[1].prompt], "a subject that is given counts"
+    assert about(mixed) == [f"{NO_SUBJECT} (1 time)"]
+    assert not about(read(name, tmp_path, rows, "subject=prompt", "subject=src", "subject=input")), "it was asked for"
+    with pytest.raises(FactsError, match="subject 'Ozland' is not in prompt"):
+        read(name, tmp_path, [{**rows[0], "subject": "Ozland"}])
+
+
+@pytest.mark.parametrize("name", ["KnowEdit", "QAEdit", "WikiBigEdit", "HalluEditBench"])
+def test_a_subject_is_asked_for_where_a_data_set_has_them(name: str, tmp_path: Path) -> None:
+    row = {k: v for k, v in ROWS[name][0].items() if k != "subject"}
+    with pytest.raises(FactsError, match="subject' is missing") as e:
+        read(name, tmp_path, [row])
+    assert "--read subject=prompt" in e.value.fix
+
+
+def test_wises_other_rephrasings(tmp_path: Path) -> None:
+    """EasyEdit's examples/run_wise_editing.py asks them as rephrasings."""
+    row = {
+        "prompt": MET, "subject": TOMAS, "target_new": "and", "ood_rephrase": "So I met Tomas",
+        "locality_prompt": "He saw", "locality_ground_truth": "Oz",
+    }  # fmt: skip
+    found = read("QAEdit", tmp_path, [row])
+    assert found.facts[0].rephrase_prompts == ("So I met Tomas",) and not told(found)
 
 
 def test_a_subject_that_is_not_in_the_question(tmp_path: Path) -> None:
@@ -213,6 +252,8 @@ def test_which_of_zsres_answers_is_taken(tmp_path: Path) -> None:
         read("zsRE", tmp_path, [{**row[0], "answers": []}], "target_new=answers")
     table = tmp_path / "z.csv"
     table.write_text(f"src,ans\n{MET},and\n")
+    assert read_facts(table).facts[0].subject == MET, "as UltraEdit has it"
+    table.write_text(f"prompt,target_new\n{MET},and\n")
     with pytest.raises(FactsError, match="column 'subject' is missing") as e:
         read_facts(table)
     assert "--read subject=prompt" in e.value.fix
@@ -394,6 +435,32 @@ def test_ripple_edits_read_off_what_is_not_told(tmp_path: Path) -> None:
     same = ripple(original_fact={"prompt": RIPPLE[1]["edit"]["prompt"]})
     with pytest.raises(FactsError, match="equals the old answer 'Old Oz'"):
         first(same)
+
+
+def test_ripple_edits_queries_without_an_answer(tmp_path: Path) -> None:
+    """Wikidata says nothing of it: its random edits have many such."""
+    rows = deepcopy(RIPPLE[:1])
+    bare = {
+        **rows[0]["Subject_Aliasing"][0]["test_queries"][0],
+        "prompt": "The coin of Tomas Veldrin is",
+        "answers": [],
+    }
+    bare |= {"target_ids": [], "phrase": None, "relation": "CURRENCY"}
+    # Generated queries name their subject in a list.
+    rows[0]["Logical_Generalization"] = [{"test_queries": [bare | {"subject_id": ["Q1"]}], "condition_queries": [bare]}]
+    found = read("RippleEdits", tmp_path, rows)
+    assert Probe("The coin of Tomas Veldrin is", None, "Logical_Generalization") in found.facts[0].portability
+    assert ("warning", "a portability prompt has no answer in the file (1 time)") in told(found)
+    assert found.facts[0].subject == TOMAS
+
+
+def test_a_subject_of_one_sign(tmp_path: Path) -> None:
+    row = ripple(prompt="꼼 follows Old Oz.", original_fact={"prompt": "꼼 follows 꼻."}, relation="FOLLOWS")[0]
+    query = {"prompt": "꼼 is followed by", "relation": "FOLLOWED_BY", "subject_id": "Q1", "answers": [{"value": "꽃"}]}
+    row["Relation_Specifity"] = [{"test_queries": [query], "condition_queries": []}]
+    row["Subject_Aliasing"][0]["test_queries"][0] |= {"prompt": "U+AF3C follows", "phrase": "U+AF3C follows"}
+    (found,) = read("RippleEdits", tmp_path, [row]).facts
+    assert (found.prompt, found.subject, found.target_new, found.ground_truth) == ("꼼 follows", "꼼", "Old Oz", "꼻")
 
 
 def test_both_spellings_of_ripple_edits_group(tmp_path: Path) -> None:

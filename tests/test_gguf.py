@@ -6,6 +6,7 @@ import json
 import struct
 import sys
 import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,16 @@ from mosectl.checkpoints.apply import apply
 from mosectl.checkpoints.export import export
 from mosectl.checkpoints.live import patched
 from mosectl.editing.diagnosis import diagnose
-from mosectl.errors import BaseMismatch, ModelError, Notice, OutputError, UsageError
+from mosectl.errors import BaseMismatch, HubError, ModelError, Notice, OutputError, UsageError
+from mosectl.measure.before_after import _at_hand
 from mosectl.model.loading import load
 from mosectl.patch.fingerprint import sha256
-from mosectl.storage.checkpoint import open_checkpoint
+from mosectl.storage.checkpoint import locate, open_checkpoint
+from mosectl.storage.hub import cached_model
 from support.commands import EASY, run
 from support.facts import FACT
-from support.patches import MODULE, patch_for
+from support.hub_server import serving
+from support.patches import MODULE, make, patch_for
 
 gguf = pytest.importorskip("gguf")
 from support.gguf_files import write  # noqa: E402  (needs gguf)
@@ -320,3 +324,102 @@ def test_nothing_is_left_where_the_export_fails(file: Path) -> None:
     with pytest.raises(BaseMismatch):
         export([other], file, file.parent / "a.gguf", "gguf-lora")
     assert [p.name for p in file.parent.iterdir()] == ["pico.gguf"]
+
+
+# On the Hub.
+
+NAMES = ["pico-Q4_K_M.gguf", "pico-Q8_0.gguf", "mmproj-pico-f16.gguf", "more/pico-IQ4_K_M.gguf"]
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, str]]:
+    from huggingface_hub import constants
+
+    with serving() as (server, address):
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, address)
+        for name, value in (("ENDPOINT", address), ("HUGGINGFACE_CO_URL_TEMPLATE", template)):
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        yield server, address
+
+
+def put(server: Any, repo: str, *names: str) -> str:
+    """Files of these names in a new repository, each holding its name; the commit."""
+    server.repos[repo] = {}
+    return str(server.commit(repo, {"README.md": b"x", **{n: n.encode() for n in names}}))
+
+
+def test_which_file_of_a_repository_is_taken(hub: tuple[Any, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    server, _ = hub
+    monkeypatch.setattr("mosectl.storage.gguf.unpacked", lambda file: file)
+    one = put(server, "u/one", "sub/Pico.GGUF", "mmproj-pico.gguf")
+    file, name, commit = locate("u/one")
+    assert (file.read_text(), name, commit) == ("sub/Pico.GGUF", "u/one/sub/Pico.GGUF", one)
+    assert locate("u/one", weights=False)[1] == name, "as in the check before weights are fetched"
+    sha = put(server, "u/pico-GGUF", *NAMES, "config.json")
+    for asked, wanted in (
+        (":Q4_K_M", NAMES[0]), (":q8_0", NAMES[1]), (":IQ4_K_M", NAMES[3]), *((f"/{n}", n) for n in NAMES),
+    ):  # fmt: skip
+        file, name, commit = locate(f"u/pico-GGUF{asked}")
+        assert (file.read_text(), name, commit) == (wanted, f"u/pico-GGUF/{wanted}", sha)
+    server.commit("u/pico-GGUF", {NAMES[0]: b"newer"})
+    assert locate(f"u/pico-GGUF/{NAMES[0]}", sha)[0].read_text() == NAMES[0], "of the revision that is asked for"
+    requests = {path for _, path, _ in server.asked if "resolve" in path}
+    assert not any(path.endswith("mmproj-pico.gguf") for path in requests), "what lies beside a model is not fetched"
+
+
+def test_what_is_said_where_no_file_of_a_repository_can_be_taken(
+    hub: tuple[Any, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server, _ = hub
+    monkeypatch.setattr("mosectl.storage.gguf.unpacked", lambda file: pytest.fail(f"{file} is not meant"))
+    put(server, "u/pico-GGUF", *NAMES)
+
+    def said(model: str, status: int = 4) -> str:
+        assert run("doctor", model) == status
+        return " ".join(capsys.readouterr().err.split())
+
+    several = said("u/pico-GGUF")
+    assert "holds 3 GGUF files: more/pico-IQ4_K_M.gguf, pico-Q4_K_M.gguf, pico-Q8_0.gguf" in several
+    assert "--model u/pico-GGUF/more/pico-IQ4_K_M.gguf" in several
+    assert "holds no GGUF file 'Q5', but more/pico" in said("u/pico-GGUF:Q5")
+    assert "holds no GGUF file 'pico.gguf', but more/pico" in said("u/pico-GGUF/pico.gguf")
+    assert "no such model" in said("u/nowhere-GGUF:Q5") and "no such model" in said("u/nowhere/x.gguf")
+    put(server, "u/other", "notes.json")
+    assert "no safetensors weights" in said("u/other"), "no GGUF file there: as ever"
+    put(server, "u/both-GGUF", "config.json", "model.safetensors", "x.gguf")
+    assert "GGUF" not in said("u/both-GGUF").replace("both-GGUF", ""), "its safetensors are the model"
+    server.gated.add("u/pico-GGUF")
+    assert "gated" in said("u/pico-GGUF:Q8_0", 9)
+    assert "no such model folder" in said("a/b/c/d") and "no such model folder" in said("u/../x.gguf")
+
+
+def test_a_file_in_the_cache_needs_no_hub(hub: tuple[Any, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    server, _ = hub
+    monkeypatch.setattr("mosectl.storage.gguf.unpacked", lambda file: file)
+    put(server, "u/pico-GGUF", "pico-Q8_0.gguf")
+    there = locate("u/pico-GGUF")
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert locate("u/pico-GGUF") == locate("u/pico-GGUF:Q8_0") == there
+    patch = replace(make(), model=there[1], revision=there[2])
+    assert _at_hand(patch, None) == there[0], "what a patch was made for is found there"
+    assert cached_model("u/pico-GGUF", there[2]), "whatever of its README"
+    with pytest.raises(HubError, match="out of reach"):
+        locate("u/other-GGUF:Q8_0")
+
+
+def test_a_gguf_file_of_the_hub_is_a_model(
+    hub: tuple[Any, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "pico.gguf", kind="Q8_0")
+    server, _ = hub
+    server.repos["u/pico-GGUF"] = {}
+    sha = server.commit("u/pico-GGUF", {"pico-Q8_0.gguf": (tmp_path / "pico.gguf").read_bytes()})
+    assert run("doctor", "u/pico-GGUF:Q8_0", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["model"], found["revision"]) == ("u/pico-GGUF/pico-Q8_0.gguf", sha)
+    assert any("read from pico-Q8_0.gguf (Q8_0, F32)" in note for note in found["notes"])

@@ -24,6 +24,11 @@ _OF_PROBES = {*PROMPT, *ANSWER, *OTHERS, GROUP, ALIASES}
 MOST_UNKNOWN = 100  # names remembered of one row, and of one file
 MAX_NAME = 5_000  # characters of a subject or target
 ProbeText = tuple[str, str | None, str, tuple[str, ...]]  # prompt, answer, group, aliases of the answer
+NO_SUBJECT = (
+    "an entry names no subject: its whole prompt is read as the subject, and edited at its last token",
+    'add "subject": "…", or say which field has it: --read subject=FIELD',
+)
+NO_ANSWER = ("a portability prompt has no answer in the file", "it is not asked")
 _BREAK = re.compile("[\n\r\v\f\x85\u2028\u2029]")
 _CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff]")  # and half characters
 
@@ -31,7 +36,8 @@ _CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff]")  # 
 class Entry:
     """A fact under construction; messages name the fields as the file does.
 
-    ``unknown`` are names of fields that are not used, ``notes`` (what, what happens) is said of what is used all the same.
+    ``unknown`` are names of fields that are not used, ``notes`` (what, what happens) is said of what is used all the same,
+    ``remarks`` are such notes of what a data set has in many entries: each is said once a file.
     """
 
     def __init__(self, part: Part, shape: Shape, where: str, chosen: Chosen) -> None:
@@ -41,6 +47,7 @@ class Entry:
         self.room = 20 * MAX_LINE  # characters of all prompts
         self.unknown: dict[str, None] = {}
         self.notes: list[tuple[str, str]] = []
+        self.remarks: list[tuple[str, str]] = []
         for place, fields in part.objects:
             self._not_used(fields, (KNOWN, shape.fields, *chosen.values()), place)
         for ours in REQUIRED:  # so may the user call them, too
@@ -119,6 +126,9 @@ class Entry:
     def subject(self, prompt: str) -> str:
         """What the fact is about; of several fields that the user named the first that stands in the prompt."""
         names = [n for n in self.names["subject"] if not empty(self.given.get(n))]
+        if names and "subject" not in self.chosen and self.shape.whole_prompt:
+            self.remarks += [NO_SUBJECT] * (self.paths.get(names[0], names[0]) in self.names["prompt"])
+            return self.checked(self.given[names[0]], self.name("subject")).strip()
         if "subject" not in self.chosen or not names:
             return self.text("subject")
         found = [self.checked(self.given[n], f"'{self.paths.get(n, n)}'").strip() for n in names]

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mosectl.errors import FactsError, UsageError
-from mosectl.facts.entries import MOST_UNKNOWN, Entry
+from mosectl.facts.entries import MOST_UNKNOWN, NO_ANSWER, Entry
 from mosectl.facts.messages import MAX_LINE as MAX_LINE
 from mosectl.facts.messages import SAMPLE, bad, kind, nearest, short, unused
 from mosectl.facts.readers import read_rows
@@ -239,7 +239,7 @@ def _facts(row: Any, where: str, seen: _Seen, chosen: Chosen) -> tuple[Shape, li
     for entry, part in zip(entries, parts, strict=True):
         seen.problems += [Problem(entry.where, what, fix, "warning") for what, fix in entry.notes]
         seen.unknown.update(n for n in entry.unknown if n in seen.unknown or len(seen.unknown) < MOST_UNKNOWN)
-        seen.remarks.update(part.remarks if "subject" not in chosen else ())
+        seen.remarks.update((*(part.remarks if "subject" not in chosen else ()), *entry.remarks))
     if shape is not OWN or chosen:
         seen.shapes[f"{shape.name}: {entries[0].origins()}".removesuffix(": ")] += 1
     return shape, facts
@@ -263,6 +263,7 @@ def _fact(entry: Entry, seen: _Seen) -> Fact:
     if len(kept) < len(given):
         entry.notes.append(("a rephrasing repeats the prompt or another rephrasing", "it is not used"))
     locality, portability = (tuple(Probe(*p) for p in entry.probes(f)) for f in ("locality", "portability"))
+    entry.remarks += [NO_ANSWER for p in portability if p.answer is None]
     space = entry.flag("space_before_target")
     _note_line_breaks(entry, (prompt, *kept, *(p.prompt for p in (*locality, *portability))))
     truth = truths[0] if truths else None

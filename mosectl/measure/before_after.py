@@ -26,6 +26,7 @@ from mosectl.patch.record import PatchFact
 from mosectl.storage.checkpoint import open_checkpoint
 from mosectl.storage.gguf_header import is_gguf
 from mosectl.storage.hub import cached_model, looks_like_repo
+from mosectl.storage.hub_gguf import named
 from mosectl.text.shown import word
 
 T = TypeVar("T")
@@ -115,8 +116,11 @@ def _at_hand(patch: Patch, revision: str | None) -> Path:
     commit = revision or patch.revision
     if patch.revision is None and (Path(patch.model).is_dir() or is_gguf(Path(patch.model))):
         return Path(patch.model)
-    if patch.revision and commit and looks_like_repo(patch.model) and (found := cached_model(patch.model, commit)):
-        return found
+    repo, file = named(patch.model)
+    if patch.revision and commit and looks_like_repo(repo):
+        found = cached_model(repo, commit, [file]) if file else cached_model(repo, commit)
+        if found and (found / file).exists():
+            return found / file
     if patch.revision is None:  # the name of a folder may be that of a hub model
         raise UsageError(f"the patch was made for '{patch.model}', not found here", fix="say where by --model")
     what = f"the patch was made for {patch.model} on the Hub, which is not in the cache"

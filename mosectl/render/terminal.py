@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mosectl.editing.methods import method
+from mosectl.facts import groups as named_groups
 from mosectl.patch.record import HOLDS
 from mosectl.render import scores
 from mosectl.render.console import hint, line, size, table, warn
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from mosectl.editing.outcome import FactResult
     from mosectl.editing.plan import Estimate
     from mosectl.editing.second_moments import Moments
-    from mosectl.facts.records import FactsReport
+    from mosectl.facts.records import Fact, FactsReport
     from mosectl.hypernetwork.file import Editor
     from mosectl.linalg.spectrum import Stability
     from mosectl.measure.evaluate import Evaluation
@@ -181,9 +183,17 @@ def check(report: FactsReport, views: Sequence[TokenView] | None) -> None:
     for shape in report.shapes:
         line(shape)
     rephrasings = sum(len(f.rephrase_prompts) for f in report.facts)
-    locality = sum(len(f.locality) for f in report.facts)
     usable = f"{counted(len(report.facts), 'fact')} usable, {report.skipped} not"
-    line(f"{usable}; {counted(rephrasings, 'rephrasing')}, {counted(locality, 'locality prompt')}")
+    told = [counted(rephrasings, "rephrasing"), _probes(report.facts, "locality")]
+    told += [_probes(report.facts, "portability")] * any(f.portability for f in report.facts)
+    line(f"{usable}; {', '.join(told)}")
+
+
+def _probes(facts: Sequence[Fact], metric: str) -> str:
+    """How many prompts facts have for a metric, and how many of them in each group."""
+    groups = Counter(p.group for f in facts for p in getattr(f, metric))
+    named = ", ".join(f"{n:,} {named_groups.shown(group)}" for group, n in groups.items() if group)
+    return counted(groups.total(), f"{metric} prompt") + (f" ({named})" if named else "")
 
 
 def doctor(d: Diagnosis) -> None:

@@ -122,13 +122,28 @@ def locate(model: str | Path, revision: str | None = None, *, weights: bool = Tr
         return gguf.unpacked(file), file.name, None
     if folder_here:
         return path, path.resolve().name or "model", None
-    from mosectl.storage.hub import fetch_model, looks_like_repo
+    from mosectl.storage.hub import looks_like_repo
+    from mosectl.storage.hub_gguf import named
 
-    if here or not looks_like_repo(str(model)):
+    repo, wanted = named(str(model))
+    if here or not looks_like_repo(repo):
         what = "is a file, not a model folder" if here else "no such model folder"
         raise ModelError(what, where=str(model), fix=fix)
-    folder, commit = fetch_model(str(model), revision, weights=weights)
-    return folder, str(model), commit
+    return _fetched(repo, wanted, revision, weights)
+
+
+def _fetched(repo: str, wanted: str, revision: str | None, weights: bool) -> tuple[Path, str, str]:
+    """A hub model as :func:`locate` has it. Where there is nothing else it may be a GGUF file, which is fetched whole."""
+    from mosectl.storage.hub import fetch_model
+    from mosectl.storage.hub_gguf import fetch_gguf
+
+    folder, commit = (Path(), "") if wanted else fetch_model(repo, revision, weights=weights)
+    bare = not (folder / CONFIG).exists() or (weights and not any(folder.glob(f"*{SUFFIX}")))
+    # Some repositories of GGUF files have a config.json besides: their name tells.
+    if (wanted or bare or "gguf" in repo.lower()) and (found := fetch_gguf(repo, wanted, revision)):
+        file, name, commit = found
+        return gguf.unpacked(file), name, commit
+    return folder, repo, commit
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -70,12 +70,16 @@ def fetch_model(repo: str, revision: str | None = None, *, weights: bool = True)
     return folder, folder.name
 
 
-def cached_model(repo: str, revision: str) -> Path | None:
-    """The folder of a hub model in the local cache; None where it is not there. Never asks the Hub."""
+def cached_model(repo: str, revision: str, patterns: Sequence[str] = (*_SMALL, *_WEIGHTS)) -> Path | None:
+    """The folder of a hub model in the local cache; None where it is not there. Never asks the Hub.
+
+    Args:
+        patterns: what has to be there of the repository's files, where the client knows which it has.
+    """
     from huggingface_hub import snapshot_download
 
     with suppress(OSError, ValueError):  # the client's own errors are kinds of these
-        return Path(snapshot_download(repo, revision=revision, local_files_only=True))
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=[*patterns], local_files_only=True))
     return None
 
 

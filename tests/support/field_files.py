@@ -205,8 +205,3 @@ def write(name: str, folder: Path, rows: list[Row] | None = None) -> Path:
         path, text = folder / "facts.json", json.dumps(rows, ensure_ascii=False)
     path.write_text(text, "utf-8")
     return path
-
-
-def reading(name: str) -> list[str]:
-    """What has to be said on the command line for a shape."""
-    return ["--read", "subject=prompt"] if name in WHOLE else []

@@ -38,6 +38,8 @@ def shape_of(row: Row) -> Shape:
 def names_of(shape: Shape, chosen: Chosen) -> dict[str, tuple[str, ...]]:
     """What our fields are called in entries of a shape."""
     names = {**OWN.names, **shape.names, **chosen}
+    if shape.whole_prompt and "subject" not in chosen:
+        names["subject"] = (*names["subject"], *names["prompt"])
     if set(names["target_new"]) & set(names["ground_truth"]):  # the right answers are edited in, as in MEMIT's zsRE
         names["ground_truth"] = chosen.get("ground_truth", ("ground_truth",))
     return names

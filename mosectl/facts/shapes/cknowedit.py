@@ -26,4 +26,5 @@ CKNOWEDIT = Shape(
     (("prompt", "target_old", "target_new"),),
     reads=tuple(_ANSWERS),
     parts=_parts,
+    whole_prompt=True,
 )

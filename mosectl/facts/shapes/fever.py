@@ -25,4 +25,5 @@ FEVER = Shape(
     ("unrel_prompt", "unrel_ans"),
     ("ans",),
     parts=_parts,
+    whole_prompt=True,
 )

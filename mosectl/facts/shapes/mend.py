@@ -32,4 +32,5 @@ MEND = Shape(
     ("output", "alternatives"),
     ("prediction", "logit", "meta"),
     parts=_parts,
+    whole_prompt=True,
 )

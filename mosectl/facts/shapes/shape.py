@@ -52,6 +52,7 @@ class Shape:
     guesses: Collection[str] = ()  # names of old answers that need not be right: where they differ nothing is said
     parts: Callable[[Row, str], Iterator[Part]] = whole  # of an entry and its place
     cases: bool = False  # an entry is a case of several edits, and cases share edits
+    whole_prompt: bool = False  # it names no subject: where an entry does not either, the whole prompt is the subject
 
     def fits(self, row: Row) -> bool:
         """Is an entry of this shape?"""

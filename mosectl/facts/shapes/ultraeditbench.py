@@ -14,4 +14,5 @@ ULTRAEDITBENCH = Shape(
     "https://github.com/XiaojieGu/UltraEdit (data/ultraeditbench.py)",
     (("prompt", "ans"),),
     {"target_new": ("ans",)},
+    whole_prompt=True,
 )

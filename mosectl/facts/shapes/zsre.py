@@ -18,4 +18,5 @@ ZSRE = Shape(
     (("src",),),
     {"prompt": ("src",), "target_new": ("alt", "ans"), "ground_truth": ("answers", "pred")},
     guesses=("pred",),  # what MEND's model said, which need not be an answer
+    whole_prompt=True,  # as UltraEdit has it
 )
