@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mosectl.editing.batches import Batches
+from mosectl.editing.by_subject import companions, sharing
 from mosectl.editing.contexts import Contexts, build_contexts
 from mosectl.editing.edited_layers import EditedLayers, Standing
 from mosectl.editing.ends import ends_asked, going_on, running_on
@@ -42,6 +43,7 @@ class Session:
     def __init__(self, loaded: Loaded, layers: EditedLayers) -> None:
         self.loaded, self.layers, self.options = loaded, layers, layers.options
         self.stopped = ""
+        self.subjects: list[str] = []  # of the facts of the present batch
         self.going_on: Tensor | None = None  # (vocabulary,) bool, tokens that go on with a word, once that is asked
 
     def watch(self, pieces: list[list[int]]) -> None:
@@ -78,9 +80,10 @@ class Session:
         for start in range(len(losses), len(facts), size):
             batch = facts[start : start + size]
             with clock("targets", len(facts) * self.options.rounds, in_parts=True):
-                again = layers.earlier.slipped(self.options.replay_margin)
+                again = self._again(facts, start, start + len(batch))
                 layers.remember(self.options.weight_of_earlier)
             taken = [*range(start, start + len(batch)), *again]
+            self.subjects = [facts[i].subject for i in taken]
             contexts = build_contexts(
                 self.loaded.model, self.loaded.tokenizer, [facts[i] for i in taken], prefixes,
                 [wordings[i] for i in taken], chat=self.options.chat, last=self.options.fact_token == LAST,
@@ -110,6 +113,13 @@ class Session:
                     kept.save(ours, self.state(losses))
         clock.ended("targets")
         return losses
+
+    def _again(self, facts: Sequence[Fact], start: int, end: int) -> list[int]:
+        """Facts before ``start`` that are edited along with those up to ``end``: that have slipped, or share a subject."""
+        again = self.layers.earlier.slipped(self.options.replay_margin)
+        if self.options.replay_margin and self._shared:
+            again += [i for i in companions(facts, start, end) if i not in again]
+        return again
 
     def identity(self, facts: Sequence[Fact]) -> dict[str, str]:
         """What this session's state belongs to: hashes, by name."""
@@ -175,10 +185,19 @@ class Session:
         if needed and layers.published:
             top, site = layers.projections[-1], layers.solver.published.site
             return published_targets(model, layers.arch, top, contexts, options, site, on_step)
-        options = options if needed else replace(options, steps=0)
         placed = layers.projections[-1:] if layers.placement == SPREAD else layers.projections
-        given = (contexts, options, on_step, layers.metric, self.going_on)
-        return optimise_targets(model, layers.arch, placed, *given)
+
+        def search(contexts: Contexts, needed: bool) -> Targets:
+            asked = options if needed else replace(options, steps=0)
+            given = (contexts, asked, on_step, layers.metric, self.going_on)
+            return optimise_targets(model, layers.arch, placed, *given)
+
+        return sharing(self.subjects, contexts, search) if needed and self._shared else search(contexts, needed)
+
+    @property
+    def _shared(self) -> bool:
+        """Facts of one subject share a key."""
+        return self.layers.solver.searches and not self.options.published and self.options.fact_token != LAST
 
     def _ends_asked(self, contexts: Contexts) -> Contexts:
         """The end of the last word is asked of the facts that are answered as they shall be but for that."""
