@@ -32,6 +32,7 @@ from mosectl.model.files import has_chat_template
 from mosectl.model.loading import DTYPES, pick_device, pick_dtype
 from mosectl.model.memory import logit_bytes, token_bytes, work_bytes
 from mosectl.model.positions import Window, window
+from mosectl.model.quantised import refuse_quantised
 from mosectl.model.readiness import Problem, load_tokenizer, reading_problems, weight_problems
 from mosectl.model.tokens import check_tokenizer
 from mosectl.patch.change import SIDES
@@ -97,6 +98,7 @@ def estimate(
     """
     folder, name, _ = locate(model, revision, weights=False)
     config = read_config(folder)
+    refuse_quantised(config, name)
     meta_model = skeleton(config)
     arch = resolve(meta_model)
     device = pick_device(device)
@@ -342,6 +344,7 @@ def diagnose(model: str | Path, revision: str | None = None) -> Diagnosis:
         ModelError: unknown or quantised model, or no safetensors. HubError.
     """
     folder, name, commit = locate(model, revision, weights=False)
+    refuse_quantised(read_config(folder), name)
     checkpoint = _on_disk(model, folder, commit)
     found = {n: (e.dtype, e.shape) for n, e in checkpoint.tensors.items()} if checkpoint else None
     found = found or remote_tensors(str(model), commit or revision)
