@@ -160,4 +160,9 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from mosectl.errors import MosectlError
+
+    try:
+        main()
+    except MosectlError as e:
+        sys.exit(f"error {e}")

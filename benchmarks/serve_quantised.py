@@ -18,7 +18,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,10 +78,6 @@ class Found:
     interview: Any
     text: Any  # TextLoss
 
-    @property
-    def loss(self) -> float:
-        return sum(t.total for t in self.text.texts) / sum(t.weight for t in self.text.texts)
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -105,9 +101,21 @@ def main() -> None:
         out.mkdir(parents=True, exist_ok=True)
         one = out / "one.jsonl"
         one.write_text(json.dumps(dict(zip(("prompt", "subject", "target_new"), args.fact, strict=True))), "utf-8")
-        for facts, name in ((one, "one"), (Path(args.facts), "many")):
-            rows = measure(args.model, facts, out / name, args.quantise, args.device, args.dtype)
-            show(rows) if not args.json else [print(json.dumps(row), flush=True) for row in rows]
+        sets = [prepared(args.model, f, out / name, args) for f, name in ((one, "one"), (Path(args.facts), "many"))]
+        if not args.json:
+            print(HEAD)
+        for found in measure(args.model, sets, args.quantise, args.device, args.dtype):
+            print(json.dumps(found) if args.json else line(found), flush=True)
+
+
+@dataclass(frozen=True)
+class Edit:
+    """Facts, and what was made for them."""
+
+    facts: Sequence[Any]
+    patch: Any
+    adapter: Path
+    merged: Path
 
 
 def usable(kind: str) -> None:
@@ -124,47 +132,58 @@ def usable(kind: str) -> None:
         sys.exit(f"--quantise {kind} needs the packages peft and {package} ({e}): pip install peft {package}")
 
 
-def measure(
-    model: str, facts_file: Path, out: Path, kinds: Sequence[str], device: str, dtype: str
-) -> list[dict[str, Any]]:
-    """Edit, export, ask all of them; ``out`` begins the names of the files."""
-    from mosectl.checkpoints.live import patched
+def prepared(model: str, facts: Path, out: Path, args: argparse.Namespace) -> Edit:
+    """Patch, adapter and edited checkpoint, unless they are there; ``out`` begins the names of the files."""
+    from mosectl.checkpoints.export import export
     from mosectl.facts.records import as_facts
-    from mosectl.model.loading import DTYPES, load
     from mosectl.patch.file import Patch
 
-    facts = as_facts(facts_file, "ask about")
     patch, adapter, merged = (out.with_name(f"{out.name}{end}") for end in (".safetensors", "-lora", "-merged"))
-    where = ("--device", device, "--dtype", dtype)
-    made(patch, "edit", facts_file, "--model", model, "-o", patch, *where)
-    made(adapter, "export", patch, "--model", model, "--to", "lora", "-o", adapter)
-    made(merged, "export", patch, "--model", model, "--to", "merged", "-o", merged)
+    where = ("--device", args.device, "--dtype", args.dtype)
+    made(patch, "edit", facts, "--model", model, "-o", patch, *where)
+    loaded = Patch.load(patch)
+    for folder, form in ((adapter, "lora"), (merged, "merged")):
+        if not folder.exists():
+            export([loaded], model, folder, form)
+    return Edit(as_facts(facts, "ask about"), loaded, adapter, merged)
+
+
+def measure(
+    model: str, sets: Sequence[Edit], kinds: Sequence[str], device: str, dtype: str
+) -> Iterator[dict[str, Any]]:
+    """A row a model and set of facts, as soon as it is there."""
+    from mosectl.checkpoints.live import patched
+    from mosectl.model.loading import DTYPES, load
+
     loaded = load(model, device=device, dtype=dtype)
     tokenizer, folder = loaded.tokenizer, loaded.checkpoint.folder  # type: ignore[union-attr]
-    full = asked(loaded.model, tokenizer, facts)
-    with patched(loaded.model, Patch.load(patch)):
-        edited = asked(loaded.model, tokenizer, facts, full)
+    text = loss(loaded.model, tokenizer)
+    for edit in sets:
+        full = asked(loaded.model, tokenizer, edit, text)
+        yield row("full", "no edit", edit, full, full)
+        with patched(loaded.model, edit.patch):
+            yield row("full", "with the patch", edit, asked(loaded.model, tokenizer, edit, like=text), full)
     del loaded
-    rows = [row("full", "no edit", facts, full, full), row("full", "with the patch", facts, edited, full)]
     for kind in kinds:
-        config = KINDS[kind][1]
 
-        def quantised(at: Path, config: Callable[[Any], Any] = config) -> Any:
+        def quantised(at: Path, config: Callable[[Any], Any] = KINDS[kind][1]) -> Any:
             return load_quantised(at, config(DTYPES[dtype]), device, DTYPES[dtype])
 
-        if (rounded := quantised(folder)) is None:
-            continue
-        plain = asked(rounded, tokenizer, facts, full)
-        served = asked(with_adapter(rounded, adapter), tokenizer, facts, full)
-        del rounded
-        gc.collect()
-        later = asked(quantised(merged), tokenizer, facts, full)
-        rows += [
-            row(kind, "no edit", facts, plain, plain),
-            row(kind, "with the adapter", facts, served, plain),
-            row(kind, "edited, then quantised", facts, later, plain),
-        ]
-    return rows
+        here = None
+        for edit in sets:
+            if (rounded := quantised(folder)) is None:
+                break
+            # The adapter first: bitsandbytes 0.50 packs weights when a CPU first uses them, which loading one then spoils.
+            model_with = with_adapter(rounded, edit.adapter)
+            with model_with.disable_adapter():
+                here = here or loss(rounded, tokenizer, text)
+                plain = asked(rounded, tokenizer, edit, here)
+            yield row(kind, "no edit", edit, plain, plain)
+            yield row(kind, "with the adapter", edit, asked(rounded, tokenizer, edit, like=text), plain)
+            del rounded, model_with
+            gc.collect()
+            if (later := quantised(edit.merged)) is not None:
+                yield row(kind, "edited, then quantised", edit, asked(later, tokenizer, edit, like=text), plain)
 
 
 def made(path: Path, *words: object) -> None:
@@ -193,54 +212,60 @@ def load_quantised(folder: Path, config: Any, device: str, dtype: Any) -> Any:
 
 
 def with_adapter(model: Any, adapter: Path) -> Any:
-    """The model with the LoRA beside its weights, not merged into them."""
+    """PEFT's wrapper; it puts the LoRA into ``model``, beside its weights."""
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(model, str(adapter)).eval().get_base_model()
+    return PeftModel.from_pretrained(model, str(adapter)).eval()
 
 
-def asked(model: Any, tokenizer: Any, facts: Sequence[Any], like: Found | None = None) -> Found:
-    """What it says about the facts, and its loss on the text (that which ``like`` read)."""
+def loss(model: Any, tokenizer: Any, like: Any = None) -> Any:
+    """TextLoss of the embedded corpus, or of the part of it that ``like`` read."""
     from mosectl.facts.corpus import read_corpus
-    from mosectl.measure.answers import interview
     from mosectl.measure.perplexity import text_loss
 
-    text = text_loss(model, tokenizer, read_corpus(None).texts, like=like.text if like else None)
-    return Found(interview(model, tokenizer, facts), text)
+    return text_loss(model, tokenizer, read_corpus(None).texts, like=like)
 
 
-def row(base: str, what: str, facts: Sequence[Any], found: Found, before: Found) -> dict[str, Any]:
+def asked(model: Any, tokenizer: Any, edit: Edit, text: Any = None, like: Any = None) -> Found:
+    """What it says about the facts; its loss on the text is taken unless it is given."""
+    from mosectl.measure.answers import interview
+
+    return Found(interview(model, tokenizer, edit.facts), text or loss(model, tokenizer, like))
+
+
+def row(base: str, what: str, edit: Edit, found: Found, before: Found) -> dict[str, Any]:
     from mosectl.measure.qa import judge_fact
 
     said, old = found.interview, before.interview
-    judged = [
-        judge_fact(f, answer.text, rephrased, local, was)
-        for f, answer, rephrased, local, was in zip(
-            facts, said.answers, said.rephrased, said.local, old.local, strict=True
-        )
-    ]
+    heard = zip(edit.facts, said.answers, said.rephrased, said.local, old.local, strict=True)
+    judged = [judge_fact(f, answer.text, rephrased, local, was) for f, answer, rephrased, local, was in heard]
 
     def total(metric: str) -> list[int]:
         return [int(sum(t[metric].total for t in judged)), int(sum(t[metric].weight for t in judged))]
 
     return {
-        "facts": len(facts), "base": base, "what": what, "said": total("reliability"),
-        "rephrased": total("generalization"), "kept": total("locality"), "text": round(found.loss, 3),
+        "facts": len(edit.facts), "base": base, "what": what, "said": total("reliability"),
+        "rephrased": total("generalization"), "kept": total("locality") if found is not before else [0, 0],
+        "text": round(sum(t.total for t in found.text.texts) / sum(t.weight for t in found.text.texts), 3),
     }  # fmt: skip
 
 
-def show(rows: Sequence[dict[str, Any]]) -> None:
-    """A table in Markdown."""
+def line(found: dict[str, Any]) -> str:
+    """A row of a table in Markdown."""
 
     def of(pair: Sequence[int]) -> str:
         return f"{pair[0]} of {pair[1]}" if pair[1] else "–"
 
-    print(f"\n| {rows[0]['facts']} facts: model | | said | rephrasings | kept | text |\n|---|---|--:|--:|--:|--:|")
-    for r in rows:
-        kept = of(r["kept"]) if r["what"] != "no edit" else "–"
-        print(f"| {r['base']} | {r['what']} | {of(r['said'])} | {of(r['rephrased'])} | {kept} | {r['text']:.3f} |")
-    sys.stdout.flush()
+    counts = " | ".join(of(found[name]) for name in ("said", "rephrased", "kept"))
+    return f"| {found['facts']} | {found['base']} | {found['what']} | {counts} | {found['text']:.3f} |"
 
+
+HEAD = "| facts | model | | said | rephrasings | kept | text |\n|--:|---|---|--:|--:|--:|--:|"
 
 if __name__ == "__main__":
-    main()
+    from mosectl.errors import MosectlError
+
+    try:
+        main()
+    except MosectlError as e:
+        sys.exit(f"error {e}")

@@ -61,13 +61,13 @@ def test_llama_cpp_is_skipped_with_a_reason() -> None:
 def test_the_size_of_an_edit_as_a_lora(tmp_path: Path) -> None:
     pytest.importorskip("peft", reason="peft is not installed: pip install -e '.[dev]'")
     assert "give --model" in json.loads(run("lora_size.py"))["skipped"]
-    turned = small(patch_for(DEMO, (1, 2)), 3, 0)
+    turned = small(patch_for(DEMO, (1, 2)), 4, 0)
     turned.save(tmp_path / "1.safetensors")  # made already: no edit is needed
     asked = ("--model", DEMO, "--facts", ROOT / "examples" / "facts.jsonl", "--counts", 1, "--cut", 1, "-o", tmp_path)
     exact, half, cut = (
         line.split(" | ") for line in run("lora_size.py", *asked).splitlines() if line.startswith("| 1")
     )
-    assert exact[2:5] == ["2", "6", "rank 8, float32"] and exact[6] == half[6] == "–"
+    assert exact[2:5] == ["2", "8", "rank 8, float32"] and exact[6] == half[6] == "–"
     assert float(half[5]) == pytest.approx(float(exact[5]) / 2, abs=0.01)
     apart = [float(row[-1].strip(" |")) for row in (exact, half, cut)]
     assert apart[0] < 1e-4 < apart[1] < apart[2] and cut[4] == "rank 1, float32" and cut[6].endswith("%")
