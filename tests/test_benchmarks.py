@@ -7,11 +7,13 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from mosectl.facts.records import as_facts
-from support.paths import ROOT
+from support.patches import patch_for, small
+from support.paths import DEMO, ROOT
 
 
 def run(script: str, *args: object) -> str:
@@ -54,6 +56,31 @@ def test_the_solve_against_the_dense_form() -> None:
 
 def test_llama_cpp_is_skipped_with_a_reason() -> None:
     assert "llama-cpp-python" in (said := run("serve_gguf.py")) or "give --gguf" in said
+
+
+def test_the_size_of_an_edit_as_a_lora(tmp_path: Path) -> None:
+    pytest.importorskip("peft", reason="peft is not installed: pip install -e '.[dev]'")
+    assert "give --model" in json.loads(run("lora_size.py"))["skipped"]
+    turned = small(patch_for(DEMO, (1, 2)), 4, 0)
+    turned.save(tmp_path / "1.safetensors")  # made already: no edit is needed
+    asked = ("--model", DEMO, "--facts", ROOT / "examples" / "facts.jsonl", "--counts", 1, "--cut", 1, "-o", tmp_path)
+    exact, half, cut = (
+        line.split(" | ") for line in run("lora_size.py", *asked).splitlines() if line.startswith("| 1")
+    )
+    assert exact[2:5] == ["2", "8", "rank 8, float32"] and exact[6] == half[6] == "–"
+    assert float(half[5]) == pytest.approx(float(exact[5]) / 2, abs=0.01)
+    apart = [float(row[-1].strip(" |")) for row in (exact, half, cut)]
+    assert apart[0] < 1e-4 < apart[1] < apart[2] and cut[4] == "rank 1, float32" and cut[6].endswith("%")
+
+
+def test_quantised_serving_says_what_it_needs() -> None:
+    assert "give --model" in json.loads(run("serve_quantised.py"))["skipped"]
+    if importlib.util.find_spec("bitsandbytes"):
+        pytest.skip("bitsandbytes is installed")
+    with pytest.raises(
+        AssertionError, match=r"--quantise nf4 needs the packages peft and bitsandbytes .*: pip install"
+    ):
+        run("serve_quantised.py", "--model", DEMO, "--quantise", "nf4")
 
 
 def test_questions_in_a_chat() -> None:

@@ -83,6 +83,12 @@ def classifier(tensors: Tensors) -> Tensors:
     return {**{n: w for n, w in tensors.items() if n != "lm_head.weight"}, "score.weight": torch.zeros(2, 32)}
 
 
+def packed(tensors: Tensors) -> Tensors:
+    """As bitsandbytes writes them: two weights a byte, in one column, their scales beside them."""
+    small = {n: torch.zeros(w.numel() // 2, 1, dtype=torch.uint8) for n, w in tensors.items() if "_proj" in n}
+    return {**tensors, **small, **{f"{n}.absmax": torch.ones(len(w) // 32) for n, w in small.items()}}
+
+
 def only_an_adapter(folder: Path) -> None:
     for file in folder.iterdir():
         file.unlink()
@@ -91,6 +97,7 @@ def only_an_adapter(folder: Path) -> None:
 
 
 ADAPTER = json.dumps({"peft_type": "LORA", "base_model_name_or_path": "me/base"})
+NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 TIED = {"tie_word_embeddings": True}
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 GENERATION = "generation_config.json"
@@ -123,6 +130,12 @@ BAD: dict[str, Case] = {
     "no tokenizer, where an empty one is made": (
         without(*TOKENIZER), {"model_type": "gpt2"}, "its tokenizer cannot be loaded: there is none", False),
     "a damaged tokenizer": (text("tokenizer.json", '{"model": 1}'), {}, "its tokenizer cannot be loaded", False),
+    "bitsandbytes": (both(weights(packed), config(quantization_config=NF4)), {}, "quantised (bitsandbytes, 4 bits)", True),
+    "GPTQ": (
+        both(weights(lambda t: {n.replace("_proj.weight", "_proj.qweight"): w for n, w in t.items()}),
+             config(quantization_config={"quant_method": "gptq", "bits": 4})), {}, "quantised (gptq, 4 bits)", True),
+    "quantised to weights of the same shape": (
+        config(quantization_config={"quant_method": "fp8"}), {}, "its weights are quantised (fp8)", True),
     "LFS weights": (text("model.safetensors", POINTER), {}, "Git LFS pointers, not the files themselves: model.safe", True),
     "LFS tokenizer": (text("tokenizer.json", POINTER), {}, "Git LFS pointers, not the files themselves: tokenizer", True),
     "LFS config": (text("config.json", POINTER), {}, "Git LFS pointers, not the files themselves: config.json", True),

@@ -13,6 +13,7 @@ from mosectl.checkpoints.journal import Applied, Journal, read_journal
 from mosectl.errors import BaseMismatch, ModelError, PatchError
 from mosectl.model.architecture import Architecture, disk_names, resolve, skeleton
 from mosectl.model.edit_site import Projection
+from mosectl.model.quantised import refuse_quantised
 from mosectl.patch.file import Patch
 from mosectl.patch.fingerprint import match, sha256
 from mosectl.patch.record import BaseTensor
@@ -27,8 +28,10 @@ def layout(
     Args:
         meta_model: its skeleton, where there is one.
     Raises:
-        ModelError: config.json claims more than the weight files hold or another shape, or the model is not supported.
+        ModelError: config.json claims more than the weight files hold or another shape, or the model is not supported;
+        quantised weights among that.
     """
+    refuse_quantised(checkpoint.config, str(checkpoint.folder))
     arch = resolve(meta_model if meta_model is not None else skeleton(checkpoint.config, len(checkpoint.tensors)))
     names = disk_names(arch, checkpoint.tensors)
     for p in arch.projections:

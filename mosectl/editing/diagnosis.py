@@ -11,6 +11,7 @@ from mosectl.errors import ModelError
 from mosectl.model.architecture import Architecture, disk_names, resolve, skeleton
 from mosectl.model.loading import DTYPES
 from mosectl.model.positions import Window, window
+from mosectl.model.quantised import refuse_quantised
 from mosectl.model.readiness import Problem, load_tokenizer, reading_problems, weight_problems
 from mosectl.model.tokens import check_tokenizer
 from mosectl.storage.checkpoint import Checkpoint, index_tensors, locate, open_checkpoint, read_config, twins
@@ -39,6 +40,7 @@ def diagnose(model: str | Path, revision: str | None = None) -> Diagnosis:
         ModelError: unknown or quantised model, or no safetensors. HubError.
     """
     folder, name, commit = locate(model, revision, weights=False)
+    refuse_quantised(read_config(folder), name)
     checkpoint = _on_disk(model, folder, commit)
     found = {n: (e.dtype, e.shape) for n, e in checkpoint.tensors.items()} if checkpoint else None
     found = found or remote_tensors(str(model), commit or revision)

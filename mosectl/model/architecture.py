@@ -16,6 +16,7 @@ from mosectl.errors import ModelError, UsageError
 from mosectl.model.claims import at_most, check_counts
 from mosectl.model.edit_site import Dense, DiskNames, Projection
 from mosectl.model.moe import SHARED, Mixture
+from mosectl.model.quantised import refuse_quantised
 
 # model_type -> (path of the projection inside a layer, path of a norm after the FFN)
 _DOWN = ("mlp.down_proj", None)
@@ -80,7 +81,7 @@ def resolve(model: nn.Module) -> Architecture:
     except ValueError as e:  # several language models in one, as in musicgen
         raise ModelError("several text models in one", where=str(config.model_type), fix=_SUPPORTED) from e  # type: ignore[union-attr]
     model_type = str(text.model_type)  # type: ignore[union-attr]
-    _refuse_quantised(model, model_type)
+    refuse_quantised(config, model_type)
     path, layers = _decoder_layers(model, model_type)
     # Every layer first: a model whose lower layers are dense is refused for its experts, not for their shape.
     for i, layer in enumerate(layers):
@@ -106,14 +107,6 @@ def resolve(model: nn.Module) -> Architecture:
         post_norm=entry[1] if entry else (norms[0] if norms else None),
         tied_embeddings=model.get_output_embeddings().weight is embedding,  # type: ignore[operator]
     )
-
-
-def _refuse_quantised(model: nn.Module, model_type: str) -> None:
-    if quantised := getattr(model.config, "quantization_config", None):
-        how = quantised.get("quant_method") if isinstance(quantised, Mapping) else type(quantised).__name__
-        raise ModelError(
-            f"quantised weights ({how}) cannot be turned", where=model_type, fix="give the unquantised checkpoint"
-        )
 
 
 def _decoder_layers(model: nn.Module, model_type: str) -> tuple[str, nn.ModuleList]:

@@ -18,6 +18,7 @@ from mosectl.errors import ModelError
 from mosectl.model.architecture import skeleton
 from mosectl.model.files import check_model_files
 from mosectl.model.positions import window
+from mosectl.model.quantised import FIX, quantised
 from mosectl.storage.checkpoint import DTYPES, Checkpoint, read_config
 from mosectl.storage.inputs import read_json
 from mosectl.storage.quiet import quiet
@@ -85,7 +86,10 @@ def weight_problems(meta_model: nn.Module, folder: Path, tensors: Shapes) -> lis
     if (folder / "adapter_config.json").exists():  # transformers would put it on without a word
         fix = "merge it into the model first, or remove adapter_config.json"
         return [Problem("an adapter lies in the folder beside the model (adapter_config.json)", fix)]
-    architectures = [str(a) for a in read_config(folder).get("architectures") or ()]
+    config = read_config(folder)
+    if how := quantised(config):  # transformers would want the package that it was made with to say what fits
+        return [Problem(f"its weights are quantised ({how})", FIX)]
+    architectures = [str(a) for a in config.get("architectures") or ()]
     named = next((a for a in architectures if _OTHER_HEAD.search(a)), "")
     if named or (other := next((n for n in _HEADS if n in tensors), "")):
         what = f"it is no language model: it has another head ({named or other})"
