@@ -40,11 +40,12 @@ def diagnose(model: str | Path, revision: str | None = None) -> Diagnosis:
         ModelError: unknown or quantised model, or no safetensors. HubError.
     """
     folder, name, commit = locate(model, revision, weights=False)
-    refuse_quantised(read_config(folder), name)
     checkpoint = _on_disk(model, folder, commit)
     found = {n: (e.dtype, e.shape) for n, e in checkpoint.tensors.items()} if checkpoint else None
     found = found or remote_tensors(str(model), commit or revision)
-    meta_model = skeleton(read_config(folder), len(found))
+    config = read_config(folder)
+    refuse_quantised(config, name)
+    meta_model = skeleton(config, len(found))
     arch = resolve(meta_model)
     on_disk = disk_names(arch, found)
     edited = {p.name: [(n, *found[n]) for n in on_disk[p.name]] for p in arch.projections}
