@@ -114,8 +114,12 @@ def of_patch(shares: Sequence[Mapping[str, Any]], scores: Mapping[str, Any]) -> 
         else:
             about = MEANINGS.get(s["metric"], "")
             yield s["metric"], percent(s["strict"]), percent(s["qa"]), str(s["asked"]), about
-            known = isinstance(unseen, float) and isinstance(asked, int)
-            if s["metric"] == "generalization" and known and asked < s["asked"]:
+            if (
+                s["metric"] == "generalization"
+                and isinstance(unseen, float)
+                and isinstance(asked, int)
+                and asked < s["asked"]
+            ):
                 yield _unseen(unseen, asked)
 
 
