@@ -168,7 +168,7 @@ def test_a_page_is_whole_and_readable(kind: str, look: str, show: Show, pages: d
     assert not found.errors and len(found.fetched) == 1, "it complains of nothing and fetches nothing"
 
 
-@pytest.mark.parametrize(("look", "most"), [("narrow half", 220), ("tablet", 100), ("light", 100)])
+@pytest.mark.parametrize(("look", "most"), [("narrow half", 240), ("tablet", 100), ("light", 100)])
 @pytest.mark.parametrize("kind", ["report", "eval"])
 def test_no_row_is_tall(kind: str, look: str, most: int, show: Show, pages: dict[str, str]) -> None:
     page = show(pages[kind], look).page
