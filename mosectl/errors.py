@@ -14,7 +14,10 @@ EXIT_CODES = {
     5: ("patch", "the patch file is damaged or invalid"),
     6: ("wrong base", "the patch was made for another base model"),
     7: ("output", "the output exists, cannot be written, or the disk is full"),
-    8: ("nothing changed, or harm refused", "the edit changed nothing, diverged or reached no target"),
+    8: (
+        "nothing changed, or harm refused",
+        "the edit changed nothing, diverged, or its first batch would have harmed the model",
+    ),
     9: ("Hub", "the Hugging Face Hub cannot be reached or refuses"),
     10: ("below --fail-under", "a number is below its --fail-under"),
     11: ("stopped early", "the guard ended an edit; its patch holds the facts before"),
@@ -75,7 +78,7 @@ class OutputError(MosectlError):
 
 
 class EditFailed(MosectlError):
-    """The edit changed nothing, diverged or reached no target."""
+    """The edit changed nothing, diverged, or its first batch would have harmed the model."""
 
     exit_code = 8
 

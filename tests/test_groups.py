@@ -141,6 +141,8 @@ def test_own_probes() -> None:
     assert own_probes([plain], True) == ((),) and own_probes([replace(plain, subject="中国")], False) == ((),)
     many = own_probes([replace(plain, subject=f"A{i}") for i in range(200)], False)
     assert sum(map(bool, many)) == MOST_FACTS and many[0] and many[100]
+    same = own_probes([plain, replace(plain, subject="AVA", prompt="AVA sees"), replace(plain, subject="Ben")], False)
+    assert [bool(p) for p in same] == [True, False, True], "a subject is asked about once"
     assert spread([1, 2, 3], 5) == [1, 2, 3] and spread(range(10), 5) == [0, 2, 4, 6, 8]
 
 
@@ -220,7 +222,7 @@ def test_an_evaluation_by_group(tmp_path: Path, capsys: pytest.CaptureFixture[st
     ]  # fmt: skip
     assert not any("mosectl's own" in n for n in found["notes"]), found["notes"]
     text = page.read_text()
-    assert "same subject" in text and "Next token" in text and "qa · neighbours" in text
+    assert "same subject" in text and "Next token" in text and "locality · neighbours" in text
     assert run(*world.cli("--protocol", "qa")) == 0
     shown = capsys.readouterr().out
     assert "qa\t  same subject\t" in shown and "ordinary text\t" in shown and "KL, nats" in shown

@@ -20,6 +20,7 @@ from mosectl.errors import UsageError
 from mosectl.facts.records import Fact, as_facts
 from mosectl.model.scoring import Rows, log_probabilities
 from mosectl.model.tokens import encode
+from mosectl.render import terminal
 from support.facts import CORPUS, FACTS, few
 from support.models import LOOP, make_tokenizer, pico, save
 
@@ -169,3 +170,20 @@ def test_the_plan_counts_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert targets(1) > targets(0)
     (model / "chat_template.json").write_text("[")
     assert targets(1) == targets(0)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "said"),
+    [
+        (["Ava is"], "in sentences (--set"),
+        (["Ava is", "Who?"], "in sentences (1 of 2; the rest are questions) (--set"),
+        (["Who?"], ""),
+    ],
+)
+def test_the_reply_is_told_where_there_was_one(
+    prompts: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    terminal.replies({"replies": 1}, prompts)
+    terminal.replies({}, prompts)
+    out = "".join(capsys.readouterr())
+    assert said in " ".join(out.split()) and out.count("edited in a chat") == bool(said)

@@ -82,13 +82,7 @@ class Session:
             with clock("targets", len(facts) * self.options.rounds, in_parts=True):
                 again = self._again(facts, start, start + len(batch))
                 layers.remember(self.options.weight_of_earlier)
-            taken = [*range(start, start + len(batch)), *again]
-            self.subjects = [facts[i].subject for i in taken]
-            contexts = build_contexts(
-                self.loaded.model, self.loaded.tokenizer, [facts[i] for i in taken], prefixes,
-                [wordings[i] for i in taken], chat=self.options.chat, last=self.options.fact_token == LAST,
-                replies=bool(self.options.replies),
-            ).above(self.loaded.model, layers.arch, layers.projections[0].layer)  # fmt: skip
+            contexts = self._contexts([*range(start, start + len(batch)), *again], facts, prefixes, wordings)
             before = layers.standing()
             done = self._batch(contexts, clock, start, len(batch), len(facts))
             with clock("guard"):
@@ -113,6 +107,17 @@ class Session:
                     kept.save(ours, self.state(losses))
         clock.ended("targets")
         return losses
+
+    def _contexts(
+        self, taken: Sequence[int], facts: Sequence[Fact], prefixes: Sequence[str], wordings: Sequence[Sequence[str]]
+    ) -> Contexts:
+        """The rows of a batch: facts of these numbers."""
+        layers, loaded, options = self.layers, self.loaded, self.options
+        self.subjects = [facts[i].subject for i in taken]
+        return build_contexts(
+            loaded.model, loaded.tokenizer, [facts[i] for i in taken], prefixes, [wordings[i] for i in taken],
+            chat=options.chat, last=options.fact_token == LAST, replies=bool(options.replies),
+        ).above(loaded.model, layers.arch, layers.projections[0].layer)  # fmt: skip
 
     def _again(self, facts: Sequence[Fact], start: int, end: int) -> list[int]:
         """Facts before ``start`` that are edited along with those up to ``end``: that have slipped, or share a subject."""

@@ -28,14 +28,17 @@ def spread(items: Sequence[T], most: int) -> list[T]:
 
 
 def own_probes(facts: Sequence[Fact], chat: bool) -> Probes:
-    """Same-subject prompts for facts whose file names no such group; none in a chat, in scripts without spaces, nor
-    where the whole prompt is the subject.
+    """Same-subject prompts for facts whose file names no such group, for the first about each subject; none in a chat, in
+    scripts without spaces, nor where the whole prompt is the subject.
     """
     none: Probes = ((),) * len(facts)
     if chat or any(p.group == SAME_SUBJECT for f in facts for p in f.locality):
         return none
-    about = [i for i, f in enumerate(facts) if gap(f.subject, "is") and f.subject != f.prompt]
-    asked = set(spread(about, MOST_FACTS))
+    first: dict[str, int] = {}  # of the facts about a subject: a prompt is asked once
+    for i, f in enumerate(facts):
+        if gap(f.subject, "is") and f.subject != f.prompt:
+            first.setdefault(f.subject.casefold(), i)
+    asked = {*spread([*first.values()], MOST_FACTS)}
     return tuple(_of(f) if i in asked else () for i, f in enumerate(facts))
 
 

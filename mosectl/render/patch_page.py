@@ -27,11 +27,16 @@ if TYPE_CHECKING:
 FACTS = ("~prompt", "new object", "before", "right after", "after", ">P(new) before", ">P(new) after")
 OVERVIEW = (
     "file", "!patch", "!method", "model", "!layers", ">facts", ">held right after", ">held at the end",
-    ">same subject kept (QA)", ">own probes kept (QA)", ">largest σ drift", ">size, {}",
-    "!file's date",
+    ">rephrasings (QA)", ">locality kept (QA)", ">same subject kept (QA)", ">own probes kept (QA)", ">largest σ drift",
+    ">size, {}", "!file's date",
+)  # fmt: skip
+SHARES = (  # of the overview: metric, group, whether the prompts are mosectl's own
+    ("generalization", "", False), ("locality", "", False),
+    ("locality", SAME_SUBJECT, False), ("locality", SAME_SUBJECT, True),
 )  # fmt: skip
 OVERVIEW_ABOUT = (
-    "Held: greedy answers to the bare prompt, as the patches record them. Same subject: what the facts file asks about the "
+    "Held: greedy answers to the bare prompt, as the patches record them. Rephrasings: answered with the new object; "
+    "locality: prompts of the facts file that shall stay as they were. Same subject: what it asks about the "
     "subjects otherwise; own probes: what mosectl asks about them where the file does not. QA: the share as QA compares, "
     "the more lenient of the two in a patch's own section."
 )
@@ -50,7 +55,7 @@ def _overview(file: str, written: str, i: Inspection, size: str) -> tuple[str, .
     drifts = [s["spectrum_drift"] for s in p.metrics.get("stability", ()) if "spectrum_drift" in s]
     return (
         short(file, p), p.id[:12], p.method, p.model, layers(p), f"{len(p.facts):,}", f"{sum(then):,}" if then else "–",
-        f"{sum(f.status in HOLDS for f in p.facts):,}", *(_same_subject(p, own) for own in (False, True)),
+        f"{sum(f.status in HOLDS for f in p.facts):,}", *(_share(p, *which) for which in SHARES),
         f"{max(drifts):.1e}" if drifts else "–", size, written.split(" ")[0],
     )  # fmt: skip
 
@@ -70,8 +75,8 @@ def layers(p: Patch) -> str:
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
-def _same_subject(p: Patch, own: bool) -> str:
-    wanted = ("locality", SAME_SUBJECT, own)
+def _share(p: Patch, *wanted: str | bool) -> str:
+    """What a patch has recorded of a metric and group, as QA compares."""
     found = [s["qa"] for s in p.metrics.get("shares", ()) if (s["metric"], s["group"], s["own"]) == wanted]
     return scores.percent(found[0]) if found else "–"
 

@@ -66,7 +66,7 @@ def edit(result: EditResult, path: Path | None, model: str, missed: Path | None 
     stability("Stability of the changed W against W, float32", result.stability)
     line("time: " + ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in result.seconds.items()))
     own_wordings(result.facts)
-    replies(result.patch.options)
+    replies(result.patch.options, [f.fact.prompt for f in result.facts])
     _kept(result.facts)
     if unreached := sum(r.status in ("not reached", "not finite") for r in result.facts):
         edited = sum(r.status != "not edited" for r in result.facts)
@@ -127,10 +127,11 @@ def own_wordings(facts: Sequence[FactResult] | Sequence[PatchFact]) -> None:
         hint(f"edited with the prompts: {own} wordings of the model's own (--json lists them; --set wordings=0: none)")
 
 
-def replies(options: Mapping[str, Any]) -> None:
-    """That facts were edited in a chat along with the text."""
-    if options.get("replies"):
-        hint("edited in a chat, too, as replies in sentences (--set replies=0: in text alone)")
+def replies(options: Mapping[str, Any], prompts: Sequence[str]) -> None:
+    """That facts were edited in a chat along with the text: those whose prompts are no questions (contexts.py)."""
+    if options.get("replies") and (said := sum("?" not in p for p in prompts)):
+        which = "" if said == len(prompts) else f" ({said} of {len(prompts)}; the rest are questions)"
+        hint(f"edited in a chat, too, as replies in sentences{which} (--set replies=0: in text alone)")
 
 
 def stability(title: str, drifts: Sequence[Stability]) -> None:
