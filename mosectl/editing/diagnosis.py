@@ -124,7 +124,6 @@ def reader(model: str | Path, revision: str | None = None) -> tuple[Any, Window]
         ModelError: there is no tokenizer that can be loaded, or no such model. HubError.
     """
     folder, _, _ = locate(model, revision, weights=False)
-    meta_model = skeleton(
-        read_config(folder)
-    )  # first: transformers reads the config for a tokenizer too, whatever it claims
+    # First: transformers reads the config for a tokenizer too, whatever it claims.
+    meta_model = skeleton(read_config(folder))
     return load_tokenizer(folder), window(meta_model)

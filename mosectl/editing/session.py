@@ -82,7 +82,9 @@ class Session:
             with clock("targets", len(facts) * self.options.rounds, in_parts=True):
                 again = self._again(facts, start, start + len(batch))
                 layers.remember(self.options.weight_of_earlier)
-            contexts = self._contexts([*range(start, start + len(batch)), *again], facts, prefixes, wordings)
+            taken = [*range(start, start + len(batch)), *again]
+            self.subjects = [facts[i].subject for i in taken]
+            contexts = self._contexts(taken, facts, prefixes, wordings)
             before = layers.standing()
             done = self._batch(contexts, clock, start, len(batch), len(facts))
             with clock("guard"):
@@ -113,7 +115,6 @@ class Session:
     ) -> Contexts:
         """The rows of a batch: facts of these numbers."""
         layers, loaded, options = self.layers, self.loaded, self.options
-        self.subjects = [facts[i].subject for i in taken]
         return build_contexts(
             loaded.model, loaded.tokenizer, [facts[i] for i in taken], prefixes, [wordings[i] for i in taken],
             chat=options.chat, last=options.fact_token == LAST, replies=bool(options.replies),

@@ -22,15 +22,7 @@ from torch import Tensor, nn
 from mosectl.errors import EditFailed, UsageError
 from mosectl.facts.corpus import Corpus
 from mosectl.facts.records import Fact
-from mosectl.hypernetwork.beforehand import (
-    AGAIN,
-    RECORD,
-    STATE,
-    TrainOptions,
-    belongs,
-    check_belongs,
-    prepared,
-)
+from mosectl.hypernetwork.beforehand import AGAIN, RECORD, STATE, TrainOptions, belongs, check_belongs, prepared
 from mosectl.hypernetwork.file import Editor, base_of
 from mosectl.hypernetwork.network import Hypernet, keys_and_gradients, nll, shifted
 from mosectl.model import distributed

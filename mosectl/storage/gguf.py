@@ -25,7 +25,7 @@ from mosectl.errors import ModelError, Notice, OutputError
 from mosectl.storage.atomic import ours, output_errors, write_bytes
 from mosectl.storage.cache import FIX, cache_dir
 from mosectl.storage.folders import new_folder
-from mosectl.storage.gguf_header import Header, is_gguf, read_header
+from mosectl.storage.gguf_header import SUFFIX, Header, is_gguf, read_header
 from mosectl.storage.inputs import read_json
 from mosectl.storage.places import check_room
 from mosectl.storage.quiet import quiet
@@ -69,7 +69,7 @@ def chosen(model: str | Path) -> Path | None:
     path = Path(model)
     if not path.is_dir():
         return path if is_gguf(path) else None
-    files = sorted(p for p in path.iterdir() if p.suffix.lower() == ".gguf" and p.is_file())
+    files = sorted(p for p in path.iterdir() if p.suffix.lower() == SUFFIX and p.is_file())
     if not files or any(path.glob("*.safetensors")) or any(path.glob("*.bin")):
         return None
     if len(files) > 1:

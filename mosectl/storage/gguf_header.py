@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 from mosectl.errors import ModelError, UsageError
 from mosectl.storage.inputs import opened
 
-MAGIC = b"GGUF"
+MAGIC, SUFFIX = b"GGUF", ".gguf"
 MAX_FIELDS, MAX_TENSORS, MAX_DIMS = 100_000, 1_000_000, 4
 MAX_TEXT = 10_000_000  # bytes of one string of the metadata; chat templates have some thousand
 _STRING, _ARRAY = 8, 9
@@ -50,7 +50,7 @@ def is_gguf(path: Path) -> bool:
     """Is it a file that is named, or begins, like a GGUF file? (Ollama's have no suffix.) Opens regular files only."""
     if not path.is_file():
         return False
-    if path.suffix.lower() == ".gguf":
+    if path.suffix.lower() == SUFFIX:
         return True
     try:
         with path.open("rb") as file:

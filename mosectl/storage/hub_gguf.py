@@ -9,9 +9,9 @@ import re
 from pathlib import Path
 
 from mosectl.errors import HubError, ModelError
+from mosectl.storage.gguf_header import SUFFIX
 from mosectl.storage.hub import PART, cached_model, hub_errors
 
-SUFFIX = ".gguf"
 _NAMED = re.compile(rf"({PART}/{PART})(?:/({PART}(?:/{PART})*)|:([\w.-]+))", re.ASCII)
 _NO_MODEL = re.compile(r"(?:.*/)?(?:mmproj|imatrix)[^/]*|.*[-_.](?:mmproj|imatrix)", re.IGNORECASE)  # beside a model
 _SHOWN = 12  # file names in a message
