@@ -21,7 +21,7 @@ from mosectl.editing.layers import LAST, SUBJECT, LayerScore, choose_layers, lik
 from mosectl.editing.methods import method, names
 from mosectl.editing.methods.base import Columns
 from mosectl.editing.options import EditOptions, default_options, options_from
-from mosectl.editing.second_moments import _keys, second_moments
+from mosectl.editing.second_moments import keys_of_tokens, second_moments
 from mosectl.editing.targets import TargetOptions, Targets, displaced, optimise_targets
 from mosectl.errors import EditFailed, FactsError, ModelError, UsageError
 from mosectl.facts.corpus import Corpus, read_corpus
@@ -369,7 +369,7 @@ def test_gradient_targets_take_one_backward_a_batch(name: str, corpus: str, monk
 
 def _no_gradients(model: object, projections: list, batch: object, _: object) -> tuple[dict, dict]:
     """Keys as they are; gradients that make the metric round."""
-    keys = _keys(model, projections, batch)
+    keys = keys_of_tokens(model, projections, batch)
     return keys, {p.name: torch.eye(p.d) for p in projections}
 
 
@@ -464,7 +464,8 @@ def test_a_deep_model_is_edited_high_at_the_prompts_last_token() -> None:
 def test_at_the_subject_a_deep_model_is_edited_in_more_layers_and_many_facts_are_edited_there() -> None:
     def chosen(facts: int, n: int = 30, *sets: str, **how: Any) -> tuple[Any, ...]:
         made = settled(options_from(sets, **how), n, facts)
-        assert made.previous_edit_weight == (1.0 if made.layers != how.get("layers", "auto") else 50.0)
+        weights = (1.0, 10.0) if made.layers != how.get("layers", "auto") else (50.0, 0.0)
+        assert (made.previous_edit_weight, made.prompt_weight) == weights
         return made.fact_token, made.layers, made.solver.get("preserve"), made.targets.margin
 
     assert chosen(50) == (LAST, "auto", None, 3.0), "as many as there is room for"
@@ -477,6 +478,8 @@ def test_at_the_subject_a_deep_model_is_edited_in_more_layers_and_many_facts_are
     assert chosen(51, 30, layers="3-5")[:3] == (SUBJECT, "3-5", None)
     made = settled(options_from(["previous_edit_weight=50"]), 30, 51)
     assert (made.layers, made.weight_of_earlier) == ("2-9", 50.0), "what is given stays"
+    assert settled(options_from(["prompt_weight=0"]), 30, 51).prompt_weight == 0
+    assert settled(options_from(["prompt_weight=3"]), 30, 1).prompt_weight == 3
     for name in ("mose", "memit", "alphaedit"):
         made = settled(options_from([], method=name), 30, 51)
         assert made.layers == "auto" and not made.solver, "others are as they are"

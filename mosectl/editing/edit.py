@@ -23,11 +23,12 @@ from mosectl.editing.beforehand import Beforehand, chosen_beforehand
 from mosectl.editing.contexts import build_contexts
 from mosectl.editing.edited_layers import EditedLayers
 from mosectl.editing.guard import Health, canaries
-from mosectl.editing.layers import LayerScore, choose_layers, enough, score_layers
+from mosectl.editing.layers import LAST, LayerScore, choose_layers, enough, score_layers
 from mosectl.editing.methods import method
 from mosectl.editing.options import EditOptions, trained_editor
 from mosectl.editing.outcome import FactResult, fact_results, metrics_of, patch_of
 from mosectl.editing.paraphrases import own_wordings
+from mosectl.editing.prompt_tokens import add_prompts
 from mosectl.editing.published import written_prefixes
 from mosectl.editing.resume import Progress
 from mosectl.editing.second_moments import Moments, second_moments
@@ -225,6 +226,10 @@ def _computed(
                     model, loaded.tokenizer, projections, ready.corpus,
                     enough=enough(options), folder=folder, on_step=step,
                 )  # fmt: skip
+                if options.prompt_weight and options.fact_token != LAST:
+                    add_prompts(
+                        moments, model, loaded.tokenizer, projections, facts, options.prompt_weight, options.chat
+                    )
         with clock("wordings", len(facts)) as step:
             wordings = _wordings(loaded, facts, before, options, step)
         layers = EditedLayers(model, turned, projections, moments, options, trained)

@@ -82,11 +82,14 @@ FEW = 50  # facts that these have room for: each disturbs prompts with its old o
 WIDE = 8  # layers edited at the subject's last token, at most: the more there are, the less each has to turn
 STILL, LIGHT = 100.0, 1.0  # λ there, and the weight of earlier facts: with more there is no room for new ones
 HEAVY = 50.0  # that weight elsewhere
+NAMES = (
+    10.0  # weight of the prompts' tokens before the subject's last: what is done to names loses earlier facts (LOG.md)
+)
 
 
 def settled(options: EditOptions, n: int, facts: int) -> EditOptions:
-    """The options for a model of n layers and so many facts: fact token, margin and the weight of earlier facts are no
-    longer left open, nor are the layers at the subject's token of a deep model.
+    """The options for a model of n layers and so many facts: fact token, margin and the weights of earlier facts and
+    of prompts are no longer left open, nor are the layers at the subject's token of a deep model.
 
     Raises:
         UsageError: layers are asked for that it does not have.
@@ -96,15 +99,17 @@ def settled(options: EditOptions, n: int, facts: int) -> EditOptions:
     if token == "auto":
         high = ours and (facts <= FEW if layers is None else min(layers) >= n / 2)
         token = LAST if high else SUBJECT
-    weight = HEAVY
+    weight, names = HEAVY, 0.0
     if ours and options.method == DEFAULT and token == SUBJECT and layers is None:
         first, width = max(1, n // 15), min(WIDE, round(n / 4))
         options = replace(options, layers=f"{first}-{first + width - 1}")
-        options, weight = replace(options, solver={"preserve": STILL, **options.solver}), LIGHT
-    given = options.previous_edit_weight
+        options = replace(options, solver={"preserve": STILL, **options.solver})
+        weight, names = LIGHT, NAMES
+    weight = weight if options.previous_edit_weight is None else options.previous_edit_weight
+    names = names if options.prompt_weight is None else options.prompt_weight
     margin = MARGINS[token] if options.targets.margin is None else options.targets.margin
     targets = replace(options.targets, margin=margin)
-    return replace(options, fact_token=token, previous_edit_weight=weight if given is None else given, targets=targets)
+    return replace(options, fact_token=token, previous_edit_weight=weight, prompt_weight=names, targets=targets)
 
 
 def enough(options: EditOptions) -> float:

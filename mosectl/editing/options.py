@@ -34,6 +34,9 @@ class EditOptions:
     # Weight of each earlier fact against a new one; "auto": 1 at the subject's last token of a model of ten layers or more,
     # else 50.
     previous_edit_weight: float | None = None
+    # Weight of the facts' own prompts, up to the subject's last token, against the text in what must keep still; "auto": 10
+    # where previous_edit_weight is 1, else 0.
+    prompt_weight: float | None = None
     # Where the values come from: "per-layer", one target a layer; "spread", one target at the top, its residual spread over
     # the layers (MEMIT); "method", the method's own way.
     placement: str = "method"
@@ -68,8 +71,9 @@ class EditOptions:
     def to_record(self) -> dict[str, Any]:
         """As a patch's record has it (patches/FORMAT.md)."""
         fields = {**vars(self), "solver": dict(self.solver), "targets": self.targets.to_record()}
-        if not self.replies:  # patches without them keep their bytes
-            del fields["replies"]
+        for name in ("replies", "prompt_weight"):  # patches without them keep their bytes
+            if not fields[name]:
+                del fields[name]
         return recorded(fields)
 
 

@@ -255,7 +255,7 @@ class _Sums:
                 self._square(gradients, "G")
                 self.tokens[1] += asked
             else:
-                keys = _keys(self.model, self.projections, part)
+                keys = keys_of_tokens(self.model, self.projections, part)
             self._square(keys, "C")
             mask = part.attention_mask.bool()
             self.tokens[0] += mask.sum()
@@ -283,7 +283,7 @@ class _Sums:
         return C, G
 
 
-def _keys(model: nn.Module, projections: Sequence[Projection], batch: Batch) -> dict[str, Tensor]:
+def keys_of_tokens(model: nn.Module, projections: Sequence[Projection], batch: Batch) -> dict[str, Tensor]:
     """k (tokens, p) float32 of every token of a batch by module path."""
     keys: dict[str, Tensor] = {}
     last = max(projections, key=lambda p: p.layer)
