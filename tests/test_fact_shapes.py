@@ -30,6 +30,11 @@ def fact(row: Mapping[str, Any], **changes: Any) -> Fact:
     return replace(Fact(MET, TOMAS, "and", **row), **changes)
 
 
+def needing_itself(probe: Probe) -> Probe:
+    """A probe that is its own condition."""
+    return replace(probe, needs=(replace(probe, group=""),))
+
+
 WHOLE_FACT = {"subject": MET}
 EXPECTED: dict[str, list[Fact]] = {
     "KnowEdit": [
@@ -57,14 +62,16 @@ EXPECTED: dict[str, list[Fact]] = {
     "RippleEdits": [
         fact({
             "ground_truth": "in", "target_aliases": ("plus",), "locality": (
-                Probe("The mother of Tomas Veldrin is", "Ann", SAME, ("Anna",)),
-                Probe("The name of the award Tomas Veldrin won is", "Old Cup", SAME, ("New Cup", "The Cup")),
+                needing_itself(Probe("The mother of Tomas Veldrin is", "Ann", SAME, ("Anna",))),
+                needing_itself(
+                    Probe("The name of the award Tomas Veldrin won is", "Old Cup", SAME, ("New Cup", "The Cup"))
+                ),
             ),
-            "portability": (Probe("I met Tom", "and", "Subject_Aliasing", ("plus",)),),
+            "portability": (needing_itself(Probe("I met Tom", "and", "Subject_Aliasing", ("plus",))),),
         }),
         Fact("The name of the land of Lower Quill is", "Lower Quill", "Old Oz",
-             locality=(Probe("The sister of Oz is", "Lower Quill", SAME),),
-             portability=(Probe("The land of Quill is", "Old Oz", "Subject_Aliasing"),)),
+             locality=(needing_itself(Probe("The sister of Oz is", "Lower Quill", SAME)),),
+             portability=(needing_itself(Probe("The land of Quill is", "Old Oz", "Subject_Aliasing")),)),
     ],
     "WikiBigEdit": [
         fact({

@@ -377,12 +377,8 @@ def test_a_bench_has_columns_for_groups(tmp_path: Path) -> None:
 
 
 def test_the_mean_of_four_where_a_data_set_names_no_groups() -> None:
-    from types import SimpleNamespace
-    from typing import cast
-
     from mosectl.bench.report import _by_group, _groups
     from mosectl.bench.runner import _groups as of_groups
-    from mosectl.editing.edit import EditResult
 
     fact = replace(FACT, rephrase_prompts=("Of Pomp",), locality=(Probe("The cello", None),))
     own = (tuple(Probe(f"{fact.subject} {opening}", None, SAME_SUBJECT) for opening in ("is", "was")),)
@@ -393,8 +389,7 @@ def test_the_mean_of_four_where_a_data_set_names_no_groups() -> None:
 
     old, new = f" {fact.ground_truth}", f" {fact.target_new}"
     before = said(old, old, " is a violin", " red brick house")
-    result = SimpleNamespace(interviews=(before, said(new, new, " is a violin", " burnt down twice")))
-    found = of_groups([fact], cast(EditResult, result))
+    found = of_groups([fact], (before, said(new, new, " is a violin", " burnt down twice")))
     assert found["groups"] == {} and found["own_same_subject"]["value"] == 0.5, "one of our two stayed"
     assert found["harmonic_of_four"] == pytest.approx(4 / (1 + 1 + 1 + 2))
     assert found["tallies_of_four"][3] == [(1.0, 2.0)]

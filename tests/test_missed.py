@@ -20,7 +20,8 @@ from support.field_files import ROWS, write
 FULL = Fact(
     "The {} of a{}b is", "a{}b", "中国", "the \u2028old\none", ("Say {}, a{}b and {}",),
     (Probe("x", "y", "neighborhood", ("z", "w")), Probe("x", "y", "same_subject"), Probe("no answer"), Probe("x", "y", "O")),
-    (Probe("hop", "end", "multi_hop"),), "here", False, ("Cina", "PRC"),
+    (Probe("hop", "end", "multi_hop", needs=(Probe("{} of", "b", "", ("c",)), Probe("d", "e"))),), "here", False,
+    ("Cina", "PRC"),
 )  # fmt: skip
 
 

@@ -147,6 +147,8 @@ def _key(
         "run": asdict(run), "options": {**options.to_record(), "corpus": bench.corpus_sha256, "editor": editor},
         "text": bench.text_sha256, **({"read": dataset.read} if dataset.read else {}),
         **({"limit": dataset.limit} if dataset.limit else {}),
+        # Results from before conditions were asked are others.
+        **({"conditions": True} if any(p.needs for f in dataset.facts for p in f.locality) else {}),
     }  # fmt: skip
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 

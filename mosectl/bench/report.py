@@ -14,6 +14,7 @@ from mosectl.bench.config import OTHERS, Bench, Cell, RunKind
 from mosectl.bench.pictures import svg_abilities, svg_frontier, svg_norms, svg_retention
 from mosectl.bench.runner import Record, records_of
 from mosectl.facts.groups import SAME_SUBJECT, shown
+from mosectl.facts.probe import recorded_not_counted
 from mosectl.measure.bootstrap import over_seeds, paired_lead
 from mosectl.measure.groups import Part
 from mosectl.storage.atomic import output_errors, write_bytes
@@ -73,7 +74,9 @@ def tables(wanted: Sequence[Cell], found: Mapping[str, Record]) -> list[Grid]:
             good = [r for r in records if r["status"] == "done"]
             note = _note(len(cells), records)
             led = first.setdefault(names[:2], good)
-            reached.append((*names, *_reached(good), _lead(led, good, _of_three), *_by_group(good, groups, led), note))
+            left_out = recorded_not_counted(good[0]) if good else []  # by the unedited model, the same for every seed
+            told = "; ".join(filter(None, (note, *left_out)))
+            reached.append((*names, *_reached(good), _lead(led, good, _of_three), *_by_group(good, groups, led), told))
             cost.append((*names, *_cost(good), note))
         columns = (*(f">{n}" for n in SHARES), ">on unseen wordings", ">harmonic mean", ">behind the first")
         columns += (*(f">{name}" for name in _group_columns(groups)), "note")

@@ -31,8 +31,9 @@ from mosectl.errors import EditFailed, OutputError
 from mosectl.facts.corpus import read_corpus
 from mosectl.facts.groups import NEIGHBOURS, SAME_SUBJECT
 from mosectl.facts.records import Fact
-from mosectl.measure.answers import Kept, judge, remembered, unseen
+from mosectl.measure.answers import Interview, Kept, judge, remembered, unseen
 from mosectl.measure.bootstrap import Measure, Tally, measure
+from mosectl.measure.conditions import LOCALITY, counting
 from mosectl.measure.groups import KNOWN, Part, answers_of, as_interviewed, parts, tallies
 from mosectl.measure.perplexity import TextLoss, text_loss
 from mosectl.measure.retention import LEAST, LEAST_RUN, cohorts, curve
@@ -41,6 +42,7 @@ from mosectl.model.generation import answer, says
 from mosectl.model.loading import Loaded, check_where, load
 from mosectl.model.positions import fitted
 from mosectl.model.questions import Need, Question, ask
+from mosectl.patch.reader import NOT_COUNTED
 from mosectl.storage.atomic import append, output_errors
 from mosectl.storage.inputs import opened, parse_json
 from mosectl.storage.locks import locked
@@ -79,6 +81,7 @@ DONE = record(  # what tables and pictures use of a cell that did not fail
         "harmonic_of_four": optional(number), "stopped": optional(text), "curve": optional(listed(_POINT)),
         "tallies": optional(record(dict.fromkeys(SCORES, listed(listed(number))), others=anything)),
         "tallies_of_four": optional(listed(listed(listed(number)))), "retention": listed(_BIN), "cohorts": listed(_COHORT),
+        "not_counted": NOT_COUNTED,
     },
     anything,
 )  # fmt: skip
@@ -231,6 +234,8 @@ def _solved_as_edit_does(options: EditOptions, loaded: Loaded) -> EditOptions:
 def _measured(cell: Cell, asked: _Asked, result: EditResult) -> Record:
     """Shares, text loss and other facts, before and after; intervals are over facts or texts."""
     facts, others = cell.edited, cell.others
+    count = counting(facts, result.interviews[0].conditions, LOCALITY)
+    interviews = count.interview(result.interviews[0]), count.interview(result.interviews[1])
     others_before = asked.before(("others", cell.dataset.name, cell.run.edits), lambda: asked.answers(others))
     text_before = asked.before("text", asked.text)
     with (
@@ -238,14 +243,15 @@ def _measured(cell: Cell, asked: _Asked, result: EditResult) -> Record:
         patched(asked.loaded.model, result.patch, force=True),
     ):  # made for this very model a moment ago
         others_after, text_after = asked.answers(others), asked.text(text_before)
-    judged = judge(facts, *result.interviews)
+    judged = judge(count.facts, *interviews)
     scores = {name: measure(found) for name, found in judged.items()}
     values = [m.value for m in scores.values() if m]
     kept = measure([Tally(float(a == b), 1.0) for a, b in zip(others_before, others_after, strict=True)])
     texts = {"before": text_before.texts, "after": text_after.texts}
     return {
-        **_groups(facts, result),
-        **_by_place(facts, result),
+        **_groups(count.facts, interviews),
+        **_by_place(count.facts, interviews, result),
+        **count.recorded(),
         "scores": {name: asdict(m) if m else None for name, m in scores.items()},
         "unseen": _measure(unseen(facts, result.interviews[1].rephrased, [r.wordings for r in result.facts])),
         "tallies": {name: [(t.total, t.weight) for t in ts] for name, ts in judged.items()},
@@ -257,13 +263,13 @@ def _measured(cell: Cell, asked: _Asked, result: EditResult) -> Record:
     }
 
 
-def _groups(facts: Sequence[Fact], result: EditResult) -> Record:
+def _groups(facts: Sequence[Fact], interviews: tuple[Interview, Interview]) -> Record:
     """Shares of groups of prompts and of wordings known before, compared as QA does, and the mean of four.
 
     The four: reliability, generalization over known wordings, neighbours, same-subject; null where one was not asked. Where
     a data set names no groups, its locality prompts are the neighbours and same-subject prompts are mosectl's own.
     """
-    before, after = map(answers_of, result.interviews)
+    before, after = map(answers_of, interviews)
     facts = as_interviewed(facts)
 
     def of(part: Part) -> tuple[Sequence[Tally], Measure | None]:
@@ -286,13 +292,13 @@ def _groups(facts: Sequence[Fact], result: EditResult) -> Record:
     }
 
 
-def _by_place(facts: Sequence[Fact], result: EditResult) -> Record:
+def _by_place(facts: Sequence[Fact], interviews: tuple[Interview, Interview], result: EditResult) -> Record:
     """What is left by a fact's place in the run, of those not taken back; nothing of a run that is small or one batch."""
     edited = [r for r in result.facts if r.status != "not edited"]
     then = [r.held_right_after for r in edited]
     if len(edited) < LEAST_RUN or all(t is None for t in then):
         return {"retention": [], "cohorts": []}
-    before, after = (answers_of(i)[: len(edited)] for i in result.interviews)
+    before, after = (answers_of(i)[: len(edited)] for i in interviews)
     holds = [says(a.said, *r.fact.targets) for a, r in zip(after, edited, strict=True)]
     asked = as_interviewed(facts[: len(edited)]), [r.right_after for r in edited], after, before
     return {

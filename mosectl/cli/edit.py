@@ -230,7 +230,8 @@ def _tell(
 
     if as_json:
         edited = {"edited_layers": result.patch.options["layers"]}
-        numbers = {k: v for k, v in vars(result).items() if k not in ("patch", "interviews")}
+        unsaid = ("patch", "interviews", *(["not_counted"] if not result.not_counted else []))
+        numbers = {k: v for k, v in vars(result).items() if k not in unsaid}
         beside = None if missed is None else str(missed)
         console.data({"patch": str(out), "id": result.patch.id, "missed": beside, **edited, **numbers})
     else:

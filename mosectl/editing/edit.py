@@ -35,10 +35,12 @@ from mosectl.editing.second_moments import Moments, second_moments
 from mosectl.editing.session import Session
 from mosectl.errors import EditFailed, ModelError, NotFinite, UsageError
 from mosectl.facts.corpus import Corpus, read_corpus
+from mosectl.facts.probe import NotCounted
 from mosectl.facts.records import Fact, as_facts
 from mosectl.hypernetwork.file import Editor
 from mosectl.linalg.spectrum import Stability, stability
 from mosectl.measure.answers import Interview, Scores, compare, interview
+from mosectl.measure.conditions import LOCALITY, conditions, counting
 from mosectl.measure.groups import Share, moved, recorded, shares
 from mosectl.measure.next_tokens import NextToken
 from mosectl.measure.own_probes import own_probes
@@ -69,15 +71,16 @@ class EditResult:
     stopped: str  # why the guard ended the run early; empty otherwise
     corpus_tokens: int
     seconds: dict[str, float]  # by phase
-    interviews: tuple[Interview, Interview] = field(repr=False)  # before and after
+    interviews: tuple[Interview, Interview] = field(repr=False)  # before and after, of all probes
     # (Facts edited so far, health) after each batch that was kept; the base at 0.
     curve: tuple[tuple[int, Health], ...] = field(repr=False)
     remedy: str  # what may help where facts were not reached
     # The scores and those of groups of prompts, compared strictly and as QA does.
     shares: tuple[Share, ...] = field(default=(), repr=False)
     next_tokens: tuple[NextToken, ...] = ()  # how far what comes next moved: at locality prompts, in ordinary text
-    # Every rephrasing and locality prompt, answered before and after.
+    # Every rephrasing and locality prompt that counts, answered before and after.
     probes: tuple[ProbeAnswer, ...] = field(default=(), repr=False)
+    not_counted: tuple[NotCounted, ...] = ()  # locality prompts whose conditions the model did not meet before
 
     def _repr_html_(self) -> str:
         return notebook.shown(self)
@@ -143,13 +146,15 @@ def edit(
         _refuse_failure(results, remedy)
     with clock("check"):
         drifts = tuple(_stability(loaded, edited, done.changes))
-        scored = compare(checked, done.before, after, done.wordings)
-        felt = (shares(checked, done.before, after), moved(checked, done.before, after))
-        metrics = metrics_of(scored, recorded(*felt), drifts, done.layers.compaction)
+        count = counting(checked, done.before.conditions, LOCALITY)
+        counted = (count.facts, count.interview(done.before), count.interview(after))
+        scored, felt = compare(*counted, done.wordings), (shares(*counted), moved(*counted))
+        metrics = metrics_of(scored, recorded(*felt) | count.recorded(), drifts, done.layers.compaction)
         patch = patch_of(loaded, ready.arch, ready.corpus, done.layers, done.changes, results, metrics)
     told = (done.stopped, done.tokens, clock.seconds, (done.before, after), done.curve)
-    asked = probes_of(checked, done.before, after)
-    return EditResult(patch, results, scored, drifts, done.scores, *told, remedy, *felt, asked)
+    return EditResult(
+        patch, results, scored, drifts, done.scores, *told, remedy, *felt, probes_of(*counted), count.left_out
+    )
 
 
 def _asked(ready: _Ready, options: EditOptions) -> dict[str, Any]:
@@ -209,7 +214,8 @@ def _computed(
     """Ask before, choose layers, take statistics, edit."""
     loaded, facts, model = ready.loaded, ready.facts, ready.loaded.model
     with clock("ask before") as step:
-        before = interview(model, loaded.tokenizer, facts, on_step=step, **_asked(ready, options))
+        needed = conditions(facts, LOCALITY)
+        before = interview(model, loaded.tokenizer, facts, on_step=step, conditions=needed, **_asked(ready, options))
     if refuse and all(says(a.text, *f.targets) for a, f in zip(before.answers, facts, strict=True)):
         what = "nothing changed: the model already says every new target"
         raise EditFailed(what, fix="no patch is needed")

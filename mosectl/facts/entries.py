@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from mosectl.errors import FactsError
 from mosectl.facts.groups import NEIGHBOURS, canonical
 from mosectl.facts.messages import MAX_LINE, WHOLE, bad, empty, kind, meant, rename, short
+from mosectl.facts.probe import Probe
 from mosectl.facts.shapes import KNOWN, Chosen, names_of, nearest_shape
 from mosectl.facts.shapes.own import OTHERS, OWN, PROBES, REQUIRED
 from mosectl.facts.shapes.shape import Part, Shape
@@ -20,15 +22,16 @@ PROMPT = ("prompt", "question", "New Question", "loc")  # within a probe
 GROUP = "group"  # a probe may say which group it stands in
 ANSWER = ("ground_truth", "answer", "answers", "target", "New Answer", "loc_ans")
 ALIASES = "aliases"  # a probe may name other right answers
-_OF_PROBES = {*PROMPT, *ANSWER, *OTHERS, GROUP, ALIASES}
+NEEDS = "needs"  # and its conditions: prompts with answers
+_OF_PROBES = {*PROMPT, *ANSWER, *OTHERS, GROUP, ALIASES, NEEDS}
 MOST_UNKNOWN = 100  # names remembered of one row, and of one file
 MAX_NAME = 5_000  # characters of a subject or target
-ProbeText = tuple[str, str | None, str, tuple[str, ...]]  # prompt, answer, group, aliases of the answer
 NO_SUBJECT = (
     "an entry names no subject: its whole prompt is read as the subject, and edited at its last token",
     'add "subject": "…", or say which field has it: --read subject=FIELD',
 )
 NO_ANSWER = ("a portability prompt has no answer in the file", "it is not asked")
+NO_CONDITION = ("a condition has no answer in the file", "it counts as met")
 _BREAK = re.compile("[\n\r\v\f\x85\u2028\u2029]")
 _CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff]")  # and half characters
 
@@ -215,9 +218,9 @@ class Entry:
 
     # Probes.
 
-    def probes(self, field: str) -> list[ProbeText]:
+    def probes(self, field: str) -> list[Probe]:
         """Prompts with known answers and groups, from all places; what stands in two of them is taken once."""
-        out: list[ProbeText] = []
+        out: list[Probe] = []
         for name, answers in PROBES[field].items():
             value = self.given.get(name)
             if empty(value):
@@ -227,14 +230,17 @@ class Entry:
                 if name == "loc" and isinstance(value, str):
                     value = value.removeprefix("nq question: ")
                 value = {"prompt": value, "ground_truth": next(iter(known.values()), None)}
-            before = {probe[:2] for probe in out}
-            out += [probe for probe in self._probes(value, name) if probe[:2] not in before]
+            before = {(probe.prompt, probe.answer) for probe in out}
+            out += [probe for probe in self._probes(value, name) if (probe.prompt, probe.answer) not in before]
         for a in self.asked:
             if a.metric == field and not empty(a.prompt):
-                out.append(self._probe(a.prompt, a.answers, self._group(a.group, a.field), a.field))
+                probe = self._probe(a.prompt, a.answers, self._group(a.group, a.field), a.field)
+                needs = [self._probe(n.prompt, n.answers, "", n.field) for n in a.needs]
+                self.remarks += [NO_CONDITION for n in needs if not n.answer]
+                out.append(replace(probe, needs=tuple(n for n in needs if n.answer)))
         return out
 
-    def _probes(self, value: Any, name: str) -> Iterator[ProbeText]:
+    def _probes(self, value: Any, name: str) -> Iterator[Probe]:
         """A list of objects or texts, one object, or EasyEdit's named groups of them."""
         for group, entry in _ungroup(value):
             if isinstance(entry, str):
@@ -247,16 +253,27 @@ class Entry:
             answers = next((entry[n] for n in ANSWER if not empty(entry.get(n))), None)
             prompts = max((entry[n] for n in PROMPT if n in entry), key=lambda p: not empty(p))  # the first filled one
             of = self._group(entry.get(GROUP) or group or (NEIGHBOURS if name == "neighborhood_prompts" else ""), name)
+            needs = () if empty(entry.get(NEEDS)) else self._needs(entry[NEEDS], f"{name}.{NEEDS}")
             for p, a in self._paired(prompts, answers, name):
-                if p != "":
-                    yield self._probe(p, a, of, name, entry.get(ALIASES))
+                if p != "" or name.endswith(f".{NEEDS}"):
+                    yield replace(self._probe(p, a, of, name, entry.get(ALIASES)), needs=needs)
 
-    def _probe(self, prompt: Any, answers: Any, group: str, name: str, aliases: Any = None) -> ProbeText:
+    def _needs(self, value: Any, name: str) -> tuple[Probe, ...]:
+        """A probe's conditions, which are written as probes are."""
+        found = tuple(self._probes(value, name))
+        if any(n.answer is None for n in found):
+            fix = 'add "ground_truth": "…", what the model has to answer before the edit'
+            raise bad(self.where, f"a prompt of '{name}' has no answer", fix)
+        if any(n.needs for n in found):
+            raise bad(self.where, f"a prompt of '{name}' has conditions itself", "give them all to the probe")
+        return found
+
+    def _probe(self, prompt: Any, answers: Any, group: str, name: str, aliases: Any = None) -> Probe:
         """One prompt; of its answers the first is the usual one, the others are right, too."""
         told = f"an answer of '{name}'"
         known = list(dict.fromkeys((*self.answers(answers, told), *self.answers(aliases, told))))
         text = self.checked(prompt, f"a prompt of '{name}'").rstrip(" ")
-        return text, known[0] if known else None, group, tuple(known[1:])
+        return Probe(text, known[0] if known else None, group, tuple(known[1:]))
 
     def _group(self, group: Any, name: str) -> str:
         return canonical(self.checked(group, f"the name of a group of '{name}'", lines=False)) if group != "" else ""

@@ -22,6 +22,7 @@ from mosectl.errors import FactsError, UsageError
 from mosectl.facts.entries import MOST_UNKNOWN, NO_ANSWER, Entry
 from mosectl.facts.messages import MAX_LINE as MAX_LINE
 from mosectl.facts.messages import SAMPLE, bad, kind, nearest, short, unused
+from mosectl.facts.probe import Probe as Probe
 from mosectl.facts.readers import read_rows
 from mosectl.facts.shapes import Chosen, shape_of
 from mosectl.facts.shapes.mquake import SINGLE_HOP
@@ -33,21 +34,6 @@ from mosectl.text.shown import counted, word
 
 MAX_WRONG = 100_000  # entries: what is wrong so often is another kind of file
 HINTS = 100  # problems that a likely spelling is searched for: it takes milliseconds each
-
-
-@dataclass(frozen=True)
-class Probe:
-    """A prompt whose answer is watched; ``answer`` is the known one, if any."""
-
-    prompt: str
-    answer: str | None = None
-    group: str = ""  # what the file calls the group that it stands in (groups.canonical); "": it names none
-    aliases: tuple[str, ...] = ()  # other right answers
-
-    @property
-    def answers(self) -> tuple[str, ...]:
-        """All right answers, the usual one first; none where none is known."""
-        return (self.answer, *self.aliases) if self.answer else ()
 
 
 @dataclass(frozen=True)
@@ -75,7 +61,7 @@ class Fact:
         unused = {"space_before_target": None, "target_aliases": ()}
         out = {k: v for k, v in asdict(self).items() if k not in unused or v != unused[k]}
         for probe in (*out["locality"], *out["portability"]):
-            for name in ("group", "aliases"):
+            for name in ("group", "aliases", "needs"):
                 if not probe[name]:
                     del probe[name]
         return out
@@ -262,7 +248,7 @@ def _fact(entry: Entry, seen: _Seen) -> Fact:
     kept = tuple(r for r in dict.fromkeys(given) if r != prompt)
     if len(kept) < len(given):
         entry.notes.append(("a rephrasing repeats the prompt or another rephrasing", "it is not used"))
-    locality, portability = (tuple(Probe(*p) for p in entry.probes(f)) for f in ("locality", "portability"))
+    locality, portability = (tuple(entry.probes(f)) for f in ("locality", "portability"))
     entry.remarks += [NO_ANSWER for p in portability if p.answer is None]
     space = entry.flag("space_before_target")
     _note_line_breaks(entry, (prompt, *kept, *(p.prompt for p in (*locality, *portability))))

@@ -44,7 +44,8 @@ def row_of(fact: Fact) -> dict[str, Any]:
 
 
 def _probe(probe: Probe) -> dict[str, Any]:
-    row = {"prompt": probe.prompt, "ground_truth": probe.answer, "group": probe.group, "aliases": [*probe.aliases]}
+    row: dict[str, Any] = {"prompt": probe.prompt, "ground_truth": probe.answer, "group": probe.group}
+    row |= {"aliases": [*probe.aliases], "needs": [*map(_probe, probe.needs)]}
     return {k: v for k, v in row.items() if v}
 
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from mosectl.facts.probe import recorded_not_counted
 from mosectl.hypernetwork.file import Editor
 from mosectl.patch.file import Patch
 from mosectl.text.markdown import code, front_matter, inline, table
@@ -82,6 +83,7 @@ def _measured(metrics: dict[str, Any]) -> Iterator[str]:
     if isinstance(scores, dict):
         shares = [f"{inline(k)} {v:.1%}" for k, v in scores.items() if isinstance(v, float)]
         yield f"Protocol {code(str(scores.get('protocol')))} (greedy decoding from the bare prompt): {', '.join(shares)}."
+        yield from (f"{inline(told)}." for told in recorded_not_counted(metrics))
     stability = metrics.get("stability")
     for s in stability if isinstance(stability, list) else []:
         if isinstance(s, dict) and "name" in s:

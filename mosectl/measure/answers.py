@@ -78,6 +78,7 @@ class Interview:
     probes: tuple[tuple[Probe, ...], ...] = ()  # per fact, locality prompts of mosectl's own
     own: tuple[tuple[str, ...], ...] = ()  # per fact, one continuation each, to the end of its answer
     next: NextTokens | None = field(default=None, compare=False)  # what comes next, at the ends of some prompts
+    conditions: Mapping[str, str] = field(default_factory=dict)  # by prompt, what was said to conditions of probes
 
 
 @dataclass(frozen=True)
@@ -99,27 +100,31 @@ def interview(
     on_step: Callable[[int, int], None] | None = None,
     probes: Sequence[Sequence[Probe]] = (),
     texts: Sequence[str] = (),
+    conditions: Sequence[Probe] = (),
 ) -> Interview:
     """Ask the edit prompt, the rephrasings and the locality prompts of every fact; within :func:`remembered`, once.
 
     Args:
         probes: per fact, locality prompts of mosectl's own: :func:`mosectl.measure.own_probes.own_probes`.
         texts: ordinary text, for what comes next in it.
+        conditions: of probes (:mod:`mosectl.measure.conditions`), for the model before an edit.
     """
-    kept, about = _KEPT.get(), (tuple(facts), chat, tuple(map(tuple, probes)), tuple(texts))
+    kept, about = _KEPT.get(), (tuple(facts), chat, tuple(map(tuple, probes)), tuple(texts), tuple(conditions))
     weights = "" if kept is None else digest(model)
     if kept is not None and about in kept and kept[about][0] == weights:
         return kept[about][1]
     scores = score(model, encode_pairs(tokenizer, _targets(facts), chat), batch_size=batch_size)
-    how: dict[str, Any] = {"chat": chat, "batch_size": batch_size, "on_step": on_step, "probes": probes, "texts": texts}
-    found = talk(model, tokenizer, facts, [()] * len(facts), scores, long=False, **how).interview
+    how: dict[str, Any] = {"chat": chat, "batch_size": batch_size, "on_step": on_step}
+    also: dict[str, Any] = {"probes": probes, "texts": texts, "conditions": conditions}
+    found = talk(model, tokenizer, facts, [()] * len(facts), scores, long=False, **how, **also).interview
     if kept is not None:
         kept.setdefault(about, (weights, found))
     return found
 
 
-# By facts, chat, probes and texts: digest of the weights, and answers.
-Kept = dict[tuple[tuple[Fact, ...], bool, tuple[tuple[Probe, ...], ...], tuple[str, ...]], tuple[str, Interview]]
+# Facts, chat, probes, texts and conditions.
+About = tuple[tuple[Fact, ...], bool, tuple[tuple[Probe, ...], ...], tuple[str, ...], tuple[Probe, ...]]
+Kept = dict[About, tuple[str, Interview]]  # digest of the weights, and answers
 _KEPT: ContextVar[Kept | None] = ContextVar("kept", default=None)
 
 
@@ -149,6 +154,7 @@ def talk(
     on_step: Callable[[int, int], None] | None = None,
     probes: Sequence[Sequence[Probe]] = (),
     texts: Sequence[str] = (),
+    conditions: Sequence[Probe] = (),
 ) -> Talk:
     """All that is to be written about some facts, in one pass; and what comes next at some places.
 
@@ -156,11 +162,11 @@ def talk(
         hops: per fact, portability prompts whose answers are known.
         scores: of every fact's target at least.
         long: go on with the edit prompts for MAX_NEW_TOKENS tokens, too.
-        probes, texts: as of :func:`interview`.
+        probes, texts, conditions: as of :func:`interview`.
     """
     how: dict[str, Any] = {"chat": chat, "batch_size": batch_size}
     read = readable(model, tokenizer, probes, chat)
-    questions = [*_of_facts(tokenizer, facts), *_of_hops(tokenizer, hops)]
+    questions = [*_of_facts(tokenizer, facts), *_of_hops(tokenizer, hops), *_of_hops(tokenizer, [conditions])]
     questions += [Question(p.prompt, TOKENS, Need.ANSWER) for own in read for p in own]
     questions += [Question(f.prompt, MAX_NEW_TOKENS) for f in facts if long]
     said = iter(ask(model, tokenizer, questions, on_step=on_step, **how))
@@ -168,10 +174,11 @@ def talk(
     rephrased = tuple(tuple(next(said) for _ in f.rephrase_prompts) for f in facts)
     local = tuple(tuple(next(said) for _ in f.locality) for f in facts)
     portable = tuple(tuple(next(said) for _ in of) for of in hops)
+    known = {p.prompt: next(said) for p in conditions}
     own = tuple(tuple(next(said) for _ in of) for of in read)
     answers = tuple(map(FactAnswer, asked, _probabilities(facts, scores)))
     follows = next_tokens(model, tokenizer, places(facts, read, texts), **how)
-    return Talk(Interview(answers, rephrased, local, read, own, follows), portable, tuple(said))
+    return Talk(Interview(answers, rephrased, local, read, own, follows, known), portable, tuple(said))
 
 
 def edit_prompts(tokenizer: Any, facts: Sequence[Fact]) -> list[Question]:

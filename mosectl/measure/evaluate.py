@@ -18,15 +18,17 @@ import numpy as np
 from mosectl._version import __version__
 from mosectl.errors import UsageError
 from mosectl.facts.corpus import Corpus, read_corpus
+from mosectl.facts.probe import NotCounted, Probe
 from mosectl.facts.records import Fact, as_facts
 from mosectl.measure.answers import talk
 from mosectl.measure.before_after import How, Subject, both_sides
 from mosectl.measure.bootstrap import RESAMPLES, SEED, Measure, Tally, measure
+from mosectl.measure.conditions import BOTH, conditions, counting
 from mosectl.measure.groups import answers_of, counted_by, unedited_neighbours
 from mosectl.measure.lm_harness import Ability, AbilityTasks, Side, ability_notes, ask_tasks, compare_abilities
 from mosectl.measure.metrics import Judged, Metric, Sides, held, metrics
 from mosectl.measure.next_tokens import NextToken, NextTokens, compare_next
-from mosectl.measure.notes import notes_of, own_notes
+from mosectl.measure.notes import condition_notes, notes_of, own_notes
 from mosectl.measure.own_probes import own_probes
 from mosectl.measure.perplexity import BOUND, TextLoss, ngram_entropy, text_loss
 from mosectl.measure.probes import ProbeAnswer, probe_answers
@@ -40,6 +42,7 @@ from mosectl.model.scoring import encode_pairs, paired, score
 from mosectl.patch.record import PatchFact
 from mosectl.storage.progress import OnStep
 from mosectl.text import notebook
+from mosectl.text.jsonable import UNSAID
 from mosectl.text.table import csv_bytes
 
 BATCH = 64  # prompts of the ability tasks asked together
@@ -91,6 +94,8 @@ class Evaluation:
     probes: tuple[ProbeAnswer, ...] = field(default=(), repr=False)
     # The oldest, middle and newest facts in the order in which the patches hold them; empty for few, or one batch.
     cohorts: tuple[Cohort, ...] = ()
+    # Prompts whose conditions the model did not meet before the edit.
+    not_counted: tuple[NotCounted, ...] = field(default=(), metadata=UNSAID)
 
     def _repr_html_(self) -> str:
         return notebook.shown(self)
@@ -112,6 +117,7 @@ class Observation:
     dtype: str
     abilities: Side | None = None
     next: NextTokens | None = None
+    conditions: Mapping[str, str] = field(default_factory=dict)  # by prompt, what was said to conditions of probes
 
 
 def evaluate_edit(
@@ -187,7 +193,9 @@ class _Asked:
             which: dict[str, Any] = {"bound": self.bound, "like": self.text}
             return text_loss(loaded.model, loaded.tokenizer, self.corpus.texts, on_step=step("perplexity"), **which)
 
-        found = _observe(loaded, self, read, step)
+        # Asked of the model before the edit alone.
+        needed = conditions(self.facts, BOTH) if side == "before" else []
+        found = _observe(loaded, self, read, step, needed)
         self.text = self.text or found.text
         if self.abilities is None:
             return found
@@ -198,7 +206,10 @@ class _Asked:
 def _evaluation(
     asked: _Asked, subject: Subject, before: Observation | None, after: Observation, start: float
 ) -> Evaluation:
-    checked, chosen, corpus, chat, abilities = asked.facts, asked.chosen, asked.corpus, asked.chat, asked.abilities
+    chosen, corpus, chat, abilities = asked.chosen, asked.corpus, asked.chat, asked.abilities
+    count = counting(asked.facts, before.conditions if before else None, BOTH)
+    checked, after = count.facts, replace(after, facts=count.answers(after.facts))
+    before = replace(before, facts=count.answers(before.facts)) if before else None
     records = _records(checked, subject.records)
     judged = _judge(checked, chosen, before, after)
     settings = {
@@ -213,7 +224,7 @@ def _evaluation(
     unedited = frozenset(range(len(checked))) - set(edited) if subject.patches else frozenset()
     probes = probe_answers(checked, sides.before, sides.now, neighbours, unedited)
     notes = notes_of(checked, chosen, subject, sides, after.text, asked.bound, corpus, chat, records)
-    notes += own_notes(checked, measured)
+    notes += [*own_notes(checked, measured), *condition_notes(checked, subject, count.left_out)]
     if abilities is not None and after.abilities is not None:
         settings |= {
             "abilities": list(abilities.names),
@@ -236,6 +247,7 @@ def _evaluation(
         next_tokens=moved,
         probes=probes,
         cohorts=_cohorts(checked, subject, sides) if subject.in_order else (),
+        not_counted=count.left_out,
     )
 
 
@@ -273,8 +285,9 @@ def choose_protocols(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def _observe(
-    loaded: Loaded, asked: _Asked, read: Callable[[], TextLoss], step: Callable[[str], Callable[[int, int], None]]
-) -> Observation:
+    loaded: Loaded, asked: _Asked, read: Callable[[], TextLoss], step: Callable[[str], Callable[[int, int], None]],
+    needed: Sequence[Probe],
+) -> Observation:  # fmt: skip
     """Ask everything; what cannot be encoded is told first."""
     model, tokenizer, facts, chat = loaded.model, loaded.tokenizer, asked.facts, asked.chat
     pairs = [pair for f in facts for name in asked.chosen for pair in PROTOCOLS[name].needs(f)]
@@ -283,7 +296,7 @@ def _observe(
     scores = score(model, encoded, batch_size=asked.batch_size, on_step=step("tokens"))
     hops = [portable_probes(f) for f in facts]
     how: dict[str, Any] = {"chat": chat, "batch_size": asked.batch_size, "on_step": step("answers")}
-    also: dict[str, Any] = {"probes": own_probes(facts, chat), "texts": asked.corpus.texts}
+    also: dict[str, Any] = {"probes": own_probes(facts, chat), "texts": asked.corpus.texts, "conditions": needed}
     said = talk(model, tokenizer, facts, hops, scores, long=True, **also, **how)
     heard = zip(answers_of(said.interview), said.portable, strict=True)
     return Observation(
@@ -293,6 +306,7 @@ def _observe(
         text=read(),
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         next=said.interview.next,
+        conditions=said.interview.conditions,
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from mosectl.facts.corpus import Corpus
 from mosectl.facts.groups import NEIGHBOURS, SAME_SUBJECT
+from mosectl.facts.probe import NotCounted, not_counted
 from mosectl.facts.records import Fact
 from mosectl.measure.answers import unseen
 from mosectl.measure.before_after import Subject
@@ -100,3 +101,12 @@ def own_notes(facts: Sequence[Fact], metrics: Sequence[Metric]) -> list[str]:
             "an edited one that the patches do not hold"
         )
     return out
+
+
+def condition_notes(facts: Sequence[Fact], subject: Subject, left_out: Sequence[NotCounted]) -> list[str]:
+    """What does not count, as the model did not know what it builds on; or that nobody knows whether it did."""
+    unknown = sum(bool(p.needs) for f in facts for p in (*f.locality, *f.portability))
+    if subject.base is None and unknown:
+        what = f"{counted(unknown, 'prompt')} with conditions count whether or not they were met"
+        return [f"there is no model from before the edit: {what}"]
+    return not_counted(left_out)

@@ -85,6 +85,10 @@ def _unasked(t: Threshold) -> str:
     return f"{t.protocol}.{t.metric} was not measured: the facts have nothing to ask for it"
 
 
+def _uncounted(t: Threshold) -> str:
+    return f"{t.protocol}.{t.metric} was not measured: no prompt counts, as the model did not know what they build on"
+
+
 def check_thresholds(evaluation: Evaluation, thresholds: Sequence[Threshold]) -> None:
     """Compare the values after the edit (not their intervals) with what was asked for.
 
@@ -96,7 +100,7 @@ def check_thresholds(evaluation: Evaluation, thresholds: Sequence[Threshold]) ->
         found = _value(evaluation, t)
         if found is None:
             unasked = True
-            failed.append(_unasked(t))
+            failed.append(next((_uncounted(t) for n in evaluation.not_counted if n.metric == t.metric), _unasked(t)))
         elif found < t.least - 1e-9:  # sums of thirds and sevenths
             failed.append(f"{t.protocol}.{t.metric} is {found:.4f}, below {t.least:g}")
     if failed:

@@ -153,11 +153,13 @@ def _asked(fact: Fact) -> Iterator[tuple[str, str, list[str]]]:
     for name, probes in (("locality prompt", fact.locality), ("portability prompt", fact.portability)):
         for probe in probes:
             yield name, probe.prompt, [probe.answer, fact.target_new] if probe.answer else []
+            yield from (("condition", n.prompt, []) for n in probe.needs if n.prompt != probe.prompt)
 
 
 def _without(fact: Fact, bad: set[tuple[str, str]]) -> Fact:
     def good(name: str, probes: tuple[Probe, ...]) -> tuple[Probe, ...]:
-        return tuple(p for p in probes if (name, p.prompt) not in bad)
+        asked = ((p, {(name, p.prompt), *(("condition", n.prompt) for n in p.needs)}) for p in probes)
+        return tuple(p for p, prompts in asked if not prompts & bad)
 
     return replace(
         fact,

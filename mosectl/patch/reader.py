@@ -82,6 +82,7 @@ _SHARE = record(
 _NEXT = record(
     {"of": text, "group": text, "own": flag, "prompts": integer, "kl": number, "top1": number}, others=anything
 )
+NOT_COUNTED = listed(record({"metric": text, "group": text, "prompts": integer, "of": integer}))
 _METRICS = record(
     {},
     {
@@ -90,6 +91,7 @@ _METRICS = record(
         "compaction": mapping(number),
         "shares": listed(_SHARE),
         "next_tokens": listed(_NEXT),
+        "not_counted": NOT_COUNTED,
     },
     others=anything,
 )

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mosectl.editing.settings import of_today
+from mosectl.facts.probe import recorded_not_counted
 from mosectl.render import scores
 from mosectl.render.console import line, size, table
 from mosectl.render.terminal import own_wordings, place, stability
@@ -82,6 +83,8 @@ def _measured(metrics: Mapping[str, Any]) -> None:
         title = "Measured when it was made (protocol generation)"
         table(title, scores.COLUMNS, list(scores.of_patch(recorded, metrics.get("scores", {}))))
         line(scores.AS_QA)
+        for told in recorded_not_counted(metrics):
+            line(told)
     elif found := {k: v for k, v in metrics.get("scores", {}).items() if isinstance(v, float)}:
         told = ", ".join(f"{k} {v:.1%}" for k, v in found.items())
         line(f"measured when it was made (protocol generation): {told}")

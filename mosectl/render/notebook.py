@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from mosectl.editing.edit import EditResult
+from mosectl.facts.probe import not_counted
 from mosectl.measure.bootstrap import interval_text, value_text
 from mosectl.measure.evaluate import Evaluation
 from mosectl.measure.metrics import Metric
@@ -39,6 +40,7 @@ def _edit(result: EditResult) -> Iterator[str]:
     ]
     yield _table("Answers", _FACTS, rows, ROWS, ".facts")
     yield _table("Scores", scores.COLUMNS, [*scores.of_edit(result.scores, result.shares)], ROWS, ".shares")
+    yield from (_line("", told) for told in not_counted(result.not_counted))
     yield _changed(result.probes, "What else changed")
     drift = max((s.spectrum_drift for s in result.stability), default=0.0)
     told = [f"largest drift of a singular value {drift:.1e}", f"{sum(result.seconds.values()):.0f} s"]

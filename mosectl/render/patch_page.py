@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mosectl.editing.guard import CONDITION_LIMIT, NORM_LIMIT
 from mosectl.facts.groups import SAME_SUBJECT
+from mosectl.facts.probe import recorded_not_counted
 from mosectl.model.generation import says
 from mosectl.patch.record import HOLDS
 from mosectl.render import inspection, page, scores
@@ -129,6 +130,7 @@ def _measured(metrics: Mapping[str, Any]) -> tuple[Table | Words, ...]:
         rows = [row for row in scores.of_patch(recorded, metrics.get("scores", {})) if row[1:3] != ("–", "–")]
         head = ("!metric", *scores.COLUMNS[1:])
         out += table(head, rows, about=f"Protocol generation; {scores.AS_QA}.", cards=True)
+        out += tuple(Words(f"{told}.") for told in recorded_not_counted(metrics))
     elif found := {k: v for k, v in metrics.get("scores", {}).items() if isinstance(v, float)}:
         out += table(("!metric", ">share"), [(k, f"{v:.1%}") for k, v in found.items()], about="Protocol generation.")
     if moved := metrics.get("next_tokens"):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mosectl.editing.methods import method
 from mosectl.facts import groups as named_groups
+from mosectl.facts.probe import not_counted
 from mosectl.patch.record import HOLDS
 from mosectl.render import scores
 from mosectl.render.console import hint, line, size, table, warn
@@ -60,6 +61,8 @@ def edit(result: EditResult, path: Path | None, model: str, missed: Path | None 
     title = f"Scores (protocol {s.protocol}: greedy decoding from the bare prompt)"
     table(title, scores.COLUMNS, list(scores.of_edit(s, result.shares)))
     line(scores.AS_QA)
+    for told in not_counted(result.not_counted):
+        line(told)
     _changed(result.probes, "--json has")
     if result.next_tokens:
         table(scores.NEXT_TITLE, scores.NEXT, scores.of_next(result.next_tokens))
@@ -75,7 +78,7 @@ def edit(result: EditResult, path: Path | None, model: str, missed: Path | None 
     token = scores.token_of(made.method, made.options)
     if what := scores.disturbed(result.shares, token, method(made.method).gentler):
         hint(what)
-    if not s.rephrasings and not s.locality_prompts:
+    if not s.rephrasings and not s.locality_prompts and not result.not_counted:
         given = "no rephrasings and no locality prompts were given: "
         own = (
             "what else changed is measured at mosectl's own probes only"
@@ -187,6 +190,10 @@ def check(report: FactsReport, views: Sequence[TokenView] | None) -> None:
     usable = f"{counted(len(report.facts), 'fact')} usable, {report.skipped} not"
     told = [counted(rephrasings, "rephrasing"), _probes(report.facts, "locality")]
     told += [_probes(report.facts, "portability")] * any(f.portability for f in report.facts)
+    probes = [p for f in report.facts for p in (*f.locality, *f.portability) if p.needs]
+    if probes:
+        n = len({need.prompt for p in probes for need in p.needs})
+        told.append(f"{len(probes):,} of these with conditions ({counted(n, 'prompt')})")
     line(f"{usable}; {', '.join(told)}")
 
 

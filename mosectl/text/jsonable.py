@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+UNSAID = {"unsaid": True}  # metadata of a dataclass's field that is left out where it holds nothing
 DEEPEST = 100  # levels; no file that is read has more than MAX_DEPTH
 
 
@@ -16,7 +17,8 @@ def jsonable(value: Any, depth: int = 0) -> Any:
     What is nested deeper than DEEPEST levels, an integer that Python does not write and any other object become a text.
     """
     if is_dataclass(value) and not isinstance(value, type):
-        value = {f.name: getattr(value, f.name) for f in fields(value)}
+        held = ((f, getattr(value, f.name)) for f in fields(value))
+        value = {f.name: v for f, v in held if "unsaid" not in f.metadata or v}
     if depth > DEEPEST and isinstance(value, Mapping | list | tuple):
         return f"nested deeper than {DEEPEST}"
     if isinstance(value, Mapping):  # a tensor is known by its attribute: torch is slow to import

@@ -3,7 +3,9 @@
 https://github.com/edenbiran/RippleEdits (README; to_dict in src/fact.py, src/query.py, src/testcase.py). Locality:
 Relation_Specificity (Relation_Specifity in the README) and Forgetfulness; portability: Logical_Generalization,
 Subject_Aliasing, Compositionality_I and _II. All answers of a query and their aliases are right; aliases of one letter are
-not, as there. `condition_queries`, which ask whether the model knew what a query builds on, are not asked.
+not, as there. A test's `condition_queries` are its queries' conditions; one without an answer counts as met, as there.
+Otherwise than there any answer is enough, of queries with several, too, and the queries of a test count one by one, whatever
+`test_condition` says: of the tests that src/build_*.py makes, all "OR", only two about new siblings hold more than one.
 
 `edit` names its subject and objects by their ids in Wikidata only, so they are read off the rest of the entry. The target is
 (1) `target_new`, if somebody added it to `edit`, (2) what a query answers with `target_id`, (3) what `original_fact` says
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence, Set
+from dataclasses import replace
 
 from mosectl.facts.messages import bad, empty, short
 from mosectl.facts.shapes.shape import Asked, Part, Row, Shape, an_object, objects
@@ -50,21 +53,24 @@ def _parts(row: Row, where: str) -> Iterator[Part]:
     sentence = edit.get("prompt")
     if not isinstance(sentence, str) or not sentence.strip():
         raise bad(where, "'edit.prompt' is missing, or no text", f"see {NAME}'s shape")
-    queries = [
-        (metric, group, place, q) for group, metric in GROUPS.items() for place, q in _queries(row, group, where)
-    ]
-    asked = tuple(
-        Asked(metric, f"{place}.prompt", q.get("prompt"), _answers(q, place, where), group)
-        for metric, group, place, q in queries
-    )
-    labels = _labels([q for *_, q in queries])
-    given, called, remarks = _read(sentence.strip(), edit, labels, [q for *_, q in queries], where)
+    found = [(group, *test) for group in GROUPS for test in _queries(row, group, where)]
+    asked = tuple(replace(_asked(q, place, where, group), needs=needs) for group, place, q, needs in found)
+    queries = [q for _, _, q, _ in found]
+    given, called, remarks = _read(sentence.strip(), edit, _labels(queries), queries, where)
     yield Part(given, called, asked, (("", row), ("edit.", edit)), remarks)
 
 
-def _queries(row: Row, group: str, where: str) -> Iterator[tuple[str, Row]]:
+def _queries(row: Row, group: str, where: str) -> Iterator[tuple[str, Row, tuple[Asked, ...]]]:
+    """The queries of a group's tests: where each stands, the query, and the conditions of its test."""
     for place, test in objects(row.get(group), group, NAME, where):
-        yield from objects(test.get("test_queries"), f"{place}.test_queries", NAME, where)
+        conditions = objects(test.get("condition_queries"), f"{place}.condition_queries", NAME, where)
+        needs = tuple(_asked(q, at, where, group) for at, q in conditions)
+        for at, q in objects(test.get("test_queries"), f"{place}.test_queries", NAME, where):
+            yield at, q, needs
+
+
+def _asked(query: Row, place: str, where: str, group: str) -> Asked:
+    return Asked(GROUPS[group], f"{place}.prompt", query.get("prompt"), _answers(query, place, where), group)
 
 
 def _answers(query: Row, place: str, where: str) -> list[object]:

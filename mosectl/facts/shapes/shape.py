@@ -21,6 +21,7 @@ class Asked:
     prompt: Any
     answers: Any = None  # one, or several that are all right, the usual one first
     group: str = ""
+    needs: tuple[Asked, ...] = ()  # its conditions; one without an answer counts as met
 
 
 @dataclass(frozen=True)
