@@ -82,9 +82,7 @@ FEW = 50  # facts that these have room for: each disturbs prompts with its old o
 WIDE = 8  # layers edited at the subject's last token, at most: the more there are, the less each has to turn
 STILL, LIGHT = 100.0, 1.0  # λ there, and the weight of earlier facts: with more there is no room for new ones
 HEAVY = 50.0  # that weight elsewhere
-NAMES = (
-    10.0  # weight of the prompts' tokens before the subject's last: what is done to names loses earlier facts (LOG.md)
-)
+NAMES = 3.0  # prompt_weight there: what is done to names is what loses earlier facts (docs/LOG.md)
 
 
 def settled(options: EditOptions, n: int, facts: int) -> EditOptions:
