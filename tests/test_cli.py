@@ -23,6 +23,7 @@ import torch
 import mosectl
 from mosectl.checkpoints import writer
 from mosectl.cli import app
+from mosectl.model.tokens import encode
 from mosectl.patch.file import Patch
 from mosectl.render import console
 from mosectl.storage import atomic, places
@@ -85,7 +86,8 @@ def test_check_doctor_dry_run_stats(world: World, capsys: pytest.CaptureFixture[
     checked = json.loads(capsys.readouterr().out)
     assert checked["tokens"][0]["target"] == ["Ġand"]
     assert run("check", world.facts, "--model", world.model) == 0
-    assert "Ġand" in capsys.readouterr().out
+    shown, prompt = capsys.readouterr().out, encode(make_tokenizer(), FACT["prompt"], FACT["subject"], None)
+    assert f"\t{prompt.subject_first}-{prompt.subject_last} of {len(prompt.input_ids)}\tĠand\t" in shown
     assert run("doctor", world.model) == 0
     assert "model.layers.2.mlp.down_proj.weight" in capsys.readouterr().out
     sizes = []

@@ -15,7 +15,12 @@ from mosectl.errors import FactsError, UsageError
 def check(
     facts: Annotated[str, typer.Argument(help=FACTS)],
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Also show each fact's tokens for this model.")
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help="Also show how this model tokenises each fact: where the subject stands in the prompt, and the target.",
+        ),
     ] = None,
     revision: Revision = None,
     chat: Chat = False,

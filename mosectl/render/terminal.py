@@ -168,13 +168,13 @@ def check(report: FactsReport, views: Sequence[TokenView] | None) -> None:
         )
     if views:
         table(
-            "Tokens (subject span: first-last token of the prompt)",
+            "Tokens (span: the subject's first-last token of the prompt's, from 0; the target follows these)",
             ("fact", "subject tokens", "span", "target tokens", "note"),
             [
                 (
                     f.source.rsplit("/", 1)[-1],
                     " ".join(v.subject),
-                    f"{v.subject_span[0]}-{v.subject_span[1]} of {v.n_tokens}",
+                    f"{v.subject_span[0]}-{v.subject_span[1]} of {v.prompt_tokens}",
                     " ".join(v.target),
                     v.note,
                 )
