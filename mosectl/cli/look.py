@@ -38,14 +38,18 @@ def check(
     found = read_facts(facts, "report", limit, choices(read or ()))
     tokens, unreadable = None, 0
     if model is not None:
-        from mosectl.editing.diagnosis import reader
+        from mosectl.editing.diagnosis import read_through
+        from mosectl.facts.records import Problem
         from mosectl.model.positions import fit
         from mosectl.model.tokens import describe
 
-        tokenizer, window = reader(model, revision)
+        tokenizer, window, refused = read_through(model, revision)
         tokens = [describe(tokenizer, fact, chat) for fact in found.facts]
         _, long = fit(found.facts, tokenizer, window, chat)
-        found = replace(found, problems=(*found.problems, *long))
+        why = (
+            [Problem(model, f"edit will refuse this model: {refused.what}", refused.fix, "warning")] if refused else []
+        )
+        found = replace(found, problems=(*why, *found.problems, *long))
         unreadable = sum(p.severity == "error" for p in long)
     if as_json:
         console.data({**vars(found), "tokens": tokens})
