@@ -599,7 +599,7 @@ def test_a_chat_model_asked_without_its_template_gets_a_hint(world: World, capsy
     edit = world.edit("--overwrite", "--json")
     commands = {
         "asked": (("ask", "I met", "-m", world.model, "--json"), "--chat"),
-        "edited": ([*edit, "--set", "replies=0"], "--set replies=1"),
+        "edited": ([*edit, "--method", "mose"], "--set replies=1"),  # in text alone by its defaults
     }
     for done, (command, instead) in commands.items():
         assert run(*command) == 0
@@ -608,3 +608,6 @@ def test_a_chat_model_asked_without_its_template_gets_a_hint(world: World, capsy
         assert f"note: {done} without the tokenizer's chat template, as plain text: give {instead} if" in err
         assert run(*command, "--chat") in (0, 8) and "note:" not in capsys.readouterr().err
     assert run(*edit) == 0 and "note:" not in capsys.readouterr().err, "replies are edited along"
+    for method in ("isospectral", "mose"):
+        assert run(*edit, "--method", method, "--set", "replies=0") == 0
+        assert "note:" not in capsys.readouterr().err, "as it was asked for"
