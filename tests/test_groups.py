@@ -117,9 +117,36 @@ def test_parts_by_hand() -> None:
     assert [p.own for p in parts([FACT], None)] == [False] * 4 and KNOWN not in [p.group for p in parts([FACT], None)]
     unsure = replace(FACT, ground_truth=None)
     known, prompts = tallies("qa", Part("generalization", KNOWN), [unsure], [NOW], [BEFORE])
-    assert (known, prompts) == ([Tally(1, 2)], 2), "without an old object, what the model said counts as one"
+    assert (known, prompts) == ([Tally(1, 2)], 2), "without an old object, what the model said tells it"
+    wordy = replace(BEFORE, said=" Brin, a town by the sea in Avaland")
+    assert tallies("qa", Part("generalization", KNOWN), [unsure], [NOW], [wordy]) == ([Tally(1, 2)], 2)
+    assert groups.own_counted(unsure, wordy) == [0], "nor does a probe count that said it"
+    vague = replace(BEFORE, said=" known to everyone who has ever been there")
+    assert tallies("qa", Part("generalization", KNOWN), [unsure], [NOW], [vague])[1] == 0, "it cannot be told"
     alone = tallies("qa", Part("locality", "neighborhood"), [FACT], [NOW], None)
     assert alone == ([Tally(1, 1)], 1), "without a model from before: the known answer"
+
+
+@pytest.mark.parametrize(
+    ("said", "old"),
+    [
+        (" Paris. It is", "Paris"),
+        (" Paris, the capital of France", "Paris"),
+        (" Paris (France) and", "Paris"),
+        (" New York – the city that never sleeps", "New York"),
+        (" the United States of America", "the United States of America"),
+        (" Jean-Paul Sartre;", "Jean-Paul Sartre"),
+        (" 1,200 km: a long way", "1,200 km"),
+        ("巴黎，法国的首都", "巴黎"),
+        (" the capital of the island of Cuba", ""),
+        (" a man of many talents and more", ""),
+        ("", ""),
+        (" , and", ""),
+    ],
+)
+def test_the_old_object_where_the_file_has_none(said: str, old: str) -> None:
+    fact = replace(FACT, ground_truth=None)
+    assert qa.old_object(fact, said) == old and qa.old_object(FACT, said) == FACT.ground_truth
 
 
 def test_unedited_facts_of_a_wording_are_neighbours() -> None:

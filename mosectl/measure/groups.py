@@ -16,8 +16,7 @@ from mosectl.measure.bootstrap import Tally
 from mosectl.measure.next_tokens import NextToken, Place, compare_next
 from mosectl.measure.own_probes import counts
 from mosectl.measure.protocols import PROTOCOLS, Answers, portable_probes
-from mosectl.measure.qa import says
-from mosectl.model.generation import answer
+from mosectl.measure.qa import old_object, says
 
 KNOWN = "known wordings"  # rephrasings that the unedited model answered with the old object
 
@@ -154,8 +153,8 @@ def _as_neighbour(fact: Fact, now: Answers, before: Answers | None, is_one: bool
 
 
 def known_wording(fact: Fact, said: str, text: str) -> bool:
-    """Did the model answer a rephrasing with the old object, or, where the file has none, as it answered the prompt?"""
-    old = fact.ground_truth or answer(said)
+    """Did the model answer a rephrasing with the old object? False where that cannot be told (:func:`qa.old_object`)."""
+    old = old_object(fact, said)
     return bool(old) and says(text, old)
 
 

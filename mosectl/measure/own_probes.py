@@ -10,7 +10,7 @@ from torch import nn
 from mosectl.facts.groups import SAME_SUBJECT
 from mosectl.facts.records import Fact, Probe
 from mosectl.facts.words import gap
-from mosectl.measure.qa import mentions
+from mosectl.measure.qa import mentions, old_object
 from mosectl.model.generation import answer
 from mosectl.model.positions import prompt_ids, window
 
@@ -61,7 +61,7 @@ def counts(fact: Fact, said: str, before: str) -> bool:
         said: what the model said to the edit prompt before the edit.
         before: what it said to the probe.
     """
-    objects = (fact.ground_truth or answer(said), *fact.targets)
+    objects = (old_object(fact, said), *fact.targets)
     heard = answer(before)  # what follows it was not asked for
     return bool(heard) and not any(mentions(heard, o) for o in objects)
 
