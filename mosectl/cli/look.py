@@ -144,11 +144,15 @@ def ask(
     as_json: Json = False,
 ) -> None:
     """Show greedy continuations, before and after patches."""
+    from mosectl.checkpoints.conflicts import before_applying
     from mosectl.checkpoints.live import ask as run
     from mosectl.checkpoints.live import load_patches
+    from mosectl.patch.compose import conflicts
     from mosectl.render import console, terminal
 
     loaded = load_patches(patch or [])
+    if loaded:  # as apply and export tell them; by force a folder's own patches may be out of order
+        terminal.conflicts(conflicts(loaded) if force else before_applying(loaded, model, revision=revision))
     found = run(
         prompts,
         model,
