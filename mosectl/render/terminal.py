@@ -14,7 +14,7 @@ from mosectl.facts import groups as named_groups
 from mosectl.patch.record import HOLDS
 from mosectl.render import scores
 from mosectl.render.console import hint, line, size, table, warn
-from mosectl.text.shown import counted, word
+from mosectl.text.shown import answer_cell, counted, word
 
 if TYPE_CHECKING:
     from mosectl.checkpoints.export import Exported
@@ -48,10 +48,7 @@ def problems(found: FactsReport) -> None:
 
 def edit(result: EditResult, path: Path | None, model: str, missed: Path | None = None) -> None:
     """Before/after, scores, stability and times of an edit; ``missed``: the file of facts that did not take."""
-    rows = [
-        (r.fact.prompt, r.before, r.after, f"{r.probability_before:.3f}", f"{r.probability_after:.3f}", _mark(r.status))
-        for r in result.facts
-    ]
+    rows = [scores.of_fact(r.fact.prompt, r, _mark(r.status)) for r in result.facts]
     columns = ("prompt", "before", "after", ">P(new) before", ">P(new) after", "")
     table("Answers (greedy)", columns, rows[:60])
     if len(rows) > 60:
@@ -300,9 +297,9 @@ def exported(e: Exported) -> None:
 def asked(answers: Sequence[Asked]) -> None:
     """Continuations before and after."""
     if all(a.after is None for a in answers):
-        table("Answers (greedy)", ("prompt", "answer"), [(a.prompt, a.before.strip()) for a in answers])
+        table("Answers (greedy)", ("prompt", "answer"), [(a.prompt, answer_cell(a.before.strip())) for a in answers])
     else:
-        rows = [(a.prompt, a.before.strip(), (a.after or "").strip()) for a in answers]
+        rows = [(a.prompt, *(answer_cell((text or "").strip()) for text in (a.before, a.after))) for a in answers]
         table("Answers (greedy)", ("prompt", "before", "after"), rows)
 
 
@@ -347,7 +344,7 @@ def evaluation(e: Evaluation) -> None:
         table(scores.COHORTS_TITLE, scores.COHORTS, scores.of_cohorts(e.cohorts))
         line(scores.COHORTS_HELP)
     if lost := [f for f in e.facts if not f.holds]:
-        rows = [(f.prompt, f.target_new, f.right_after or "–", f.after) for f in lost[:20]]
+        rows = [(f.prompt, f.target_new, answer_cell(f.right_after), answer_cell(f.after)) for f in lost[:20]]
         table("Facts that do not hold (generation)", ("prompt", "new object", "right after", "after"), rows)
         if len(lost) > 20:
             line(f"… and {len(lost) - 20} more (all of them with --json, --csv or --html)")
