@@ -27,6 +27,7 @@ from mosectl.model.tokens import encode
 from mosectl.patch.file import Patch
 from mosectl.render import console
 from mosectl.storage import atomic, places
+from mosectl.text.shown import word
 from support.commands import EASY, TWO_PROCESSES, World, run
 from support.editors import rows
 from support.facts import FACT
@@ -89,7 +90,9 @@ def test_check_doctor_dry_run_stats(world: World, capsys: pytest.CaptureFixture[
     shown, prompt = capsys.readouterr().out, encode(make_tokenizer(), FACT["prompt"], FACT["subject"], None)
     assert f"\t{prompt.subject_first}-{prompt.subject_last} of {len(prompt.input_ids)}\tĠand\t" in shown
     assert run("doctor", world.model) == 0
-    assert "model.layers.2.mlp.down_proj.weight" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "model.layers.2.mlp.down_proj.weight" in shown
+    assert f"see mosectl edit FACTS --model {word(world.model)} --dry-run\n" in shown
     sizes = []
     for form in ("dense", "auto"):
         assert run(*world.edit("--dry-run", "--json", "--form", form)) == 0

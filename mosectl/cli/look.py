@@ -70,7 +70,7 @@ def doctor(
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
-    """Say what would be edited in a model, and whether anything stands in the way. Loads no weights."""
+    """Say what would be edited in a model, and what stands in the way; no weights (what an edit takes: edit --dry-run)."""
     from mosectl.editing.diagnosis import diagnose
     from mosectl.render import console, terminal
 
@@ -78,7 +78,7 @@ def doctor(
     if as_json:
         console.data(found)
     else:
-        terminal.doctor(found)
+        terminal.doctor(found, model)
     if found.problems:
         from mosectl.errors import ModelError
 

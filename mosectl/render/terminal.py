@@ -194,8 +194,8 @@ def _probes(facts: Sequence[Fact], metric: str) -> str:
     return counted(groups.total(), f"{metric} prompt") + (f" ({named})" if named else "")
 
 
-def doctor(d: Diagnosis) -> None:
-    """What would be edited in a model, and what stands in the way."""
+def doctor(d: Diagnosis, given: str) -> None:
+    """What would be edited in a model, and what stands in the way; ``given``: what the user calls it."""
     a = d.architecture
     first = a.projections[0]
     rows = [
@@ -213,6 +213,7 @@ def doctor(d: Diagnosis) -> None:
         *(("note", n) for n in d.notes),
         *(("PROBLEM", p) for p in d.problems),
         ("verdict", "cannot be edited as it is" if d.problems else "ready to edit"),
+        *([] if d.problems else [("an edit here takes", f"see mosectl edit FACTS --model {word(given)} --dry-run")]),
     ]
     table("Model", ("", ""), rows)
     table(
