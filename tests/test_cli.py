@@ -23,9 +23,11 @@ import torch
 import mosectl
 from mosectl.checkpoints import writer
 from mosectl.cli import app
+from mosectl.model.tokens import encode
 from mosectl.patch.file import Patch
 from mosectl.render import console
 from mosectl.storage import atomic, places
+from mosectl.text.shown import word
 from support.commands import EASY, TWO_PROCESSES, World, run
 from support.editors import rows
 from support.facts import FACT
@@ -85,9 +87,12 @@ def test_check_doctor_dry_run_stats(world: World, capsys: pytest.CaptureFixture[
     checked = json.loads(capsys.readouterr().out)
     assert checked["tokens"][0]["target"] == ["Ġand"]
     assert run("check", world.facts, "--model", world.model) == 0
-    assert "Ġand" in capsys.readouterr().out
+    shown, prompt = capsys.readouterr().out, encode(make_tokenizer(), FACT["prompt"], FACT["subject"], None)
+    assert f"\t{prompt.subject_first}-{prompt.subject_last} of {len(prompt.input_ids)}\tĠand\t" in shown
     assert run("doctor", world.model) == 0
-    assert "model.layers.2.mlp.down_proj.weight" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "model.layers.2.mlp.down_proj.weight" in shown
+    assert f"see mosectl edit FACTS --model {word(world.model)} --dry-run\n" in shown
     sizes = []
     for form in ("dense", "auto"):
         assert run(*world.edit("--dry-run", "--json", "--form", form)) == 0
@@ -597,7 +602,7 @@ def test_a_chat_model_asked_without_its_template_gets_a_hint(world: World, capsy
     edit = world.edit("--overwrite", "--json")
     commands = {
         "asked": (("ask", "I met", "-m", world.model, "--json"), "--chat"),
-        "edited": ([*edit, "--set", "replies=0"], "--set replies=1"),
+        "edited": ([*edit, "--method", "mose"], "--set replies=1"),  # in text alone by its defaults
     }
     for done, (command, instead) in commands.items():
         assert run(*command) == 0
@@ -606,3 +611,6 @@ def test_a_chat_model_asked_without_its_template_gets_a_hint(world: World, capsy
         assert f"note: {done} without the tokenizer's chat template, as plain text: give {instead} if" in err
         assert run(*command, "--chat") in (0, 8) and "note:" not in capsys.readouterr().err
     assert run(*edit) == 0 and "note:" not in capsys.readouterr().err, "replies are edited along"
+    for method in ("isospectral", "mose"):
+        assert run(*edit, "--method", method, "--set", "replies=0") == 0
+        assert "note:" not in capsys.readouterr().err, "as it was asked for"

@@ -256,6 +256,28 @@ def test_contradicting_patches_are_not_applied_together(tmp_path: Path, capsys: 
     assert len(found) == 2 and {x.second for x in found} == {c.id}, "what the folder's patches have among them is known"
 
 
+def test_ask_says_of_several_patches_what_apply_and_export_say(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = save(tmp_path / "base")
+    for name, seed, target in (("a", 1, "Grape"), ("b", 2, "Plum")):
+        replace(patch_for(base, (0,), seed=seed), facts=(replace(GRAPE, target_new=target),)).save(tmp_path / name)
+
+    def notes(command: str, *args: object) -> list[str]:
+        run(command, *args)
+        err = capsys.readouterr().err
+        return [line for line in err.splitlines() if line.startswith(("conflict:", "note: the order of"))]
+
+    a, b, model = tmp_path / "a", tmp_path / "b", ("--model", base)
+    told = notes("export", a, b, *model, "-o", tmp_path / "out", "--allow-conflicts")
+    assert len(told) == 2 and "'Plum'" in told[0] and "go on as given" in told[1]
+    ask = ("ask", GRAPE.prompt, "--json")
+    assert notes(*ask, *model, "-p", a, "-p", b) == told == notes(*ask, *model, "-p", a, "-p", b, "--force")
+    assert notes(*ask, *model, "-p", a) == notes(*ask, *model) == []
+    assert run("apply", a, *model, "-o", tmp_path / "edited") == 0
+    assert notes(*ask, "--model", tmp_path / "edited", "-p", b) == told, "with what the folder holds"
+
+
 def test_facts_that_stop_holding_are_told_before_anything_is_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -111,15 +111,66 @@ def test_parts_by_hand() -> None:
         "one said the old object, one nothing"
     )
     late = replace(BEFORE, own=(" large. Brin is", *BEFORE.own[1:]))
-    assert groups.own_counted(FACT, late) == [0], "what follows an answer does not count"
+    assert groups.own_counted([FACT], [late]) == [[0]], "what follows an answer does not count"
     assert both(Part("portability", "one_hop")) == (Tally(1, 1), Tally(1, 1))
     assert both(Part("portability", "other")) == (Tally(0, 1), Tally(0, 1))
     assert [p.own for p in parts([FACT], None)] == [False] * 4 and KNOWN not in [p.group for p in parts([FACT], None)]
     unsure = replace(FACT, ground_truth=None)
     known, prompts = tallies("qa", Part("generalization", KNOWN), [unsure], [NOW], [BEFORE])
-    assert (known, prompts) == ([Tally(1, 2)], 2), "without an old object, what the model said counts as one"
+    assert (known, prompts) == ([Tally(1, 2)], 2), "without an old object, what the model said tells it"
+    wordy = replace(BEFORE, said=" Brin, a town by the sea in Avaland")
+    assert tallies("qa", Part("generalization", KNOWN), [unsure], [NOW], [wordy]) == ([Tally(1, 2)], 2)
+    assert groups.own_counted([unsure], [wordy]) == [[0]], "nor does a probe count that said it"
+    vague = replace(BEFORE, said=" known to everyone who has ever been there")
+    assert tallies("qa", Part("generalization", KNOWN), [unsure], [NOW], [vague])[1] == 0, "it cannot be told"
     alone = tallies("qa", Part("locality", "neighborhood"), [FACT], [NOW], None)
     assert alone == ([Tally(1, 1)], 1), "without a model from before: the known answer"
+
+
+def test_own_probes_watch_nothing_that_is_edited_of_their_subject() -> None:
+    """Three facts about Ava, of which the first has the probes, and one about Ben."""
+    job = replace(FACT, prompt="Ava works as a", subject="AVA", target_new="baker", ground_truth="painter")
+    instrument = replace(FACT, prompt="Ava plays the", target_new="cello", ground_truth=None)
+    ben = replace(job, prompt="Ben works as a", subject="Ben", target_new="large", ground_truth="x")
+    heard = replace(BEFORE, own=(" large and old", " a painter from Quill", " a flute, she says"))
+    silent = replace(BEFORE, own=(), probes=())
+    said = [heard, silent, replace(silent, said=" flute. It is"), silent]
+    facts = [FACT, job, instrument, ben]
+    assert groups.own_counted(facts[:1], said[:1]) == [[0, 1, 2]], "alone, all of them watch something else"
+    assert groups.own_counted(facts, said) == [[0], [], [], []], (
+        "the others said an old object of Ava's; Ben's do not count"
+    )
+    new = replace(heard, own=(" a baker", " a baker", " the cello"))
+    part = Part("locality", SAME_SUBJECT, own=True)
+    (tally, *_), prompts = tallies("qa", part, facts, [new, *said[1:]], said)
+    assert (tally, prompts) == (Tally(0, 1), 1), "what is said after an edit takes no witness away"
+    told = [p for p in probes.probe_answers(facts, said, [new, *said[1:]]) if p.own]
+    assert [(p.prompt, p.after) for p in told] == [("Ava is", "a baker")]
+    counted = groups.counted_by(facts, said)
+    places = next_tokens.places(facts, [heard.probes, (), (), ()], [])
+    assert [p.at for p in places if p.own and counted(p)] == [0]
+
+
+@pytest.mark.parametrize(
+    ("said", "old"),
+    [
+        (" Paris. It is", "Paris"),
+        (" Paris, the capital of France", "Paris"),
+        (" Paris (France) and", "Paris"),
+        (" New York – the city that never sleeps", "New York"),
+        (" the United States of America", "the United States of America"),
+        (" Jean-Paul Sartre;", "Jean-Paul Sartre"),
+        (" 1,200 km: a long way", "1,200 km"),
+        ("巴黎，法国的首都", "巴黎"),
+        (" the capital of the island of Cuba", ""),
+        (" a man of many talents and more", ""),
+        ("", ""),
+        (" , and", ""),
+    ],
+)
+def test_the_old_object_where_the_file_has_none(said: str, old: str) -> None:
+    fact = replace(FACT, ground_truth=None)
+    assert qa.old_object(fact, said) == old and qa.old_object(FACT, said) == FACT.ground_truth
 
 
 def test_unedited_facts_of_a_wording_are_neighbours() -> None:

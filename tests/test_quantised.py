@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -51,8 +52,25 @@ def test_every_command_says_what_to_do_instead(name: str, world: World, capsys: 
     stands = {"FACTS": world.facts, "MODEL": world.model, "PATCH": world.patch, "OUT": world.folder / "out"}
     assert run(*(stands.get(word, word) for word in COMMANDS[name])) == 4
     said = " ".join(capsys.readouterr().err.split())
-    assert "its weights are quantised (bitsandbytes, 4 bits)" in said and WAY in said
+    assert re.search(r"\bmodel( \(llama\))?: its weights are quantised \(bitsandbytes, 4 bits\)", said) and WAY in said
     assert "bug" not in said and world.state() == before
+
+
+def test_check_reads_its_tokens_and_says_that_edit_will_not(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("check", world.facts, "-m", world.model) == 0, "nothing is wrong with the facts"
+    said = capsys.readouterr().out
+    assert (
+        f"{world.model}\twarning\tedit will refuse this model: its weights are quantised (bits" in said and WAY in said
+    )
+    assert "\tĠand\t" in said
+    assert run("check", world.facts, "-m", world.model, "--json") == 0
+    (told,) = json.loads(capsys.readouterr().out)["problems"]
+    assert told["severity"] == "warning" and told["fix"].startswith(WAY)
+
+
+def test_check_says_nothing_of_a_model_that_can_be_edited(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    world = World(tmp_path)
+    assert run("check", world.facts, "-m", world.model) == 0 and "refuse" not in capsys.readouterr().out
 
 
 def test_a_quantised_model_in_memory() -> None:

@@ -15,7 +15,7 @@ from mosectl.editing.contexts import Contexts, build_contexts, first_rows
 from mosectl.editing.options import EditOptions, default_options, options_from
 from mosectl.editing.pace import Pace
 from mosectl.editing.plan import estimate
-from mosectl.editing.replies import replies_settled
+from mosectl.editing.replies import note_text_alone, replies_settled
 from mosectl.errors import UsageError
 from mosectl.facts.records import Fact, as_facts
 from mosectl.model.scoring import Rows, log_probabilities
@@ -134,6 +134,35 @@ def test_where_replies_are_edited() -> None:
         assert settled(make_tokenizer(chat_template=broken)) == 0, "text can be edited all the same"
     published = default_options("memit")
     assert published.replies == 0 and replies_settled(replace(published, replies=1), talking()).replies == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "template", "instead"),
+    [
+        (EditOptions(), TEMPLATE, ""),
+        (EditOptions(replies=0), TEMPLATE, ""),
+        (EditOptions(chat=True), TEMPLATE, ""),
+        (EditOptions(), "{{ raise_exception('no') }}", "give --chat"),
+        (EditOptions(), None, ""),
+        (default_options("mose"), TEMPLATE, "give --set replies=1"),
+        (options_from(["replies=0"], method="mose"), TEMPLATE, ""),
+        (options_from(["replies=0"]), TEMPLATE, ""),
+        (default_options("memit"), TEMPLATE, "give --chat"),
+        (options_from(["replies=0"], method="memit"), TEMPLATE, ""),
+    ],
+)
+def test_a_note_on_text_alone_only_where_it_was_not_asked_for(
+    given: EditOptions, template: str | None, instead: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    tokenizer = make_tokenizer(chat_template=template)
+    note_text_alone(tokenizer, given, replies_settled(given, tokenizer))
+    told = [str(w.message) for w in recwarn]
+    assert (len(told) == 1 and f"plain text: {instead} if" in told[0]) if instead else not told
+
+
+def test_what_was_asked_for_by_name_is_no_part_of_how_to_edit() -> None:
+    assert options_from(["replies=0"]) == replace(default_options(), replies=0)
+    assert options_from(["replies=1"]).to_record() == default_options().to_record()
 
 
 def test_a_template_that_never_ends_does_not_stop_an_edit() -> None:

@@ -26,18 +26,20 @@ from rich.console import Console
 from mosectl.bench import pictures
 from mosectl.bench import report as bench_report
 from mosectl.checkpoints import apply, export
+from mosectl.checkpoints.live import Asked
 from mosectl.errors import UsageError
 from mosectl.hub import cards
 from mosectl.measure.before_after import Subject
 from mosectl.measure.bootstrap import Measure
 from mosectl.measure.evaluate import Bin, EvaluatedFact, Evaluation, Metric, to_csv
+from mosectl.measure.probes import ProbeAnswer
 from mosectl.patch.file import Patch
 from mosectl.patch.record import PatchFact
-from mosectl.render import charts, console, terminal
+from mosectl.render import charts, console, scores, terminal
 from mosectl.render import html as webpage
 from mosectl.storage.checkpoint import open_checkpoint
 from mosectl.text.markdown import code, front_matter, inline
-from mosectl.text.shown import escaped_json, guard_streams, printable, spreadsheet, word
+from mosectl.text.shown import answer_cell, escaped_json, guard_streams, printable, spreadsheet, word
 from mosectl.text.table import Grid
 from support.commands import run
 from support.models import save
@@ -377,6 +379,46 @@ def test_suggested_commands_quote_their_words(tmp_path: Path, capsys: pytest.Cap
     facts.write_text("{\n{")
     assert run("edit", facts, "--model", tmp_path / "m", "-o", tmp_path / "o.safetensors") == 3
     assert f"mosectl check '{facts}'" in capsys.readouterr().err
+
+
+def test_an_empty_answer_is_no_blank_cell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, file, out = save(tmp_path / "base"), tmp_path / "reports" / "p.safetensors", tmp_path / "lora"
+    fact = PatchFact("Ava lives in", "Ava", "Rome", "", "", 0.25, 0.75, "not reached")
+    patch = replace(patch_for(base), facts=(fact,))
+    file.parent.mkdir()
+    patch.save(file)
+    assert run("inspect", file) == 0
+    assert "\nAva lives in\t(nothing)\t(nothing)\t0.250\t" in capsys.readouterr().out
+    assert run("inspect", file, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["facts"][0]["after"] == ""
+    assert "| Ava lives in | (nothing) | (nothing) | 0.250 |" in cards.card_of(patch, "me/x")
+    assert patch._repr_html_().count(">(nothing)</td>") == 2
+    assert (
+        run("report", file.parent, "-o", tmp_path / "r.html") == 0 and run("export", file, "-m", base, "-o", out) == 0
+    )
+    page = (tmp_path / "r.html").read_text()
+    assert page.count('data-label="before">(nothing)<') == page.count('data-label="after">(nothing)<') == 1
+    assert "| Ava lives in | (nothing) | Rome | (nothing) |" in (out / "README.md").read_text()
+
+
+def test_an_empty_answer_that_was_asked_for(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert [answer_cell(a) for a in (None, "", " \n", " Rome", "–")] == ["–", "(nothing)", "(nothing)", " Rome", "–"]
+    terminal.asked([Asked("Ava is", "\n", "")])
+    assert "Ava is\t(nothing)\t(nothing)\n" in capsys.readouterr().out
+    probe = ProbeAnswer(1, "Ben is", "locality", "", False, None, "", "", True, True, "")
+    assert scores.of_probes([probe, replace(probe, before=None)]) == [
+        ("Ben is", "locality", "(nothing)", "(nothing)", ""), ("Ben is", "locality", "–", "(nothing)", "")
+    ]  # fmt: skip
+    found = EvaluatedFact("p", "s", "t", "", "", "", 0.1, 0.9, False, False, {})
+    assert (
+        webpage._fact(found, True)[2:5] == ("(nothing)",) * 3
+        and webpage._fact(replace(found, before=None), False)[2] == "–"
+    )
+    monkeypatch.setattr(console, "_out", lambda: Console(width=60, force_terminal=True, soft_wrap=True))
+    terminal.asked([Asked("Ava is", "", None)])
+    assert "\x1b[2m(nothing)" in capsys.readouterr().out, "dim: it is not what was said"
 
 
 def test_no_word_is_broken_where_a_table_fits_without(

@@ -282,7 +282,10 @@ def test_describe_and_check() -> None:
     fact = fact_from_dict({"prompt": "The capital of Avaland is", "subject": "Avaland", "target_new": "Brinmouth"}, "x")
     view = describe(make_tokenizer(), fact)
     assert "".join(view.subject).replace("Ġ", "") == "Avaland" and "".join(view.target) == "ĠBrinmouth"
-    assert view.n_tokens > view.subject_span[1] > view.subject_span[0] and not view.note
+    prompt = encode(make_tokenizer(), fact.prompt, None, None).input_ids
+    assert len(prompt) == view.prompt_tokens > view.subject_span[1] > view.subject_span[0] and not view.note
+    chat = describe(make_tokenizer(chat_template=CHATML), fact, chat=True)
+    assert chat.prompt_tokens == len(positions.prompt_ids(make_tokenizer(chat_template=CHATML), fact.prompt, True))
     split = [describe(spanning(), Fact(*c)) for c in CASES]
     assert any("encoded apart" in v.note for v in split if v.split)
     assert any("more than the subject" in v.note for v in split)

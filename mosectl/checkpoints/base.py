@@ -13,7 +13,6 @@ from mosectl.checkpoints.journal import Applied, Journal, read_journal
 from mosectl.errors import BaseMismatch, ModelError, PatchError
 from mosectl.model.architecture import Architecture, disk_names, resolve, skeleton
 from mosectl.model.edit_site import Projection
-from mosectl.model.quantised import refuse_quantised
 from mosectl.patch.file import Patch
 from mosectl.patch.fingerprint import match, sha256
 from mosectl.patch.record import BaseTensor
@@ -31,8 +30,9 @@ def layout(
         ModelError: config.json claims more than the weight files hold or another shape, or the model is not supported;
         quantised weights among that.
     """
-    refuse_quantised(checkpoint.config, str(checkpoint.folder))
-    arch = resolve(meta_model if meta_model is not None else skeleton(checkpoint.config, len(checkpoint.tensors)))
+    if meta_model is None:
+        meta_model = skeleton(checkpoint.config, len(checkpoint.tensors))
+    arch = resolve(meta_model, str(checkpoint.folder))
     names = disk_names(arch, checkpoint.tensors)
     for p in arch.projections:
         entry = checkpoint.tensors[names[p.name][0]]

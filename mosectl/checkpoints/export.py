@@ -31,6 +31,7 @@ from mosectl.storage.folders import new_folder
 from mosectl.storage.gguf import chosen
 from mosectl.storage.places import Place, check_room, new_file
 from mosectl.text.markdown import front_matter, inline, table
+from mosectl.text.shown import answer_cell
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # those vLLM takes (--max-lora-rank)
 FORMS = ("lora", "gguf-lora", "merged")
@@ -271,6 +272,9 @@ def _card(patches: Sequence[Patch], checkpoint: Checkpoint, title: str) -> str:
         "",
         *(f"- `{p.id}`: {inline(p.method)}, {len(p.facts)} facts" for p in patches),
         "",
-        *table(columns, [(f.prompt, f.before, f.target_new, f.after) for p in patches for f in p.facts]),
+        *table(
+            columns,
+            [(f.prompt, answer_cell(f.before), f.target_new, answer_cell(f.after)) for p in patches for f in p.facts],
+        ),
     ]
     return front_matter(checkpoint.model if checkpoint.revision else "") + "\n".join(body) + "\n"

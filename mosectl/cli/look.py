@@ -15,7 +15,12 @@ from mosectl.errors import FactsError, UsageError
 def check(
     facts: Annotated[str, typer.Argument(help=FACTS)],
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Also show each fact's tokens for this model.")
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help="Also show how this model tokenises each fact: where the subject stands in the prompt, and the target.",
+        ),
     ] = None,
     revision: Revision = None,
     chat: Chat = False,
@@ -33,14 +38,18 @@ def check(
     found = read_facts(facts, "report", limit, choices(read or ()))
     tokens, unreadable = None, 0
     if model is not None:
-        from mosectl.editing.diagnosis import reader
+        from mosectl.editing.diagnosis import read_through
+        from mosectl.facts.records import Problem
         from mosectl.model.positions import fit
         from mosectl.model.tokens import describe
 
-        tokenizer, window = reader(model, revision)
+        tokenizer, window, refused = read_through(model, revision)
         tokens = [describe(tokenizer, fact, chat) for fact in found.facts]
         _, long = fit(found.facts, tokenizer, window, chat)
-        found = replace(found, problems=(*found.problems, *long))
+        why = (
+            [Problem(model, f"edit will refuse this model: {refused.what}", refused.fix, "warning")] if refused else []
+        )
+        found = replace(found, problems=(*why, *found.problems, *long))
         unreadable = sum(p.severity == "error" for p in long)
     if as_json:
         console.data({**vars(found), "tokens": tokens})
@@ -61,7 +70,7 @@ def doctor(
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
-    """Say what would be edited in a model, and whether anything stands in the way. Loads no weights."""
+    """Say what would be edited in a model, and what stands in the way; no weights (what an edit takes: edit --dry-run)."""
     from mosectl.editing.diagnosis import diagnose
     from mosectl.render import console, terminal
 
@@ -69,7 +78,7 @@ def doctor(
     if as_json:
         console.data(found)
     else:
-        terminal.doctor(found)
+        terminal.doctor(found, model)
     if found.problems:
         from mosectl.errors import ModelError
 
@@ -135,11 +144,15 @@ def ask(
     as_json: Json = False,
 ) -> None:
     """Show greedy continuations, before and after patches."""
+    from mosectl.checkpoints.conflicts import before_applying
     from mosectl.checkpoints.live import ask as run
     from mosectl.checkpoints.live import load_patches
+    from mosectl.patch.compose import conflicts
     from mosectl.render import console, terminal
 
     loaded = load_patches(patch or [])
+    if loaded:  # as apply and export tell them; by force a folder's own patches may be out of order
+        terminal.conflicts(conflicts(loaded) if force else before_applying(loaded, model, revision=revision))
     found = run(
         prompts,
         model,

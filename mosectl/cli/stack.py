@@ -169,6 +169,7 @@ def blame(
     """Which patch of an edited folder moved the answer to a prompt."""
     from mosectl.checkpoints.audit import blame as run
     from mosectl.render import console
+    from mosectl.text.shown import answer_cell
     from mosectl.text.table import Grid
 
     if not Path(folder).exists() and Path(prompt).is_dir():
@@ -177,7 +178,7 @@ def blame(
         ids, (found,) = run([prompt], folder, base=base, device=device, dtype=dtype, on_step=named("blame", on_step))
     steps = zip(["the base", *(f"+ {i[:12]}" for i in ids)], found.answers, strict=True)
     moved = ["", *("moved it" if i in found.moved_by else "" for i in ids)]
-    rows = tuple((step, said, mark) for (step, said), mark in zip(steps, moved, strict=True))
+    rows = tuple((step, answer_cell(said), mark) for (step, said), mark in zip(steps, moved, strict=True))
     grid = Grid(f"Answers to '{prompt}'", ("with", "answer", ""), rows)
     console.data({"patches": ids, **vars(found)}) if as_json else console.tables([grid])
 

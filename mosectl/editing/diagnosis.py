@@ -11,7 +11,6 @@ from mosectl.errors import ModelError
 from mosectl.model.architecture import Architecture, disk_names, resolve, skeleton
 from mosectl.model.loading import DTYPES
 from mosectl.model.positions import Window, window
-from mosectl.model.quantised import refuse_quantised
 from mosectl.model.readiness import Problem, load_tokenizer, reading_problems, weight_problems
 from mosectl.model.tokens import check_tokenizer
 from mosectl.storage.checkpoint import Checkpoint, index_tensors, locate, open_checkpoint, read_config, twins
@@ -44,9 +43,8 @@ def diagnose(model: str | Path, revision: str | None = None) -> Diagnosis:
     found = {n: (e.dtype, e.shape) for n, e in checkpoint.tensors.items()} if checkpoint else None
     found = found or remote_tensors(str(model), commit or revision)
     config = read_config(folder)
-    refuse_quantised(config, name)
     meta_model = skeleton(config, len(found))
-    arch = resolve(meta_model)
+    arch = resolve(meta_model, name)
     on_disk = disk_names(arch, found)
     edited = {p.name: [(n, *found[n]) for n in on_disk[p.name]] for p in arch.projections}
     parameters = sum(p.numel() for p in meta_model.parameters())
@@ -121,9 +119,26 @@ def reader(model: str | Path, revision: str | None = None) -> tuple[Any, Window]
     """The model's tokenizer, and what the model can read, without its weights.
 
     Raises:
+        ModelError: there is no tokenizer that can be loaded, no such model, or none that can be edited. HubError.
+    """
+    tokenizer, seen, refused = read_through(model, revision)
+    if refused:
+        raise refused
+    return tokenizer, seen
+
+
+def read_through(model: str | Path, revision: str | None = None) -> tuple[Any, Window, ModelError | None]:
+    """As :func:`reader`, for whoever only reads: beside it what an edit would say that refuses such a model, if it would.
+
+    Raises:
         ModelError: there is no tokenizer that can be loaded, or no such model. HubError.
     """
-    folder, _, _ = locate(model, revision, weights=False)
+    folder, name, _ = locate(model, revision, weights=False)
     # First: transformers reads the config for a tokenizer too, whatever it claims.
     meta_model = skeleton(read_config(folder))
-    return load_tokenizer(folder), window(meta_model)
+    tokenizer, seen = load_tokenizer(folder), window(meta_model)
+    try:
+        resolve(meta_model, name)
+    except ModelError as e:
+        return tokenizer, seen, e
+    return tokenizer, seen, None

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mosectl.checkpoints.base import stored_patches
-from mosectl.checkpoints.live import changes_on, note_chat
+from mosectl.checkpoints.live import changes_on
 from mosectl.editing.advice import advice
 from mosectl.editing.beforehand import Beforehand, chosen_beforehand
 from mosectl.editing.contexts import build_contexts
@@ -30,6 +30,7 @@ from mosectl.editing.outcome import FactResult, fact_results, metrics_of, patch_
 from mosectl.editing.paraphrases import own_wordings
 from mosectl.editing.prompt_tokens import add_prompts
 from mosectl.editing.published import written_prefixes
+from mosectl.editing.replies import note_text_alone
 from mosectl.editing.resume import Progress
 from mosectl.editing.second_moments import Moments, second_moments
 from mosectl.editing.session import Session
@@ -131,10 +132,9 @@ def edit(
                 raise UsageError("a loaded model needs its tokenizer", fix="call edit(facts, model, tokenizer)")
             check(given.model, given.tokenizer)
         ready = _ready(given, check.facts, corpus)
-        loaded, checked, options = ready.loaded, ready.facts, check.options
         if isinstance(model, str | Path):
-            instead = "give --chat" if options.published else "give --set replies=1"
-            note_chat(loaded.tokenizer, options.chat or bool(options.replies), "edited", instead)
+            note_text_alone(ready.loaded.tokenizer, options, check.options)
+        loaded, checked, options = ready.loaded, ready.facts, check.options
     done = _computed(ready, options, trained, clock, progress, refuse)
     edited = [p for p in ready.arch.projections if p.name in done.changes]
     on = changes_on(loaded.model, [(p, [done.changes[p.name]]) for p in edited])

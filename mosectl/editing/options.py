@@ -31,6 +31,7 @@ class EditOptions:
     wordings: int = 2  # the model's own wordings of a fact, edited along with its prompt, at most (not in a chat)
     # 1: where the tokenizer has a chat template, facts are edited in a chat, too, as replies in sentences say them; 0: not.
     replies: int = 1
+    replies_asked: bool = field(default=False, compare=False)  # by --set: then no note is due on it; not recorded
     # Weight of each earlier fact against a new one; "auto": 1 at the subject's last token of a model of ten layers or more,
     # else 50.
     previous_edit_weight: float | None = None
@@ -71,6 +72,7 @@ class EditOptions:
     def to_record(self) -> dict[str, Any]:
         """As a patch's record has it (patches/FORMAT.md)."""
         fields = {**vars(self), "solver": dict(self.solver), "targets": self.targets.to_record()}
+        del fields["replies_asked"]
         for name in ("replies", "prompt_weight"):  # patches without them keep their bytes
             if not fields[name]:
                 del fields[name]
@@ -128,7 +130,7 @@ def options_from(settings: Sequence[str], **given: Any) -> EditOptions:
         what = "--set fact_token=last: the published search is at the subject's last token"
         raise UsageError(what, fix="leave it out, or give --set optimizer=adam too")
     _check_replies(options, asked="replies" in found["edit"])
-    return options
+    return replace(options, replies_asked="replies" in found["edit"])
 
 
 def _check_replies(options: EditOptions, asked: bool) -> None:

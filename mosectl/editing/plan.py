@@ -31,7 +31,6 @@ from mosectl.model.edit_site import Projection
 from mosectl.model.files import has_chat_template
 from mosectl.model.loading import pick_device, pick_dtype
 from mosectl.model.memory import logit_bytes, token_bytes, work_bytes
-from mosectl.model.quantised import refuse_quantised
 from mosectl.patch.change import SIDES
 from mosectl.storage.checkpoint import locate, read_config
 
@@ -79,9 +78,8 @@ def estimate(
     """
     folder, name, _ = locate(model, revision, weights=False)
     config = read_config(folder)
-    refuse_quantised(config, name)
     meta_model = skeleton(config)
-    arch = resolve(meta_model)
+    arch = resolve(meta_model, name)
     device = pick_device(device)
     kind = pick_dtype(dtype, device, config)
     options = settled(options, len(arch.projections), len(facts))

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from mosectl.editing.options import EditOptions
+from mosectl.checkpoints.live import note_chat
+from mosectl.editing.options import EditOptions, default_options
 from mosectl.errors import UsageError
 from mosectl.model.tokens import render_chat
 
@@ -23,3 +24,12 @@ def replies_settled(options: EditOptions, tokenizer: Any) -> EditOptions:
     except UsageError:  # text can be edited all the same
         return replace(options, replies=0)
     return options
+
+
+def note_text_alone(tokenizer: Any, given: EditOptions, settled: EditOptions) -> None:
+    """A Notice where a model that may be one for chats is edited in text alone, unless ``given`` asked for just that."""
+    if settled.replies or given.replies_asked or given.replies < default_options(given.method).replies:
+        return
+    broken = given.replies and not given.published  # the template's error is then what --chat tells
+    instead = "give --chat" if given.published or broken else "give --set replies=1"
+    note_chat(tokenizer, settled.chat, "edited", instead)

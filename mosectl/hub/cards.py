@@ -10,7 +10,7 @@ from mosectl.facts.probe import recorded_not_counted
 from mosectl.hypernetwork.file import Editor
 from mosectl.patch.file import Patch
 from mosectl.text.markdown import code, front_matter, inline, table
-from mosectl.text.shown import word
+from mosectl.text.shown import answer_cell, word
 
 ROWS = 100  # facts shown in a card
 
@@ -19,7 +19,14 @@ def card_of(patch: Patch, repo: str) -> str:
     """README.md of a patch's repository."""
     columns = ("prompt", "before", "after", ">P(new object) before", ">after", "")
     facts = [
-        (f.prompt, f.before, f.after, f"{f.probability_before:.3f}", f"{f.probability_after:.3f}", f.status)
+        (
+            f.prompt,
+            answer_cell(f.before),
+            answer_cell(f.after),
+            f"{f.probability_before:.3f}",
+            f"{f.probability_after:.3f}",
+            f.status,
+        )
         for f in patch.facts[:ROWS]
     ]
     body = [

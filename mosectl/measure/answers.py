@@ -196,7 +196,7 @@ def _of_facts(tokenizer: Any, facts: Sequence[Fact]) -> Iterator[Question]:
     tokens = _room(tokenizer, (t for f in facts for t in _objects(f)), 8)
     yield from (_edit_prompt(f, tokens) for f in facts)
     for f in facts:
-        # Without an old object the answer to the edit prompt counts as one, which is not known yet.
+        # Without an old object the answer to the edit prompt tells it (qa.old_object), which is not known yet.
         need = Need.SAYS if f.ground_truth else Need.ALL
         yield from (Question(p, tokens, need, _both(f)) for p in f.rephrase_prompts)
     for f in facts:

@@ -14,10 +14,9 @@ from mosectl.facts.records import Fact, Probe
 from mosectl.measure.answers import Interview
 from mosectl.measure.bootstrap import Tally
 from mosectl.measure.next_tokens import NextToken, Place, compare_next
-from mosectl.measure.own_probes import counts
+from mosectl.measure.own_probes import counts, objects_by_subject
 from mosectl.measure.protocols import PROTOCOLS, Answers, portable_probes
-from mosectl.measure.qa import says
-from mosectl.model.generation import answer
+from mosectl.measure.qa import old_object, says
 
 KNOWN = "known wordings"  # rephrasings that the unedited model answered with the old object
 
@@ -89,12 +88,13 @@ def tallies(
 ) -> tuple[list[Tally], int]:  # fmt: skip
     """One part under a protocol: a tally of each fact, and the number of prompts behind them."""
     out, prompts = [], 0
+    own = own_counted(facts, before) if part.own and before else [[]] * len(facts)
     for i, fact in enumerate(facts):
         asked = fact, now[i], before[i] if before else None
         if part.own and part.group == NEIGHBOURS:
             asked = _as_neighbour(*asked, i in neighbours)
         elif part.group:
-            asked = _narrowed(part, *asked)
+            asked = _narrowed(part, *asked, own[i])
         tally = PROTOCOLS[protocol].judge(*asked)[part.metric]
         out.append(tally)
         prompts += prompts_of(protocol, part.metric, asked[0], tally)
@@ -115,17 +115,16 @@ def prompts_of(protocol: str, metric: str, fact: Fact, tally: Tally) -> int:
 Asked = tuple[Fact, Answers, Answers | None]
 
 
-def _narrowed(part: Part, fact: Fact, now: Answers, before: Answers | None) -> Asked:
+def _narrowed(part: Part, fact: Fact, now: Answers, before: Answers | None, own: Sequence[int]) -> Asked:
     """The fact and what was answered, with the part's prompts alone."""
     if part.metric == "generalization":
         known = before.rephrased if before else ()
         which = [i for i, text in enumerate(known) if before and known_wording(fact, before.said, text)]
         return _picked(fact, now, before, "rephrase_prompts", fact.rephrase_prompts, "rephrased", which)
     if part.own:
-        which = own_counted(fact, before) if before else []
         new, old = (a and replace(a, local=a.own) for a in (now, before))
         assert new
-        return _picked(fact, new, old, "locality", now.probes, "local", which)
+        return _picked(fact, new, old, "locality", now.probes, "local", own)
     field, said = ("locality", "local") if part.metric == "locality" else ("portability", "portable")
     probes = getattr(fact, field)
     if field == "portability":
@@ -154,14 +153,18 @@ def _as_neighbour(fact: Fact, now: Answers, before: Answers | None, is_one: bool
 
 
 def known_wording(fact: Fact, said: str, text: str) -> bool:
-    """Did the model answer a rephrasing with the old object, or, where the file has none, as it answered the prompt?"""
-    old = fact.ground_truth or answer(said)
+    """Did the model answer a rephrasing with the old object? False where that cannot be told (:func:`qa.old_object`)."""
+    old = old_object(fact, said)
     return bool(old) and says(text, old)
 
 
-def own_counted(fact: Fact, before: Answers) -> list[int]:
-    """Numbers of the probes of our own that watch something else than the fact."""
-    return [i for i, text in enumerate(before.own) if counts(fact, before.said, text)]
+def own_counted(facts: Sequence[Fact], before: Sequence[Answers]) -> list[list[int]]:
+    """For each fact the numbers of the probes of our own that watch something else than the facts about its subject.
+
+    The answers before decide it alone: an edit does not choose its own witnesses.
+    """
+    objects = objects_by_subject(facts, [a.said for a in before])
+    return [[i for i, text in enumerate(a.own) if counts(o, text)] for o, a in zip(objects, before, strict=True)]
 
 
 # An edit's two interviews.
@@ -209,7 +212,7 @@ def moved(facts: Sequence[Fact], before: Interview, after: Interview) -> tuple[N
 
 def counted_by(facts: Sequence[Fact], before: Sequence[Answers]) -> Any:
     """Whether a place's prompt counts: those of the file and of text do."""
-    own = [set(own_counted(f, a)) for f, a in zip(facts, before, strict=True)]
+    own = own_counted(facts, before)
 
     def counted(place: Place) -> bool:
         return not place.own or place.at in own[place.unit]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, TypeVar
 
 from torch import nn
@@ -10,7 +10,7 @@ from torch import nn
 from mosectl.facts.groups import SAME_SUBJECT
 from mosectl.facts.records import Fact, Probe
 from mosectl.facts.words import gap
-from mosectl.measure.qa import mentions
+from mosectl.measure.qa import mentions, old_object
 from mosectl.model.generation import answer
 from mosectl.model.positions import prompt_ids, window
 
@@ -54,14 +54,21 @@ def readable(model: nn.Module, tokenizer: Any, probes: Sequence[Sequence[Probe]]
     return tuple(tuple(p for p in own if not seen.refuses(prompt_ids(tokenizer, p.prompt, chat))) for own in probes)
 
 
-def counts(fact: Fact, said: str, before: str) -> bool:
-    """Does a probe of our own watch something else than the fact?
+def objects_by_subject(facts: Sequence[Fact], said: Sequence[str]) -> list[frozenset[str]]:
+    """For each fact the old and new objects of all facts about its subject.
 
     Args:
-        said: what the model said to the edit prompt before the edit.
-        before: what it said to the probe.
+        said: what the model said to each edit prompt before the edit.
     """
-    objects = (fact.ground_truth or answer(said), *fact.targets)
+    objects: dict[str, set[str]] = {}
+    for fact, text in zip(facts, said, strict=True):
+        objects.setdefault(fact.subject.casefold(), set()).update((old_object(fact, text), *fact.targets))
+    whole = {subject: frozenset(found) for subject, found in objects.items()}
+    return [whole[f.subject.casefold()] for f in facts]
+
+
+def counts(objects: Collection[str], before: str) -> bool:
+    """Does a probe of our own, which the model answered so ``before`` the edit, watch something else than these objects?"""
     heard = answer(before)  # what follows it was not asked for
     return bool(heard) and not any(mentions(heard, o) for o in objects)
 
@@ -73,5 +80,5 @@ def made(facts: Sequence[Fact]) -> str:
     prompts = ", ".join(f"'{first} {opening}'" for opening in _OPENINGS[:2])
     return (
         f"the same-subject prompts are mosectl's own{some}, as the facts name none: {prompts} and the like, where the model "
-        "did not say the old object before"
+        "did not say the old or new object of a fact about the subject before"
     )

@@ -66,9 +66,10 @@ def probe_answers(
         unedited: numbers of all facts that were not edited: nothing follows from them.
     """
     also = Part("locality", NEIGHBOURS, own=True) in parts(facts, before, neighbours)
+    own = own_counted(facts, before) if before else [[]] * len(facts)
     out: list[ProbeAnswer] = []
     for i, fact in enumerate(facts):
-        of = _OfFact(i + 1, fact, now[i], before[i] if before else None, i not in unedited)
+        of = _OfFact(i + 1, fact, now[i], before[i] if before else None, i not in unedited, own[i])
         out += [*of.rephrased(), *of.local(), *of.own(), *(of.as_neighbour() if also and i in neighbours else ())]
         out += of.portable()
     return tuple(out)
@@ -100,6 +101,7 @@ class _OfFact:
     now: Answers
     before: Answers | None
     edited: bool
+    watched: Sequence[int]  # numbers of the probes of mosectl's own that count
 
     def rephrased(self) -> Iterator[ProbeAnswer]:
         old = self.before.rephrased if self.before else (None,) * len(self.now.rephrased)
@@ -121,9 +123,9 @@ class _OfFact:
             yield self._kept(probe, was, text)
 
     def own(self) -> Iterator[ProbeAnswer]:
-        """Those of mosectl's own that watch something else than the fact."""
+        """Those of mosectl's own that watch something else than the facts about the subject."""
         if self.before:
-            for i in own_counted(self.fact, self.before):
+            for i in self.watched:
                 yield self._kept(self.now.probes[i], self.before.own[i], self.now.own[i], own=True)
 
     def as_neighbour(self) -> Iterator[ProbeAnswer]:

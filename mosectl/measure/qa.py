@@ -7,6 +7,7 @@ for reasons that are no edit's.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from mosectl.facts.records import Fact
@@ -16,6 +17,8 @@ from mosectl.model.generation import says as says_strictly
 from mosectl.text.normalised import normalised
 
 KEPT_WORDS = 3
+OBJECT_WORDS = 4  # of an object that is taken from an answer, articles aside: what is longer is a sentence
+_CLAUSE = re.compile(r"[,;:](?=\s|$)|\s[–—-]\s|\s\(|[，；：、（。]")
 
 
 def says(text: str, *expected: str) -> bool:
@@ -24,6 +27,19 @@ def says(text: str, *expected: str) -> bool:
         return True
     wanted = [w for e in expected if (w := normalised(e))]
     return bool(wanted) and any(says_strictly(normalised(t), *wanted) for t in (text, answer(text)))
+
+
+def old_object(fact: Fact, said: str) -> str:
+    """The file's old object, else what the unedited model's answer to the prompt begins with, up to its first clause's end
+    ("Paris, the capital of France" gives Paris). Empty where that is too long for an object: then it cannot be told.
+
+    Args:
+        said: how the unedited model went on with the edit prompt.
+    """
+    if fact.ground_truth:
+        return fact.ground_truth
+    first = _CLAUSE.split(answer(said), maxsplit=1)[0].strip()
+    return first if 0 < len(normalised(first).split()) <= OBJECT_WORDS else ""
 
 
 def mentions(text: str, wanted: str) -> bool:

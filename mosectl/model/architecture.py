@@ -68,13 +68,24 @@ class Architecture:
     tied_embeddings: bool
 
 
-def resolve(model: nn.Module) -> Architecture:
+def resolve(model: nn.Module, name: str = "") -> Architecture:
     """Find the FFN output projection of every layer.
 
+    Args:
+        name: what errors call the model, beside its type.
     Raises:
         ModelError: an unknown mixture of experts, a quantised or adapter-wrapped model, or no such projection; says what
             was found.
     """
+    try:
+        return _resolved(model)
+    except ModelError as e:
+        if not name:
+            raise
+        raise ModelError(e.what, where=f"{name} ({e.where})", fix=e.fix) from e
+
+
+def _resolved(model: nn.Module) -> Architecture:
     config = model.config
     try:
         text = config.get_text_config() if hasattr(config, "get_text_config") else config  # type: ignore[operator]

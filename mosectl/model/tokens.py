@@ -33,8 +33,8 @@ class TokenView:
 
     subject: tuple[str, ...]
     target: tuple[str, ...]
-    subject_span: tuple[int, int]  # first and last token, inclusive
-    n_tokens: int
+    subject_span: tuple[int, int]  # first and last token among the prompt's, counted from 0
+    prompt_tokens: int  # in a chat with its template; the target's are not among them
     split: bool
     note: str  # what is unusual; empty otherwise
 
@@ -285,7 +285,7 @@ def describe(tokenizer: Any, fact: Fact, chat: bool = False) -> TokenView:
         return tuple(str(tokenizer.convert_ids_to_tokens(i)) for i in ids)
 
     span = (e.subject_first, e.subject_last)
-    return TokenView(pieces(subject), pieces(target), span, len(e.input_ids), e.split, "; ".join(notes))
+    return TokenView(pieces(subject), pieces(target), span, e.target_start, e.split, "; ".join(notes))
 
 
 def _joint(tokenizer: Any, fact: Fact) -> list[str]:

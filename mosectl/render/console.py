@@ -23,7 +23,7 @@ from rich.text import Text
 
 from mosectl.errors import MosectlError
 from mosectl.text.jsonable import jsonable
-from mosectl.text.shown import CONTINUED, escaped_json, plain, printable
+from mosectl.text.shown import CONTINUED, SILENCE, escaped_json, plain, printable
 
 if TYPE_CHECKING:
     from mosectl.storage.progress import BatchDone, OnStep
@@ -124,7 +124,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
         side: Any = "right" if column.startswith(">") else "left"
         table.add_column(Text(name), justify=side, overflow="fold", width=width)
     for row in drawn:
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text(cell, style="dim" if cell == SILENCE else "") for cell in row))
     console.print(table, soft_wrap=False)
     if more := len(rows) - len(drawn):
         console.print(f"… and {more} more (all of them in a pipe, or with --json)")

@@ -11,7 +11,7 @@ from mosectl.measure.probes import surprising
 from mosectl.render import page, scores
 from mosectl.render.charts import shares, shares_about, svg_retention, svg_shares
 from mosectl.render.page import DASH, Cell, Mark, Page, Picture, Section, Table, Terms, Words, firm, table
-from mosectl.text.shown import counted
+from mosectl.text.shown import answer_cell, counted
 
 if TYPE_CHECKING:
     from mosectl.measure.evaluate import EvaluatedFact, Evaluation
@@ -94,9 +94,9 @@ def _right_after(e: Evaluation) -> bool:
 
 
 def _fact(f: EvaluatedFact, batches: bool) -> tuple[Cell, ...]:
-    then = (f.right_after or "–",) if batches else ()
+    then = (answer_cell(f.right_after),) if batches else ()
     p = chance(f.probability_before), chance(f.probability_after)
-    return f.prompt, f.target_new, f.before or "–", *then, f.after, *p, verdict(f.holds)
+    return f.prompt, f.target_new, answer_cell(f.before), *then, answer_cell(f.after), *p, verdict(f.holds)
 
 
 def _metrics(e: Evaluation) -> tuple[Table, ...]:

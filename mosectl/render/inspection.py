@@ -31,10 +31,7 @@ def inspection(i: Inspection) -> None:
     table(
         f"Facts ({len(p.facts)})",
         ("prompt", "before", "after", ">P(new) before", ">P(new) after", ""),
-        [
-            (f.prompt, f.before, f.after, f"{f.probability_before:.3f}", f"{f.probability_after:.3f}", f.status)
-            for f in p.facts
-        ],
+        [scores.of_fact(f.prompt, f, f.status) for f in p.facts],
     )
     own_wordings(p.facts)
     _measured(p.metrics)

@@ -13,7 +13,7 @@ from mosectl.measure.probes import ProbeAnswer, surprising
 from mosectl.patch.file import Patch
 from mosectl.render import scores
 from mosectl.render.terminal import place
-from mosectl.text.shown import counted, markup
+from mosectl.text.shown import answer_cell, counted, markup
 
 ROWS, PROBES = 20, 10  # of a table
 LONGEST = 300  # characters of a cell
@@ -34,10 +34,7 @@ def html(value: EditResult | Patch | Evaluation) -> str:
 def _edit(result: EditResult) -> Iterator[str]:
     patch, reached = result.patch, sum(r.status in ("changed", "already known") for r in result.facts)
     yield _line(f"{patch.method}: {reached} of {counted(len(result.facts), 'fact')} reached", f"patch {patch.id[:12]}")
-    rows = [
-        (r.fact.prompt, r.before, r.after, f"{r.probability_before:.3f}", f"{r.probability_after:.3f}", r.status)
-        for r in result.facts
-    ]
+    rows = [scores.of_fact(r.fact.prompt, r, r.status) for r in result.facts]
     yield _table("Answers", _FACTS, rows, ROWS, ".facts")
     yield _table("Scores", scores.COLUMNS, [*scores.of_edit(result.scores, result.shares)], ROWS, ".shares")
     yield from (_line("", told) for told in not_counted(result.not_counted))
@@ -57,10 +54,7 @@ def _patch(patch: Patch) -> Iterator[str]:
     if facts_from := patch.options.get("facts"):
         about.append(("facts from", " ".join(facts_from)))
     yield _table(f"Patch {patch.id[:12]}", ("", ""), about, ROWS)
-    rows = [
-        (f.prompt, f.before, f.after, f"{f.probability_before:.3f}", f"{f.probability_after:.3f}", f.status)
-        for f in patch.facts
-    ]
+    rows = [scores.of_fact(f.prompt, f, f.status) for f in patch.facts]
     yield _table(f"Facts ({len(rows)})", _FACTS, rows, ROWS, ".facts")
 
 
@@ -76,7 +70,9 @@ def _eval(found: Evaluation) -> Iterator[str]:
         for t in found.texts
     ]
     yield _table("Text", ("metric", ">before", ">after", ">95 % interval", "of what"), texts, ROWS)
-    lost = [(f.prompt, f.target_new, f.right_after or "–", f.after) for f in found.facts if not f.holds]
+    lost = [
+        (f.prompt, f.target_new, answer_cell(f.right_after), answer_cell(f.after)) for f in found.facts if not f.holds
+    ]
     columns = ("prompt", "new object", "right after", "after")
     yield _table("Facts that do not hold (generation)", columns, lost, PROBES, ".facts")
     yield _changed(found.probes, "What else changed" if found.subject.base else "Probes without the expected answer")

@@ -16,7 +16,7 @@ from mosectl.render.console import in_one_unit
 from mosectl.render.html import chance, cohorts_table
 from mosectl.render.page import Cell, Mark, Section, Table, Terms, Words, firm, table
 from mosectl.render.terminal import place
-from mosectl.text.shown import counted
+from mosectl.text.shown import answer_cell, counted
 
 if TYPE_CHECKING:
     from mosectl.checkpoints.inspection import Inspection
@@ -118,10 +118,11 @@ def _fact(f: PatchFact, batches: bool) -> tuple[Cell, ...]:
     end = Mark(f.status, f.status in HOLDS)
     p = chance(f.probability_before), chance(f.probability_after)
     if not batches:
-        return f.prompt, f.target_new, f.before, f.after, *p, end
+        return f.prompt, f.target_new, answer_cell(f.before), answer_cell(f.after), *p, end
     then = None if f.right_after is None else says(f.right_after, *f.targets)
     held = Mark({None: "not asked", True: "held", False: "did not hold"}[then], then)
-    return f.prompt, f.target_new, f.before, f.right_after or "–", f.after, *p, held, end
+    said = map(answer_cell, (f.before, f.right_after, f.after))
+    return f.prompt, f.target_new, *said, *p, held, end
 
 
 def _measured(metrics: Mapping[str, Any]) -> tuple[Table | Words, ...]:

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 from mosectl.editing.methods import DEFAULT
 from mosectl.editing.settings import of_today
 from mosectl.facts.groups import FORGETFULNESS, NEIGHBOURS, SAME_SUBJECT, shown
+from mosectl.text.shown import answer_cell
 
 if TYPE_CHECKING:
+    from mosectl.editing.outcome import FactResult
     from mosectl.measure.answers import Scores
     from mosectl.measure.evaluate import Evaluation
     from mosectl.measure.groups import Share
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from mosectl.measure.next_tokens import NextToken
     from mosectl.measure.probes import ProbeAnswer
     from mosectl.measure.retention import Bin, Cohort
+    from mosectl.patch.record import PatchFact
 
 KEPT = 0.5  # of a group of probes, below which it is said
 COLUMNS = ("", ">share", ">as QA compares", ">prompts", "meaning")
@@ -130,9 +133,15 @@ def _part(group: str, own: bool, strict: float | None, lenient: float | None, as
     return f"  {label(group, own, '')}", percent(strict), percent(lenient), str(asked), meaning
 
 
+def of_fact(prompt: str, asked: FactResult | PatchFact, status: str) -> tuple[str, ...]:
+    """A fact's answers before and after, and how likely the new object was."""
+    p = f"{asked.probability_before:.3f}", f"{asked.probability_after:.3f}"
+    return prompt, answer_cell(asked.before), answer_cell(asked.after), *p, status
+
+
 def of_probes(probes: Sequence[ProbeAnswer]) -> list[tuple[str, ...]]:
     """Probes with their answers before and after."""
-    return [(p.prompt, of_probe(p), "–" if p.before is None else p.before, p.after, p.change) for p in probes]
+    return [(p.prompt, of_probe(p), answer_cell(p.before), answer_cell(p.after), p.change) for p in probes]
 
 
 def of_probe(probe: ProbeAnswer) -> str:

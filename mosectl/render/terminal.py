@@ -15,7 +15,7 @@ from mosectl.facts.probe import not_counted
 from mosectl.patch.record import HOLDS
 from mosectl.render import scores
 from mosectl.render.console import hint, line, size, table, warn
-from mosectl.text.shown import counted, word
+from mosectl.text.shown import answer_cell, counted, word
 
 if TYPE_CHECKING:
     from mosectl.checkpoints.export import Exported
@@ -49,10 +49,7 @@ def problems(found: FactsReport) -> None:
 
 def edit(result: EditResult, path: Path | None, model: str, missed: Path | None = None) -> None:
     """Before/after, scores, stability and times of an edit; ``missed``: the file of facts that did not take."""
-    rows = [
-        (r.fact.prompt, r.before, r.after, f"{r.probability_before:.3f}", f"{r.probability_after:.3f}", _mark(r.status))
-        for r in result.facts
-    ]
+    rows = [scores.of_fact(r.fact.prompt, r, _mark(r.status)) for r in result.facts]
     columns = ("prompt", "before", "after", ">P(new) before", ">P(new) after", "")
     table("Answers (greedy)", columns, rows[:60])
     if len(rows) > 60:
@@ -171,13 +168,13 @@ def check(report: FactsReport, views: Sequence[TokenView] | None) -> None:
         )
     if views:
         table(
-            "Tokens (subject span: first-last token of the prompt)",
+            "Tokens (span: the subject's first-last token of the prompt's, from 0; the target follows these)",
             ("fact", "subject tokens", "span", "target tokens", "note"),
             [
                 (
                     f.source.rsplit("/", 1)[-1],
                     " ".join(v.subject),
-                    f"{v.subject_span[0]}-{v.subject_span[1]} of {v.n_tokens}",
+                    f"{v.subject_span[0]}-{v.subject_span[1]} of {v.prompt_tokens}",
                     " ".join(v.target),
                     v.note,
                 )
@@ -204,8 +201,8 @@ def _probes(facts: Sequence[Fact], metric: str) -> str:
     return counted(groups.total(), f"{metric} prompt") + (f" ({named})" if named else "")
 
 
-def doctor(d: Diagnosis) -> None:
-    """What would be edited in a model, and what stands in the way."""
+def doctor(d: Diagnosis, given: str) -> None:
+    """What would be edited in a model, and what stands in the way; ``given``: what the user calls it."""
     a = d.architecture
     first = a.projections[0]
     rows = [
@@ -223,6 +220,7 @@ def doctor(d: Diagnosis) -> None:
         *(("note", n) for n in d.notes),
         *(("PROBLEM", p) for p in d.problems),
         ("verdict", "cannot be edited as it is" if d.problems else "ready to edit"),
+        *([] if d.problems else [("an edit here takes", f"see mosectl edit FACTS --model {word(given)} --dry-run")]),
     ]
     table("Model", ("", ""), rows)
     table(
@@ -307,9 +305,9 @@ def exported(e: Exported) -> None:
 def asked(answers: Sequence[Asked]) -> None:
     """Continuations before and after."""
     if all(a.after is None for a in answers):
-        table("Answers (greedy)", ("prompt", "answer"), [(a.prompt, a.before.strip()) for a in answers])
+        table("Answers (greedy)", ("prompt", "answer"), [(a.prompt, answer_cell(a.before.strip())) for a in answers])
     else:
-        rows = [(a.prompt, a.before.strip(), (a.after or "").strip()) for a in answers]
+        rows = [(a.prompt, *(answer_cell((text or "").strip()) for text in (a.before, a.after))) for a in answers]
         table("Answers (greedy)", ("prompt", "before", "after"), rows)
 
 
@@ -354,7 +352,7 @@ def evaluation(e: Evaluation) -> None:
         table(scores.COHORTS_TITLE, scores.COHORTS, scores.of_cohorts(e.cohorts))
         line(scores.COHORTS_HELP)
     if lost := [f for f in e.facts if not f.holds]:
-        rows = [(f.prompt, f.target_new, f.right_after or "–", f.after) for f in lost[:20]]
+        rows = [(f.prompt, f.target_new, answer_cell(f.right_after), answer_cell(f.after)) for f in lost[:20]]
         table("Facts that do not hold (generation)", ("prompt", "new object", "right after", "after"), rows)
         if len(lost) > 20:
             line(f"… and {len(lost) - 20} more (all of them with --json, --csv or --html)")

@@ -26,6 +26,8 @@ _FORMULA = re.compile(r"[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")  # the last four
 _NUMBER = re.compile(r"[+-]?\d+([.,]\d+)?", re.ASCII)
 CONTINUED = "\n    "  # a line break within a message: no line of ours begins like that
 
+SILENCE = "(nothing)"  # in tables, for an answer without a word; files for programs have the answer itself
+
 
 def printable(text: str, encoding: str = "utf-8", breaks: str = r"\n") -> str:
     r"""``text`` with what does not belong on a terminal as an escape: \t, \x1b, \u202e.
@@ -93,6 +95,11 @@ def _record(*args: Any, **more: Any) -> logging.LogRecord:
     with suppress(TypeError, ValueError):  # a message that does not fit its arguments: logging tells of it
         made.msg, made.args = printable(made.getMessage(), breaks=CONTINUED), None
     return made
+
+
+def answer_cell(answer: str | None) -> str:
+    """A model's answer as a cell of a table: a dash where it is not known, words where the model said nothing."""
+    return "–" if answer is None else answer if answer.strip() else SILENCE
 
 
 def counted(n: int, one: str, several: str = "") -> str:
