@@ -173,31 +173,64 @@ def batches(size: int, ear: Any) -> Batches:
 BASE, NOW = Health(3.0, {"a": 2.0, "b": 1.0}, {}), Health(3.25, {"a": 2.1, "b": 0.8}, {})
 
 
-def test_a_batch_tells_how_the_run_stands() -> None:
-    ear = Ear()
-    run = batches(2, ear)
-    run.ended([1.0, -1.0], [], BASE, NOW, text=True)
-    run.ended([2.0, 0.5, -0.1], [1, 0], BASE, BASE, text=False)
-    first, last = ear.told
-    assert (first.number, first.batches, first.facts, first.total, first.held) == (1, 2, 2, 3, 1)
-    assert first.text_loss == 0.25 and first.norm_drift == pytest.approx(0.2) and first.seconds_left > 0
-    assert (last.number, last.facts, last.held) == (2, 3, 2), "those edited again are as they are now"
-    assert last.text_loss is None and last.norm_drift == last.seconds_left == 0
-    assert run.holds == [False, True, True]
-    batches(2, None).ended([1.0, 1.0], [], BASE, NOW, text=True)
-    batches(2, lambda *_: None).ended([1.0, 1.0], [], BASE, NOW, text=True)
-    alone = batches(3, ear)
-    alone.ended([1.0] * 3, [], BASE, NOW, text=True)
-    assert alone.right_after == [] and len(ear.told) == 2, "one batch is the run"
+def says_in_turn(monkeypatch: pytest.MonkeyPatch, *answers: str) -> list[list[str]]:
+    """Let the model answer so; returns the prompts it is asked, by batch."""
+    said, asked = iter(answers), []
+
+    def ask(_: Any, __: Any, questions: Any, **___: Any) -> list[str]:
+        asked.append([q.prompt for q in questions])
+        return [next(said) for _ in questions]
+
+    monkeypatch.setattr("mosectl.editing.batches.ask", ask)
+    return asked
 
 
-def test_a_run_that_goes_on_counts_from_where_it_was() -> None:
-    ear = Ear()
+def test_a_batch_tells_how_the_run_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    ear, (a, b, c) = Ear(), (f.target_new for f in ALL)
+    asked = says_in_turn(monkeypatch, f"{a} it is", b, "no", c, "lost")
     run = batches(1, ear)
-    run.go_on(["and more", "x"])
-    run.ended([1.0], [], BASE, NOW, text=True)
+    run.ended(BASE, NOW, text=True)
+    run.ended(BASE, NOW, text=True)
+    run.ended(BASE, BASE, text=False)
+    first, second, last = ear.told
+    assert [len(prompts) for prompts in asked] == [1, 2, 2] and asked[1] == [ALL[1].prompt, ALL[0].prompt]
+    assert asked[2][0] == ALL[2].prompt and asked[2][1] in (ALL[0].prompt, ALL[1].prompt), "as many earlier ones"
+    assert (first.number, first.batches, first.facts, first.total) == (1, 3, 1, 3)
+    assert (first.held, first.earlier_held, first.earlier_asked) == (1, 0, 0)
+    assert (second.held, second.earlier_held, second.earlier_asked) == (2, 0, 1), "the first holds no longer"
+    assert (last.held, last.earlier_held, last.earlier_asked) == (3, 0, 2), "right after, and now"
+    assert first.text_loss == 0.25 and first.norm_drift == pytest.approx(0.2) and first.seconds_left > 0
+    assert last.text_loss is None and last.norm_drift == last.seconds_left == 0
+    assert len(run.right_after) == 3
+
+
+def test_one_batch_is_the_run_and_nobody_needs_to_hear() -> None:
+    batches(2, None).ended(BASE, NOW, text=True)
+    batches(2, lambda *_: None).ended(BASE, NOW, text=True)
+    ear = Ear()
+    alone = batches(3, ear)
+    alone.ended(BASE, NOW, text=True)
+    assert alone.right_after == [] and not ear.told
+
+
+def test_only_what_was_asked_lately_tells_of_earlier_facts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mosectl.editing.batches.LATELY", 1)
+    ear, (a, b, c) = Ear(), (f.target_new for f in ALL)
+    says_in_turn(monkeypatch, a, b, "lost", c, "lost")
+    run = batches(1, ear)
+    for _ in ALL:
+        run.ended(BASE, NOW, text=True)
+    assert [t.earlier_asked for t in ear.told] == [0, 1, 1]
+
+
+def test_a_run_that_goes_on_counts_from_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    ear = Ear()
+    says_in_turn(monkeypatch, "x", "x")
+    run = batches(1, ear)
+    run.go_on([ALL[0].target_new, "x"])
+    run.ended(BASE, NOW, text=True)
     (told,) = ear.told
-    assert (told.number, told.facts, told.held) == (3, 3, 2) and len(run.right_after) == 3
+    assert (told.number, told.facts, told.held, told.earlier_asked) == (3, 3, 1, 1) and len(run.right_after) == 3
 
 
 def test_a_model_whose_numbers_are_not_finite_has_said_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,17 +238,18 @@ def test_a_model_whose_numbers_are_not_finite_has_said_nothing(monkeypatch: pyte
         raise NotFinite("logits are not finite")
 
     monkeypatch.setattr("mosectl.editing.batches.ask", ask)
-    run = batches(2, None)
-    run.ended([float("nan")] * 2, [], BASE, NOW, text=True)
-    assert run.right_after == ["", ""] and run.holds == [False, False]
+    ear = Ear()
+    run = batches(2, ear)
+    run.ended(BASE, NOW, text=True)
+    assert run.right_after == ["", ""] and ear.told[0].held == 0
 
 
 # Progress.
 
-DONE = BatchDone(3, 10, 30, 100, 28, 0.0123, 1.2e-8, 4242.4)
+DONE = BatchDone(3, 10, 30, 100, 28, 17, 20, 0.0123, 1.2e-8, 4242.4)
 LINES = [
-    "batch 3/10 done, at this pace 4,242 s more: 28 of 30 facts held when last asked",
-    "text loss +0.012 nats a token, ‖W‖ drift 1.2e-08",
+    "batch 3/10 done, at this pace 4,242 s more: 28 of 30 facts held right after",
+    "earlier facts: 17 of 20 hold, text loss +0.012 nats a token, ‖W‖ drift 1.2e-08",
 ]
 
 
@@ -223,8 +257,8 @@ def test_on_a_pipe_a_batch_is_a_line(capsys: pytest.CaptureFixture[str]) -> None
     with console.progress() as step:
         step("targets", 0, 10)
         step.batch(DONE)  # type: ignore[attr-defined]
-        step.batch(replace(DONE, number=10, text_loss=None))  # type: ignore[attr-defined]
-    last = "batch 10/10 done: 28 of 30 facts held when last asked, ‖W‖ drift 1.2e-08"
+        step.batch(replace(DONE, number=10, text_loss=None, earlier_asked=0))  # type: ignore[attr-defined]
+    last = "batch 10/10 done: 28 of 30 facts held right after, ‖W‖ drift 1.2e-08"
     assert capsys.readouterr().err.splitlines() == ["targets …", ", ".join(LINES), last]
     with console.progress(quiet=True) as step:
         step("targets", 0, 10)

@@ -103,7 +103,7 @@ class Session:
             self.curve.append((len(losses), now))
             layers.earlier.add(contexts, done.margin_before[: len(batch)].tolist(), layers.W)
             layers.earlier.edited_again(again, done.margin_before[len(batch) :].tolist(), layers.W)
-            batches.ended(done.margin_before.tolist(), again, self.base_health, now, text=bool(self.pieces))
+            batches.ended(self.base_health, now, text=bool(self.pieces))
             if kept and size < len(facts):
                 with clock("keep"):
                     kept.save(ours, self.state(losses))

@@ -270,9 +270,10 @@ class _Drawn(Bars):
 def _of_batch(b: BatchDone) -> tuple[str, str]:
     """How far the run is, and how the model is: each fits a terminal's line."""
     left = f", at this pace {b.seconds_left:,.0f} s more" if b.number < b.batches else ""
+    earlier = f"earlier facts: {b.earlier_held} of {b.earlier_asked} hold, " if b.earlier_asked else ""
     text = "" if b.text_loss is None else f"text loss {b.text_loss:+.3f} nats a token, "
-    run = f"batch {b.number}/{b.batches} done{left}: {b.held} of {b.facts} facts held when last asked"
-    return run, f"{text}‖W‖ drift {b.norm_drift:.1e}"
+    run = f"batch {b.number}/{b.batches} done{left}: {b.held} of {b.facts} facts held right after"
+    return run, f"{earlier}{text}‖W‖ drift {b.norm_drift:.1e}"
 
 
 def _go_on(bar: Progress, number: Any) -> None:

@@ -19,7 +19,9 @@ class BatchDone:
     batches: int  # in all
     facts: int  # edited so far
     total: int
-    held: int  # of those edited so far, as each was when it was last looked at: its new object leads
+    held: int  # of those edited so far, right after each one's own batch
+    earlier_held: int  # of earlier facts asked now and lately, a sample at random, and
+    earlier_asked: int  # how many these are
     text_loss: float | None  # by how much that of ordinary text has risen, nats a token; None: there is no text
     norm_drift: float  # the largest over the edited weights: | ‖W‖ / base − 1 |
     seconds_left: float  # at the pace of the batches so far
