@@ -14,7 +14,7 @@ from mosectl.errors import EditFailed, PatchError
 from mosectl.facts.records import Fact, Probe
 from mosectl.measure import qa
 from mosectl.measure.answers import interview, same_answer, talk
-from mosectl.measure.own_probes import counts, own_probes
+from mosectl.measure.own_probes import counts, objects_by_subject, own_probes
 from mosectl.measure.protocols import PROTOCOLS, Answers
 from mosectl.model.generation import says
 from mosectl.model.questions import generate
@@ -65,7 +65,8 @@ def test_teacher_forced_protocols_score_the_first_name() -> None:
 
 
 def test_a_probe_of_our_own_that_says_an_alias_watches_the_fact() -> None:
-    assert not counts(FACT, "", " NB again") and counts(FACT, "", " large")
+    (objects,) = objects_by_subject([FACT], [""])
+    assert not counts(objects, " NB again") and counts(objects, " large")
     assert own_probes([replace(FACT, prompt="Ava", subject="Ava")], False) == ((),), "a prompt that is all subject"
 
 

@@ -19,6 +19,7 @@ from mosectl.errors import FactsError, UsageError
 from mosectl.facts.records import Fact, read_facts
 from mosectl.patch.file import Patch
 from mosectl.storage.data_sets import DataSet, data_set_of, is_data_set, origin
+from mosectl.text.jsonable import jsonable
 from support.commands import EASY
 from support.facts import FACTS
 from support.hub_server import TOKEN, Hub, call, serving
@@ -83,7 +84,7 @@ def plain(facts: Sequence[Fact | Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def read_here(folder: Path, name: str, data: bytes) -> list[dict[str, Any]]:
     (folder / name).write_bytes(data)
-    return json.loads(json.dumps(plain(read_facts(folder / name).facts), default=vars))  # type: ignore[no-any-return]
+    return json.loads(json.dumps(plain(jsonable(read_facts(folder / name).facts))))  # type: ignore[no-any-return]
 
 
 # What names a data set.
