@@ -98,7 +98,7 @@ def test_ripple_edits_conditions_are_read(condition: str, tmp_path: Path, capsys
     ]
     assert run("check", write("RippleEdits", tmp_path, ripple(asked))) == 0
     told = " ".join(capsys.readouterr().out.split())
-    assert told.endswith("Compositionality_I), 5 of these with conditions (4 prompts)"), told
+    assert told.endswith("Compositionality_I), 5 probes with conditions (4 prompts)"), told
 
 
 OWN = {"prompt": "x", "ground_truth": "y"}

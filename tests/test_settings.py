@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 
-from mosectl.editing.options import EditOptions, default_options, options_from
+from mosectl.editing.options import AUTO, EditOptions, default_options, options_from
 from mosectl.editing.settings import RENAMED, WORDS
 from mosectl.editing.targets import TargetOptions
 from mosectl.errors import Notice, UsageError
@@ -63,6 +63,15 @@ def test_what_is_no_choice_lists_the_choices(setting: str) -> None:
 def test_what_is_no_number_is_refused(setting: str) -> None:
     with pytest.raises(UsageError):
         options_from([setting])
+
+
+@pytest.mark.parametrize("setting", AUTO)
+def test_auto_is_as_if_it_were_not_given(setting: str) -> None:
+    for method in ("isospectral", "alphaedit"):
+        assert options_from([setting], method=method) == options_from([], method=method)
+    for no_number in (setting.replace("auto", "Auto"), "preserve=auto"):
+        with pytest.raises(UsageError, match="not a number"):
+            options_from([no_number])
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,8 @@ class EditOptions:
 FORMS = ("auto", "compact", "dense")
 TARGETS = ("steps", "gradient")
 GRADIENT_DROP = 10.0  # nats; the one step is for the whole loss, not for a piece of it (docs/LOG.md)
+# As if they were not given: by the model, the token and the number of facts (layers.settled), or the method's own.
+AUTO = ("margin=auto", "previous_edit_weight=auto", "prompt_weight=auto")
 _FLAGS = ("batch_size", "rounds", "seed")  # these have a command-line option of their own
 
 
@@ -101,7 +103,7 @@ def options_from(settings: Sequence[str], **given: Any) -> EditOptions:
     searching = set() if solver.searches else searches  # a fit has no such search
     found: dict[str, dict[str, Any]] = {"solver": {}, "targets": {}, "edit": {}}
     names = [*solver.defaults, *known, *own]
-    for setting in settings:
+    for setting in (s for s in settings if s not in AUTO):
         asked = setting.partition("=")[0]
         if (now := RENAMED.get(asked, asked)) not in names:
             raise _unknown(setting, asked, solver.name, [n for n in names if n not in searching])

@@ -190,7 +190,7 @@ def check(report: FactsReport, views: Sequence[TokenView] | None) -> None:
     probes = [p for f in report.facts for p in (*f.locality, *f.portability) if p.needs]
     if probes:
         n = len({need.prompt for p in probes for need in p.needs})
-        told.append(f"{len(probes):,} of these with conditions ({counted(n, 'prompt')})")
+        told.append(f"{counted(len(probes), 'probe')} with conditions ({counted(n, 'prompt')})")
     line(f"{usable}; {', '.join(told)}")
 
 
