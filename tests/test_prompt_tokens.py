@@ -45,7 +45,7 @@ def test_tokens_before_the_subjects_last_are_added(architecture: str) -> None:
         fact("A is in", "A"),  # the subject's last token is the first of all: nothing before it
     ]
     C = {p.name: torch.eye(p.p) for p in arch.projections}
-    add_prompts(Moments(C, {}, 0, False, 0.0), model, tokenizer, arch.projections, facts, 3.0, False)
+    add_prompts(Moments(C, {}, 0, False, 0.0), model, tokenizer, arch.projections, facts, 3.0)
     begun = [tokenizer(text)["input_ids"] for text in ("The capital of Tomas Veldrin", "Avaland Tomas Veldrin")]
     for p in arch.projections:
         k = torch.cat([inputs(model, p.name, ids)[1:-1] for ids in begun]).double()
@@ -59,8 +59,18 @@ def test_nothing_before_or_no_weight_leaves_the_text_alone() -> None:
     arch = resolve(model)
     for facts, weight in (([fact("A is in", "A")], 3.0), ([fact("In Avaland", "Avaland")], 0.0)):
         C = {p.name: torch.eye(p.p) for p in arch.projections}
-        add_prompts(Moments(C, {}, 0, False, 0.0), model, tokenizer, arch.projections, facts, weight, False)
+        add_prompts(Moments(C, {}, 0, False, 0.0), model, tokenizer, arch.projections, facts, weight)
         assert all(torch.equal(c, torch.eye(len(c))) for c in C.values())
+
+
+def test_where_the_prompts_last_token_is_edited_those_before_it_are_added() -> None:
+    model, tokenizer = pico("llama"), make_tokenizer()
+    arch = resolve(model)
+    C = {p.name: torch.zeros(p.p, p.p) for p in arch.projections}
+    given = [fact("I met Avaland in", "Avaland")]
+    add_prompts(Moments(C, {}, 0, False, 0.0), model, tokenizer, arch.projections, given, 2.0, last=True)
+    k = inputs(model, arch.projections[0].name, tokenizer("I met Avaland in")["input_ids"])[1:-1]
+    torch.testing.assert_close(C[arch.projections[0].name], 2.0 * k.T @ k / len(k), rtol=1e-4, atol=1e-5)
 
 
 def test_experts_of_a_mixture() -> None:
@@ -68,7 +78,7 @@ def test_experts_of_a_mixture() -> None:
     with turns(model, resolve(model)) as arch:
         C = {p.name: torch.zeros(p.p, p.p) for p in arch.projections}
         given = [fact("The capital of Tomas Veldrin is", "Tomas Veldrin")]
-        add_prompts(Moments(C, {}, 0, False, 0.0), model, tokenizer, arch.projections, given, 1.0, False)
+        add_prompts(Moments(C, {}, 0, False, 0.0), model, tokenizer, arch.projections, given, 1.0)
     assert all(float(c.trace()) > 0 and torch.isfinite(c).all() for c in C.values())
 
 

@@ -232,10 +232,9 @@ def _computed(
                     model, loaded.tokenizer, projections, ready.corpus,
                     enough=enough(options), folder=folder, on_step=step,
                 )  # fmt: skip
-                if options.prompt_weight and options.fact_token != LAST:
-                    add_prompts(
-                        moments, model, loaded.tokenizer, projections, facts, options.prompt_weight, options.chat
-                    )
+                if options.prompt_weight:
+                    how = {"chat": options.chat, "last": options.fact_token == LAST}
+                    add_prompts(moments, model, loaded.tokenizer, projections, facts, options.prompt_weight, **how)
         with clock("wordings", len(facts)) as step:
             wordings = _wordings(loaded, facts, before, options, step)
         layers = EditedLayers(model, turned, projections, moments, options, trained)

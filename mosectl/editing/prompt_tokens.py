@@ -27,14 +27,19 @@ def add_prompts(
     projections: Sequence[Projection],
     facts: Sequence[Fact],
     weight: float,
-    chat: bool,
+    *,
+    chat: bool = False,
+    last: bool = False,
 ) -> None:
-    """C + ``weight`` · E[k kᵀ] over the tokens before the edited one, the subject's last, of all prompts, but for
-    the first of all, on which attention rests whatever it is. Prompts that begin alike count once.
+    """C + ``weight`` · E[k kᵀ] over the tokens before the edited one in all prompts, but for the first of all, on which
+    attention rests whatever it is. Prompts that begin alike count once.
 
     C (p, p) is changed in place: those of all layers together can be most of a machine's memory.
+
+    Args:
+        last: the prompt's last token is edited, not the subject's.
     """
-    contexts = build_contexts(model, tokenizer, facts, [""], chat=chat)
+    contexts = build_contexts(model, tokenizer, facts, [""], chat=chat, last=last)
     rows = contexts.edit_rows
     read = zip(contexts.batch.input_ids[rows].tolist(), contexts.token[rows].tolist(), strict=True)
     begun = sorted({tuple(ids[:at]) for ids, at in read if at > 1})
