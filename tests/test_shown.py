@@ -363,7 +363,8 @@ def test_numbers_and_other_texts_stay_in_spreadsheets() -> None:
 
 def test_suggested_commands_quote_their_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert word("a b") == "'a b'" and word(Path("a/b.c")) == "a/b.c" and word("$(x)\x1b") == r"'$(x)\x1b'"
-    result: Any = type("R", (), dict.fromkeys(("facts", "stability", "shares", "next_tokens", "probes"), ()))
+    lists = ("facts", "stability", "shares", "next_tokens", "probes", "not_counted")
+    result: Any = type("R", (), dict.fromkeys(lists, ()))
     result.seconds, result.remedy = {}, ""
     result.patch = patch_for(save(tmp_path / "m"))
     result.scores = type("S", (), dict.fromkeys(("facts", "rephrasings", "locality_prompts", "rephrasings_unseen"), 0))
