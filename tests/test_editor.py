@@ -367,10 +367,10 @@ def test_gradient_targets_take_one_backward_a_batch(name: str, corpus: str, monk
     assert len(backwards) == 1 and result.facts[0].probability_after > result.facts[0].probability_before
 
 
-def _no_gradients(model: object, projections: list, batch: object, _: object) -> tuple[dict, dict]:
-    """Keys as they are; gradients that make the metric round."""
+def _no_gradients(model: object, projections: list, batch: object, _: object) -> tuple[dict, dict, int]:
+    """Keys as they are; gradients that make the metric round; one position asked."""
     keys = keys_of_tokens(model, projections, batch)
-    return keys, {p.name: torch.eye(p.d) for p in projections}
+    return keys, {p.name: torch.eye(p.d) for p in projections}, 1
 
 
 def test_facts_that_do_not_hold_weigh_more_in_the_next_round(corpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
