@@ -227,11 +227,11 @@ def _tell(
     result: EditResult, out: Path, missed: Path | None, model: str, options: EditOptions, as_json: bool
 ) -> None:  # fmt: skip
     from mosectl.render import console, terminal
+    from mosectl.text.jsonable import said
 
     if as_json:
         edited = {"edited_layers": result.patch.options["layers"]}
-        unsaid = ("patch", "interviews", *(["not_counted"] if not result.not_counted else []))
-        numbers = {k: v for k, v in vars(result).items() if k not in unsaid}
+        numbers = {k: v for k, v in said(result).items() if k not in ("patch", "interviews")}
         beside = None if missed is None else str(missed)
         console.data({"patch": str(out), "id": result.patch.id, "missed": beside, **edited, **numbers})
     else:

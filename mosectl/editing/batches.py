@@ -33,6 +33,7 @@ class Batches:
     def go_on(self, right_after: Sequence[str]) -> None:
         """Go on behind batches that an interrupted run has done."""
         self.right_after = list(right_after)
+        self.held = sum(self._hold(range(len(right_after)), right_after))  # of these
         self._first, self._began = len(right_after), time.perf_counter()
 
     def ended(self, base: Health, now: Health, *, text: bool) -> None:
@@ -51,12 +52,13 @@ class Batches:
         with self.clock("ask batch"):
             said = self._answers([*range(start, end), *earlier])
         self.right_after += said[: end - start]
+        self.held += sum(self._hold(range(start, end), said[: end - start]))
         self.lately += self._hold(earlier, said[end - start :])
         pace = (time.perf_counter() - self._began) / (end - self._first)
         drift = max((abs(now.norm[name] / norm - 1) for name, norm in base.norm.items()), default=0.0)
         rise = now.loss - base.loss if text else None
         number, batches = -(-end // self.size), -(-len(self.facts) // self.size)
-        held = sum(self._hold(range(end), self.right_after)), sum(self.lately), len(self.lately)
+        held = self.held, sum(self.lately), len(self.lately)
         left = pace * (len(self.facts) - end)
         self.clock.batch(BatchDone(number, batches, end, len(self.facts), *held, rise, drift, left))
 

@@ -58,6 +58,7 @@ from mosectl.patch.file import Patch
 from mosectl.patch.finite import all_zeros, check_weight
 from mosectl.storage.progress import Clock, OnStep
 from mosectl.text import notebook
+from mosectl.text.jsonable import UNSAID
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,8 @@ class EditResult:
     next_tokens: tuple[NextToken, ...] = ()  # how far what comes next moved: at locality prompts, in ordinary text
     # Every rephrasing and locality prompt that counts, answered before and after.
     probes: tuple[ProbeAnswer, ...] = field(default=(), repr=False)
-    not_counted: tuple[NotCounted, ...] = ()  # locality prompts whose conditions the model did not meet before
+    # Locality prompts whose conditions the model did not meet before.
+    not_counted: tuple[NotCounted, ...] = field(default=(), metadata=UNSAID)
 
     def _repr_html_(self) -> str:
         return notebook.shown(self)
@@ -145,13 +147,26 @@ def edit(
     if refuse:
         _refuse_failure(results, remedy)
     with clock("check"):
-        drifts = tuple(_stability(loaded, edited, done.changes))
-        count = counting(checked, done.before.conditions, LOCALITY)
-        counted = (count.facts, count.interview(done.before), count.interview(after))
-        scored, felt = compare(*counted, done.wordings), (shares(*counted), moved(*counted))
-        metrics = metrics_of(scored, recorded(*felt) | count.recorded(), drifts, done.layers.compaction)
-        patch = patch_of(loaded, ready.arch, ready.corpus, done.layers, done.changes, results, metrics)
-    told = (done.stopped, done.tokens, clock.seconds, (done.before, after), done.curve)
+        return _judged(ready, done, after, edited, results, clock.seconds, remedy)
+
+
+def _judged(
+    ready: _Ready,
+    done: _Done,
+    after: Interview,
+    edited: Sequence[Projection],
+    results: tuple[FactResult, ...],
+    seconds: dict[str, float],
+    remedy: str,
+) -> EditResult:
+    """Scores of the probes that count, drifts of the weights, and the patch that records them."""
+    drifts = tuple(_stability(ready.loaded, edited, done.changes))
+    count = counting(ready.facts, done.before.conditions, LOCALITY)
+    counted = (count.facts, count.interview(done.before), count.interview(after))
+    scored, felt = compare(*counted, done.wordings), (shares(*counted), moved(*counted))
+    metrics = metrics_of(scored, recorded(*felt) | count.recorded(), drifts, done.layers.compaction)
+    patch = patch_of(ready.loaded, ready.arch, ready.corpus, done.layers, done.changes, results, metrics)
+    told = (done.stopped, done.tokens, seconds, (done.before, after), done.curve)
     return EditResult(
         patch, results, scored, drifts, done.scores, *told, remedy, *felt, probes_of(*counted), count.left_out
     )
@@ -233,8 +248,10 @@ def _computed(
                     enough=enough(options), folder=folder, on_step=step,
                 )  # fmt: skip
                 if options.prompt_weight:
-                    how = {"chat": options.chat, "last": options.fact_token == LAST}
-                    add_prompts(moments, model, loaded.tokenizer, projections, facts, options.prompt_weight, **how)
+                    add_prompts(
+                        moments, model, loaded.tokenizer, projections, facts, options.prompt_weight,
+                        chat=options.chat, last=options.fact_token == LAST,
+                    )  # fmt: skip
         with clock("wordings", len(facts)) as step:
             wordings = _wordings(loaded, facts, before, options, step)
         layers = EditedLayers(model, turned, projections, moments, options, trained)

@@ -100,8 +100,8 @@ def settled(options: EditOptions, n: int, facts: int) -> EditOptions:
     weight, names = HEAVY, 0.0
     if ours and options.method == DEFAULT and token == SUBJECT and layers is None:
         first, width = max(1, n // 15), min(WIDE, round(n / 4))
-        options = replace(options, layers=f"{first}-{first + width - 1}")
-        options = replace(options, solver={"preserve": STILL, **options.solver})
+        solver = {"preserve": STILL, **options.solver}
+        options = replace(options, layers=f"{first}-{first + width - 1}", solver=solver)
         weight, names = LIGHT, NAMES if FEW < facts <= MANY else 0.0
     weight = weight if options.previous_edit_weight is None else options.previous_edit_weight
     names = names if options.prompt_weight is None else options.prompt_weight

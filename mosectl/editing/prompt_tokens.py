@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from mosectl.editing.contexts import build_contexts
@@ -43,15 +42,14 @@ def add_prompts(
     rows = contexts.edit_rows
     read = zip(contexts.batch.input_ids[rows].tolist(), contexts.token[rows].tolist(), strict=True)
     begun = sorted({tuple(ids[:at]) for ids, at in read if at > 1})
-    if not begun or not weight:
+    if not begun:
         return
     share = weight / sum(len(ids) - 1 for ids in begun)
     with frozen(model):
         for part in by_length(begun, BATCH_TOKENS):
             batch = Batch.of([begun[i] for i in part], input_device(model))
-            keys = keys_of_tokens(model, projections, batch)
-            mask = batch.attention_mask.bool()
-            first = torch.zeros_like(mask).index_fill_(1, mask.new_zeros(1, dtype=torch.long), True)[mask]  # (tokens,)
+            keys, mask = keys_of_tokens(model, projections, batch), batch.attention_mask
+            number = mask.cumsum(1)[mask.bool()]  # (tokens,) of each in its prompt, from 1
             for name, k in keys.items():
-                C, k = moments.C[name], k[~first.to(k.device)]
+                C, k = moments.C[name], k[(number > 1).to(k.device)]
                 C.add_((share * k.T @ k).to(C))

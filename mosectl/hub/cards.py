@@ -10,7 +10,7 @@ from mosectl.facts.probe import recorded_not_counted
 from mosectl.hypernetwork.file import Editor
 from mosectl.patch.file import Patch
 from mosectl.text.markdown import code, front_matter, inline, table
-from mosectl.text.shown import answer_cell, word
+from mosectl.text.shown import before_and_after, word
 
 ROWS = 100  # facts shown in a card
 
@@ -19,14 +19,7 @@ def card_of(patch: Patch, repo: str) -> str:
     """README.md of a patch's repository."""
     columns = ("prompt", "before", "after", ">P(new object) before", ">after", "")
     facts = [
-        (
-            f.prompt,
-            answer_cell(f.before),
-            answer_cell(f.after),
-            f"{f.probability_before:.3f}",
-            f"{f.probability_after:.3f}",
-            f.status,
-        )
+        (f.prompt, *before_and_after(f.before, f.after, f.probability_before, f.probability_after), f.status)
         for f in patch.facts[:ROWS]
     ]
     body = [

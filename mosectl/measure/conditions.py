@@ -63,12 +63,13 @@ def counting(facts: Sequence[Fact], said: Mapping[str, str] | None, metrics: Seq
     def counts(probe: Probe) -> bool:
         return said is None or all(qa.says(said[n.prompt], *n.answers) for n in probe.needs)
 
-    def left(fact: Fact) -> Fact:
-        probes: dict[str, Any] = {m: tuple(filter(counts, _probes(fact, m))) for m in metrics}
+    kept = {m: tuple(tuple(i for i, p in enumerate(_probes(f, m)) if counts(p)) for f in facts) for m in metrics}
+
+    def left(number: int, fact: Fact) -> Fact:
+        probes: dict[str, Any] = {m: _picked(_probes(fact, m), kept[m][number]) for m in metrics}
         return replace(fact, **probes)
 
-    kept = {m: tuple(tuple(i for i, p in enumerate(_probes(f, m)) if counts(p)) for f in facts) for m in metrics}
-    counted = tuple(map(left, facts))
+    counted = tuple(left(i, f) for i, f in enumerate(facts))
     return Counting(counted, kept, tuple(n for m in metrics for n in _left_out(facts, counted, m)))
 
 

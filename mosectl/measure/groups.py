@@ -88,7 +88,7 @@ def tallies(
 ) -> tuple[list[Tally], int]:  # fmt: skip
     """One part under a protocol: a tally of each fact, and the number of prompts behind them."""
     out, prompts = [], 0
-    own = own_counted(facts, before) if part.own and before else [[]] * len(facts)
+    own = own_counted(facts, before if part.own else None)
     for i, fact in enumerate(facts):
         asked = fact, now[i], before[i] if before else None
         if part.own and part.group == NEIGHBOURS:
@@ -158,11 +158,13 @@ def known_wording(fact: Fact, said: str, text: str) -> bool:
     return bool(old) and says(text, old)
 
 
-def own_counted(facts: Sequence[Fact], before: Sequence[Answers]) -> list[list[int]]:
+def own_counted(facts: Sequence[Fact], before: Sequence[Answers] | None) -> list[list[int]]:
     """For each fact the numbers of the probes of our own that watch something else than the facts about its subject.
 
-    The answers before decide it alone: an edit does not choose its own witnesses.
+    The answers before decide it alone, without them none counts: an edit does not choose its own witnesses.
     """
+    if not before:
+        return [[]] * len(facts)
     objects = objects_by_subject(facts, [a.said for a in before])
     return [[i for i, text in enumerate(a.own) if counts(o, text)] for o, a in zip(objects, before, strict=True)]
 

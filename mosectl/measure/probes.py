@@ -66,7 +66,7 @@ def probe_answers(
         unedited: numbers of all facts that were not edited: nothing follows from them.
     """
     also = Part("locality", NEIGHBOURS, own=True) in parts(facts, before, neighbours)
-    own = own_counted(facts, before) if before else [[]] * len(facts)
+    own = own_counted(facts, before)
     out: list[ProbeAnswer] = []
     for i, fact in enumerate(facts):
         of = _OfFact(i + 1, fact, now[i], before[i] if before else None, i not in unedited, own[i])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from mosectl.editing.methods import DEFAULT
 from mosectl.editing.settings import of_today
 from mosectl.facts.groups import FORGETFULNESS, NEIGHBOURS, SAME_SUBJECT, shown
-from mosectl.text.shown import answer_cell
+from mosectl.text.shown import answer_cell, before_and_after
 
 if TYPE_CHECKING:
     from mosectl.editing.outcome import FactResult
@@ -135,8 +135,8 @@ def _part(group: str, own: bool, strict: float | None, lenient: float | None, as
 
 def of_fact(prompt: str, asked: FactResult | PatchFact, status: str) -> tuple[str, ...]:
     """A fact's answers before and after, and how likely the new object was."""
-    p = f"{asked.probability_before:.3f}", f"{asked.probability_after:.3f}"
-    return prompt, answer_cell(asked.before), answer_cell(asked.after), *p, status
+    said = before_and_after(asked.before, asked.after, asked.probability_before, asked.probability_after)
+    return prompt, *said, status
 
 
 def of_probes(probes: Sequence[ProbeAnswer]) -> list[tuple[str, ...]]:

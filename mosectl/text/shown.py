@@ -102,6 +102,11 @@ def answer_cell(answer: str | None) -> str:
     return "–" if answer is None else answer if answer.strip() else SILENCE
 
 
+def before_and_after(before: str, after: str, p_before: float, p_after: float) -> tuple[str, str, str, str]:
+    """Cells of a fact's answers, and of how likely the new object was."""
+    return answer_cell(before), answer_cell(after), f"{p_before:.3f}", f"{p_after:.3f}"
+
+
 def counted(n: int, one: str, several: str = "") -> str:
     """A number with its noun: "1 fact", "2 facts"."""
     return f"{n:,} {one if n == 1 else several or one + 's'}"
