@@ -341,6 +341,8 @@ def test_settings_that_do_not_fit_are_told_apart() -> None:
         ("placement=top", None, "choose one of: method, per-layer, spread"),
         ("placement=1", "memit", "choose one of"),
         ("placement=spread", "oft", "its own way to values"),
+        ("prompt_weight=3", "oft", "has no part in it"),
+        ("previous_edit_weight=1", "horse", "has no part in it"),
         ("previous_edit_weight=-1", None, "out of range"),
         ("spread=0", "memit", "'memit' has no such setting"),
     ):

@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from mosectl.editing.methods import DEFAULT, method
-from mosectl.editing.settings import RENAMED, WORDS, recorded, taking_old_names, todays
+from mosectl.editing.settings import RENAMED, UNSAID, WORDS, recorded, taking_old_names, todays
 from mosectl.editing.targets import TargetOptions
 from mosectl.errors import UsageError
 from mosectl.hub.place import EDITOR_FILE, local
@@ -73,7 +73,7 @@ class EditOptions:
         """As a patch's record has it (patches/FORMAT.md)."""
         fields = {**vars(self), "solver": dict(self.solver), "targets": self.targets.to_record()}
         del fields["replies_asked"]
-        for name in ("replies", "prompt_weight"):  # patches without them keep their bytes
+        for name in UNSAID:
             if not fields[name]:
                 del fields[name]
         return recorded(fields)
@@ -99,7 +99,7 @@ def options_from(settings: Sequence[str], **given: Any) -> EditOptions:
     numbers = {name: kind for name, kind in kinds.items() if kind in ("int", "float") or name in WORDS}
     own = {name: kind for name, kind in numbers.items() if name not in _FLAGS}
     whole = {name: "int" if option.whole else "float" for name, option in solver.options.items()}
-    searches = {"placement", "fact_token", *known} - {"margin", "max_rows"}
+    searches = {"placement", "fact_token", "prompt_weight", "previous_edit_weight", *known} - {"margin", "max_rows"}
     searching = set() if solver.searches else searches  # a fit has no such search
     found: dict[str, dict[str, Any]] = {"solver": {}, "targets": {}, "edit": {}}
     names = [*solver.defaults, *known, *own]
@@ -108,7 +108,8 @@ def options_from(settings: Sequence[str], **given: Any) -> EditOptions:
         if (now := RENAMED.get(asked, asked)) not in names:
             raise _unknown(setting, asked, solver.name, [n for n in names if n not in searching])
         if now in searching:
-            raise UsageError(f"--set {setting}: '{solver.name}' has its own way to values", fix="leave it out")
+            what = f"--set {setting}: '{solver.name}' has its own way to values and weights, this has no part in it"
+            raise UsageError(what, fix="leave it out")
         name, value = _setting(setting, {**known, **own, **whole})
         place = "solver" if name in solver.defaults else "targets" if name in known else "edit"
         found[place][name] = float(value) if place == "solver" else value  # as records of patches have it

@@ -21,6 +21,7 @@ WORDS: dict[str, dict[str, int]] = {
     "optimizer": {"natural-gradient": 1, "adam": 0, "published": 2},
     "fact_token": {"auto": 0, "subject_last": 1, "last": 2},
 }
+UNSAID = ("replies", "prompt_weight")  # not in a record where they are 0: older patches keep their bytes
 Options = TypeVar("Options", bound=type)
 
 

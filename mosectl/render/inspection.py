@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mosectl.editing.settings import of_today
+from mosectl.editing.settings import UNSAID, of_today
 from mosectl.facts.probe import recorded_not_counted
 from mosectl.render import scores
 from mosectl.render.console import line, size, table
@@ -45,7 +45,7 @@ def origin(i: Inspection) -> list[tuple[str, str]]:
         ("base model", f"{p.model} ({p.model_type})" + (f" @ {p.revision}" if p.revision else "")),
         ("made with", ", ".join(f"{k} {v}" for k, v in p.versions.items())),
         ("file", size(i.file_bytes)),
-        ("options", ", ".join(_settings(p.options))),
+        ("options", ", ".join(_settings({**_zeros(p.options), **p.options}))),
         ("on top of", ", ".join(x[:12] for x in p.parents) or "the base model"),
     ]
 
@@ -87,6 +87,11 @@ def _measured(metrics: Mapping[str, Any]) -> None:
         line(f"measured when it was made (protocol generation): {told}")
     if moved := metrics.get("next_tokens"):
         table(scores.NEXT_TITLE, scores.NEXT_RECORDED, scores.of_next_recorded(moved))
+
+
+def _zeros(options: Mapping[str, Any]) -> dict[str, int]:
+    """What an edit's record does not say."""
+    return dict.fromkeys(UNSAID, 0) if "batch_size" in options else {}
 
 
 def _settings(options: Mapping[str, Any]) -> Iterator[str]:
