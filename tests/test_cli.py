@@ -98,10 +98,13 @@ def test_check_doctor_dry_run_stats(world: World, capsys: pytest.CaptureFixture[
         assert run(*world.edit("--dry-run", "--json", "--form", form)) == 0
         plan = json.loads(capsys.readouterr().out)
         sizes.append(plan["patch_bytes"])
+        assert plan["patch_most"] == sizes[0]
         assert plan["model_bytes"] > 0 and sum(plan["seconds"].values()) > 0
     assert sizes == [3 * (32**2 + 48**2) * 4, 3 * 4 * (32**2 + 20 * (48 + 20))], (
         "one fact: rank 20 where that is smaller"
     )
+    assert run(*world.edit("--dry-run", "--form", "auto")) == 0
+    assert "patch file\tabout 28.6 kB, 39.9 kB where no rotation can be cut down\n" in capsys.readouterr().out
     assert not (world.folder / "new.safetensors").exists()
     assert run("stats", "--model", world.model, "--layers", "0") == 0
     assert "second moments of 1 layers" in capsys.readouterr().out

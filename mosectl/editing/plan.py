@@ -56,6 +56,7 @@ class Estimate:
     model_bytes: int
     peak_bytes: int
     patch_bytes: int
+    patch_most: int  # the same, if no layer's rotation can be cut down
     seconds: dict[str, float]  # by phase
 
 
@@ -85,7 +86,7 @@ def estimate(
     options = settled(options, len(arch.projections), len(facts))
     if options.chat or options.published or not has_chat_template(folder):
         options = replace(options, replies=0)
-    layers, size = _planned(meta_model, arch, facts, options)
+    layers, size, most = _planned(meta_model, arch, facts, options)
     host = device == "cpu" if host is None else host
     work = _Work(meta_model, arch, layers, facts, options, device, kind, host, _known(folder, arch, layers, options))
     solver = method(options.method)
@@ -100,6 +101,7 @@ def estimate(
         model_bytes=work.weights,
         peak_bytes=work.weights + solver.peak_bytes(work),
         patch_bytes=size,
+        patch_most=most,
         seconds=solver.seconds(work),
     )
 
@@ -125,8 +127,8 @@ def patch_bytes(model: str | Path, facts: Sequence[Fact], options: EditOptions, 
 
 def _planned(
     meta_model: Any, arch: Architecture, facts: Sequence[Fact], options: EditOptions
-) -> tuple[tuple[int, ...], int]:
-    """The layers that will be edited ("auto": likely ones), and the patch's bytes."""
+) -> tuple[tuple[int, ...], int, int]:
+    """The layers that will be edited ("auto": likely ones), the patch's bytes, and these at most."""
     solver, n = method(options.method), len(arch.projections)
     likely = top_layers(n) if options.fact_token == LAST else likely_layers(n)
     usual = solver.published.edited(arch.model_type, n) if options.published else likely
@@ -138,8 +140,11 @@ def _planned(
     side, form, written = solver.side_on(edited), solver.form(options.form), solver.columns(facts)
     if seeks_compact(solver, options.form, max(p.d for p in edited)):
         rank = sum(_rank(n, options) for n in _batches(len(facts), options))  # those of all batches multiply
-        return layers, sum(4 * min(rank * (n + rank), n * n) for p in edited for n in (p.d, p.p))
-    return layers, sum(_patch_bytes(p, side, form, written) for p in edited)
+        size = sum(4 * min(rank * (n + rank), n * n) for p in edited for n in (p.d, p.p))
+        return layers, size, size
+    largest = "dense" if form == "auto" else form
+    size, most = (sum(_patch_bytes(p, side, form, written) for p in edited) for form in (form, largest))
+    return layers, size, most
 
 
 def _batches(facts: int, options: EditOptions) -> list[int]:

@@ -146,6 +146,7 @@ def stability(title: str, drifts: Sequence[Stability]) -> None:
 
 def estimate(e: Estimate, facts: int) -> None:
     """What an edit would take."""
+    most = f", {size(e.patch_most)} where no rotation can be cut down" if e.patch_most > e.patch_bytes else ""
     rows = [
         ("model", f"{e.model} ({e.model_type}, {e.parameters / 1e6:,.1f} M parameters)"),
         ("device, dtype", f"{e.device}, {e.dtype}"),
@@ -153,7 +154,7 @@ def estimate(e: Estimate, facts: int) -> None:
         ("layers", ", ".join(map(str, e.layers)) + ("  (auto: stand-ins for those chosen later)" if e.auto else "")),
         ("weights in memory", size(e.model_bytes)),
         ("peak memory", f"about {size(e.peak_bytes)}, beyond Python and PyTorch themselves (about 0.5 GB)"),
-        ("patch file", size(e.patch_bytes)),
+        ("patch file", f"about {size(e.patch_bytes)}{most}"),
         *((f"time: {phase}", f"about {seconds:,.0f} s") for phase, seconds in e.seconds.items()),
         ("time in all", f"about {sum(e.seconds.values()):,.0f} s"),
     ]
