@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mosectl.model.architecture import Architecture, resolve, skeleton
-from mosectl.model.forward import Batch, frozen, logits_at, open_outputs
+from mosectl.model.forward import Batch, attending, frozen, logits_at, open_outputs
 
 LAYERS = 2  # of the model that is timed
 ROWS, TOKENS = 8, 16  # of a batch
@@ -93,7 +93,7 @@ def _logits(model: nn.Module, batch: Batch, positions: Tensor, asked: Tensor) ->
 
 def _gradient(model: nn.Module, arch: Architecture, batch: Batch, positions: Tensor, asked: Tensor) -> object:
     opened = open_outputs(model, arch.projections[:1], lambda k: k)
-    with opened as (_, leaves), logits_at(model, positions, asked), torch.enable_grad():
+    with opened as (_, leaves), logits_at(model, positions, asked), torch.enable_grad(), attending(model, TOKENS):
         loss = model(**batch.kwargs()).logits.float().log_softmax(-1)[..., 0].sum()
         return torch.autograd.grad(loss, list(leaves.values()))[0].sum().item()
 

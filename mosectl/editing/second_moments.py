@@ -29,6 +29,7 @@ from mosectl.model.architecture import parse_layers, resolve
 from mosectl.model.edit_site import Projection
 from mosectl.model.forward import (
     Batch,
+    attending,
     by_length,
     by_row,
     finite,
@@ -336,7 +337,7 @@ def _keys_and_gradients(
         asked[0, int(mask[0].sum()) - 1] = True
     every = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
     opened = open_outputs(model, projections, lambda k: _tokens(k, batch))
-    with opened as (keys, leaves), logits_at(model, every, asked), torch.enable_grad():
+    with opened as (keys, leaves), logits_at(model, every, asked), torch.enable_grad(), attending(model, mask.shape[1]):
         logits = finite(model(**batch.kwargs()).logits[0], model)
         logp = logits.float().log_softmax(-1)  # (asked, V)
         labels = torch.multinomial(logp.detach().exp().to(rng.device), 1, generator=rng)

@@ -7,12 +7,13 @@ library's business; hooks and temporary replacements are always undone.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mosectl.errors import NotFinite
 from mosectl.model.architecture import Architecture
@@ -122,6 +123,21 @@ def frozen(model: nn.Module) -> Iterator[None]:
         for p in wanted:
             p.requires_grad_(True)
         model.train(training)
+
+
+SHORT = 64  # tokens up to which plain attention is the faster one there, forward and backward
+
+
+@contextmanager
+def attending(model: nn.Module, tokens: int) -> Iterator[None]:
+    """Inside the block sequences of so many tokens, if gradients are taken through them, are attended to by plain products
+    of matrices where PyTorch's fused attention is slow: on a CPU its backward pass in bfloat16 takes the same for any
+    length (torch 2.13; at 20 tokens nine tenths of it are for nothing, docs/LOG.md).
+    """
+    kind = next(model.parameters())
+    slow = kind.device.type == "cpu" and kind.dtype in (torch.bfloat16, torch.float16)
+    with sdpa_kernel(SDPBackend.MATH) if slow and tokens <= SHORT and torch.is_grad_enabled() else nullcontext():
+        yield
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mosectl.model.architecture import Architecture
-from mosectl.model.forward import Batch, hooked, layer_modules, logits_at, stop
+from mosectl.model.forward import Batch, attending, hooked, layer_modules, logits_at, stop
 
 # Do cached keys and values give a model's own logits?
 _TRUSTED: WeakKeyDictionary[nn.Module, dict[int, bool]] = WeakKeyDictionary()  # by the first layer that is run
@@ -224,7 +224,8 @@ class Suffix:
         tokens = (torch.arange(width, device=rows.device) + self.offset[rows][:, None]).clamp_max(self.width - 1)
         kwargs = self.past.kwargs(rows, batch) if self.past else batch.kwargs()
         past = self.past.tokens[rows] if self.past else None
-        with self.below.replayed(rows, tokens, past), logits_at(self.model, at, asked):
+        quick = attending(self.model, self.width)
+        with self.below.replayed(rows, tokens, past), logits_at(self.model, at, asked), quick:
             return self.model(**kwargs).logits[0].float()
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mosectl.facts.records import Fact
-from mosectl.model.forward import Batch, finite, input_device, logits_at
+from mosectl.model.forward import Batch, attending, finite, input_device, logits_at
 from mosectl.model.memory import together
 from mosectl.model.tokens import Encoded, encode
 
@@ -96,7 +96,8 @@ def log_probabilities(model: nn.Module, rows: Rows, *, check: bool = False) -> T
     Raises:
         NotFinite: with ``check``, the model's logits there are not.
     """
-    with logits_at(model, rows.positions, rows.targets >= 0):  # all of them would be large
+    quick = attending(model, rows.batch.input_ids.shape[1])
+    with logits_at(model, rows.positions, rows.targets >= 0), quick:  # all logits would be large
         logits = model(**rows.batch.kwargs()).logits[0]
     logits = finite(logits, model) if check else logits
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1).to(rows.targets.device)
