@@ -17,7 +17,7 @@ from mosectl.editing.targets import TargetOptions, Targets, _Optimiser, optimise
 from mosectl.facts.corpus import read_corpus
 from mosectl.facts.records import fact_from_dict
 from mosectl.model.architecture import resolve
-from mosectl.model.forward import hooked, keys_at
+from mosectl.model.forward import SHORT, hooked, keys_at, open_outputs
 from mosectl.model.losses import leads, token_nll
 from mosectl.model.partial_forward import Suffix
 from support.facts import CORPUS, FACTS
@@ -146,6 +146,33 @@ def test_rows_that_lead_do_not_pull() -> None:
     for found in moved - still:
         assert float(torch.cosine_similarity(found, wanted, dim=0)) > 0.9999
         assert float(torch.cosine_similarity(found, other, dim=0)) < 0.99
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float32])
+def test_gradients_in_bfloat16_are_taken_through_plain_attention(kind: torch.dtype) -> None:
+    """Where the fused one is slow: on a CPU in 16 bits, through short sequences."""
+    stage = Stage()
+    model = stage.model.to(kind)
+    fused: list[tuple[bool, bool]] = []
+    rows = torch.arange(len(stage.contexts.fact))
+
+    def run(suffix: Suffix) -> None:
+        c = stage.contexts
+        with open_outputs(model, stage.ps[:1], lambda k: k):
+            suffix.logits(rows, c.positions, c.targets >= 0)
+
+    def note(*_: Any) -> None:
+        fused.append((torch.is_grad_enabled(), torch.backends.cuda.flash_sdp_enabled()))
+
+    suffix = Suffix(model, stage.arch, 0, stage.contexts.batch)
+    with hooked([model.register_forward_pre_hook(note)]):
+        run(suffix)
+        with torch.no_grad():
+            run(suffix)
+        suffix.width = SHORT + 1
+        run(suffix)
+    assert fused == [(True, kind == torch.float32), (False, True), (True, True)]
+    assert torch.backends.cuda.flash_sdp_enabled(), "as it was"
 
 
 def test_reach_bounds_the_steps() -> None:
