@@ -133,7 +133,12 @@ def test_where_replies_are_edited() -> None:
     for broken in ("{{ raise_exception('no') }}", "{% if %}"):
         assert settled(make_tokenizer(chat_template=broken)) == 0, "text can be edited all the same"
     published = default_options("memit")
-    assert published.replies == 0 and replies_settled(replace(published, replies=1), talking()).replies == 0
+    assert replies_settled(replace(published, replies=1), talking()).replies == 0
+    auto = {
+        name: replies_settled(default_options(name), talking()).replies for name in ("isospectral", "mose", "memit")
+    }
+    assert auto == {"isospectral": 1, "mose": 0, "memit": 0}
+    assert settled(talking(), replies=None) == 1 and settled(talking(), replies=1, method="mose") == 1
 
 
 @pytest.mark.parametrize(
@@ -160,9 +165,11 @@ def test_a_note_on_text_alone_only_where_it_was_not_asked_for(
     assert (len(told) == 1 and f"plain text: {instead} if" in told[0]) if instead else not told
 
 
-def test_what_was_asked_for_by_name_is_no_part_of_how_to_edit() -> None:
+def test_auto_is_as_if_it_was_not_given() -> None:
     assert options_from(["replies=0"]) == replace(default_options(), replies=0)
-    assert options_from(["replies=1"]).to_record() == default_options().to_record()
+    assert options_from(["replies=auto"]) == default_options()
+    how = [replies_settled(options_from(given), talking()).to_record() for given in (["replies=1"], [])]
+    assert how[0] == how[1]
 
 
 def test_a_template_that_never_ends_does_not_stop_an_edit() -> None:

@@ -29,9 +29,9 @@ class EditOptions:
     unreached_weight_growth: float = 3.0  # each round weighs the facts that do not hold yet by this factor more
     prefixes: int = 2  # pieces of text put before the prompt, besides none (published: the model's own)
     wordings: int = 2  # the model's own wordings of a fact, edited along with its prompt, at most (not in a chat)
-    # 1: where the tokenizer has a chat template, facts are edited in a chat, too, as replies in sentences say them; 0: not.
-    replies: int = 1
-    replies_asked: bool = field(default=False, compare=False)  # by --set: then no note is due on it; not recorded
+    # 1: where the tokenizer has a chat template, facts are edited in a chat, too, as replies in sentences say them; 0: not;
+    # "auto": 1 with the default method.
+    replies: int | None = None
     # Weight of each earlier fact against a new one; "auto": 1 at the subject's last token of a model of ten layers or more,
     # else 50.
     previous_edit_weight: float | None = None
@@ -72,7 +72,6 @@ class EditOptions:
     def to_record(self) -> dict[str, Any]:
         """As a patch's record has it (patches/FORMAT.md)."""
         fields = {**vars(self), "solver": dict(self.solver), "targets": self.targets.to_record()}
-        del fields["replies_asked"]
         for name in UNSAID:
             if not fields[name]:
                 del fields[name]
@@ -83,7 +82,7 @@ FORMS = ("auto", "compact", "dense")
 TARGETS = ("steps", "gradient")
 GRADIENT_DROP = 10.0  # nats; the one step is for the whole loss, not for a piece of it (docs/LOG.md)
 # As if they were not given: by the model, the token and the number of facts (layers.settled), or the method's own.
-AUTO = ("margin=auto", "previous_edit_weight=auto", "prompt_weight=auto")
+AUTO = ("margin=auto", "previous_edit_weight=auto", "prompt_weight=auto", "replies=auto")
 _FLAGS = ("batch_size", "rounds", "seed")  # these have a command-line option of their own
 
 
@@ -132,15 +131,15 @@ def options_from(settings: Sequence[str], **given: Any) -> EditOptions:
     if options.published and options.fact_token == "last":
         what = "--set fact_token=last: the published search is at the subject's last token"
         raise UsageError(what, fix="leave it out, or give --set optimizer=adam too")
-    _check_replies(options, asked="replies" in found["edit"])
-    return replace(options, replies_asked="replies" in found["edit"])
+    _check_replies(options)
+    return options
 
 
-def _check_replies(options: EditOptions, asked: bool) -> None:
+def _check_replies(options: EditOptions) -> None:
     """Raises UsageError where replies in a chat are asked for and cannot be edited."""
-    if options.replies not in (0, 1):
+    if options.replies not in (None, 0, 1):
         raise UsageError(f"--set replies={options.replies}: no such choice", fix="choose one of: 0, 1")
-    if not asked or not options.replies:
+    if not options.replies:
         return
     if options.published:
         what = "--set replies=1: as published, facts are edited in text alone"
@@ -207,7 +206,6 @@ def default_options(name: str = EditOptions.method) -> EditOptions:
             "unreached_weight_growth": 1.0,
             "replay_margin": 0.0,
             "wordings": 0,
-            "replies": 0,
             "fact_token": "subject_last",
             "optimizer": "adam",
             **method(name).settings,

@@ -20,6 +20,7 @@ from mosectl.editing.moments_cache import known_hash, path_of
 from mosectl.editing.options import EditOptions, trained_editor
 from mosectl.editing.pace import Pace, pace
 from mosectl.editing.paraphrases import ROUND, TOKENS
+from mosectl.editing.replies import replies_wanted
 from mosectl.editing.second_moments import ALL, BATCH_TOKENS, BLOCK, HIGH, LOW, cache_key, gradient_tokens, serving
 from mosectl.errors import MosectlError
 from mosectl.facts.corpus import MAX_TOKENS, read_corpus
@@ -84,8 +85,7 @@ def estimate(
     device = pick_device(device)
     kind = pick_dtype(dtype, device, config)
     options = settled(options, len(arch.projections), len(facts))
-    if options.chat or options.published or not has_chat_template(folder):
-        options = replace(options, replies=0)
+    options = replace(options, replies=replies_wanted(options, has_chat_template(folder)))
     layers, size, most = _planned(meta_model, arch, facts, options)
     host = device == "cpu" if host is None else host
     work = _Work(meta_model, arch, layers, facts, options, device, kind, host, _known(folder, arch, layers, options))
@@ -200,7 +200,7 @@ class _Work:
         # English text in common vocabularies: about 1.4 tokens a word.
         self.prompt = 2 + 1.4 * sum(len(f.prompt.split()) for f in facts) / max(1, len(facts))
         self.asked = sum(1 + len(f.rephrase_prompts) + len(f.locality) for f in facts)
-        self.rows = 2 + options.prefixes + options.replies + (0 if options.chat else options.wordings)  # at most
+        self.rows = 2 + options.prefixes + bool(options.replies) + (0 if options.chat else options.wordings)  # at most
         self.row_tokens = self.prompt + 8 + 3
         self.tail_tokens = 4 if options.fact_token == LAST else self.row_tokens / 2  # from the edited token on
 
