@@ -78,11 +78,31 @@ def test_a_rank_that_cuts_says_what_is_lost(tmp_path: Path, capsys: pytest.Captu
     patch = patch_for(base)
     done = export([patch], base, tmp_path / "small", rank=8)
     assert done.rank == 8 and 0.05 < done.left_out < 1
+    assert done.smaller == (), "rank 1 would leave more than a tenth out"
     patch.save(tmp_path / "p")
     what = ("export", tmp_path / "p", "--model", base)
-    assert run(*what, "-o", tmp_path / "lora", "--rank", 8) == 0 and "of the change left out" in capsys.readouterr().out
+    assert run(*what, "-o", tmp_path / "lora", "--rank", 8) == 0
+    told = capsys.readouterr()
+    assert "of the change left out" in told.out and "smaller" not in told.err
     assert run(*what, "-o", tmp_path / "exact") == 0 and "exact" in capsys.readouterr().out
     assert run(*what, "-o", tmp_path / "x", "--to", "onnx") == 2
+
+
+def test_smaller_ranks_that_lose_little_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = save(tmp_path / "base")
+    patch = patch_for(base)
+    exact = export([patch], base, tmp_path / "exact")
+    monkeypatch.setattr("mosectl.checkpoints.export.LITTLE", 1.0)
+    patch.save(tmp_path / "p")
+    done = export([patch], base, tmp_path / "all")
+    assert done.rank == exact.rank and [k for k, _ in done.smaller] == [k for k in reversed(RANKS) if k < done.rank]
+    for k, share in done.smaller:
+        assert share == export([patch], base, tmp_path / str(k), rank=k).left_out
+    assert run("export", tmp_path / "p", "--model", base, "-o", tmp_path / "lora") == 0
+    (last, lost) = done.smaller[-1]
+    assert last == 1 and f"--rank 1 would leave {lost:.1%} out" in capsys.readouterr().err
 
 
 def test_a_rank_no_server_takes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +110,7 @@ def test_a_rank_no_server_takes_is_refused(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("mosectl.checkpoints.export.RANKS", (1, 8))
     with pytest.raises(UsageError, match="exact only at rank") as e:
         export([patch_for(base)], base, tmp_path / "lora")
-    assert "--to merged" in e.value.fix and not (tmp_path / "lora").exists()
+    assert "% of the change are left out), --to merged" in e.value.fix and not (tmp_path / "lora").exists()
 
 
 def test_another_base_is_refused(tmp_path: Path) -> None:

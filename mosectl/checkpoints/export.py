@@ -45,6 +45,7 @@ LLAMA_CPP = {
     **{"qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"},
 }
 EXACT = 1e-6  # share of ΔW below which a direction is rounding
+LITTLE = 0.1  # share of ΔW up to which a smaller rank is told of: docs/how-to/serve.md has what is lost by more
 OnStep = Callable[[int, int], None]
 
 
@@ -59,6 +60,9 @@ class Exported:
     modules: tuple[str, ...]
     dtype: str = "float32"  # of an adapter
     modelfile: Path | None = None  # for Ollama, beside the adapter
+    smaller: tuple[
+        tuple[int, float], ...
+    ] = ()  # ranks below, and the largest share that each would leave out, up to LITTLE
 
 
 def export(
@@ -99,7 +103,7 @@ def export(
             check_stack(checkpoint, patches)
         arch, names = layout(checkpoint)
         _reserve(place, patches, rank, dtype)
-        factors, left_out = _adapter(patches, checkpoint, arch, names, rank, on_step)
+        factors, left_out, smaller = _adapter(patches, checkpoint, arch, names, rank, on_step)
         r = len(next(iter(factors.values()))[1])
         tensors = {m: (B.to(dtype), A.to(dtype)) for m, (B, A) in factors.items()}
         if wide := next((m for m, pair in tensors.items() if not all(map(is_finite, pair))), ""):
@@ -108,7 +112,8 @@ def export(
             _write_gguf(place, tensors, r, checkpoint, arch)
         else:
             _write_peft(place, tensors, r, patches, checkpoint, arch)
-    return Exported(Path(out), form, r, left_out, tuple(factors), str(dtype).removeprefix("torch."), modelfile)
+    kind = str(dtype).removeprefix("torch.")
+    return Exported(Path(out), form, r, left_out, tuple(factors), kind, modelfile, smaller)
 
 
 def _gguf_of(model: str | Path) -> str | None:
@@ -154,8 +159,10 @@ def _adapter(
     names: Mapping[str, tuple[str, ...]],
     rank: int | None,
     on_step: OnStep | None,
-) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
-    """B (d, r) and A (r, p) of every changed module, float64, zero-padded to one rank; and the largest share left out."""
+) -> tuple[dict[str, tuple[Tensor, Tensor]], float, tuple[tuple[int, float], ...]]:
+    """B (d, r) and A (r, p) of every changed module, float64, zero-padded to one rank; the largest share left out; and
+    the smaller ranks that leave out little, with their shares.
+    """
     projections = {p.name: p for p in arch.projections}
     modules = sorted({m for p in patches for m in p.changes}, key=lambda m: projections[m].layer)
     if mixed := next((m for m in modules if not projections[m].single_matrix), ""):
@@ -171,12 +178,17 @@ def _adapter(
         if on_step:
             on_step(i + 1, len(modules))
     needed = max(int((EXACT * S.norm() < S).sum()) for _, S, _ in found.values())
+
+    def left(k: int) -> float:
+        return max(float(S[k:].norm() / S.norm().clamp_min(1e-300)) for _, S, _ in found.values())
+
     if rank is None and needed > RANKS[-1]:
-        fix = f"--rank {RANKS[-1]} cuts it down (it says what is lost), --to merged writes a checkpoint, edit --form compact"
+        cut = f"--rank {RANKS[-1]} cuts it down ({left(RANKS[-1]):.1%} of the change are left out)"
+        fix = f"{cut}, --to merged writes a checkpoint, edit --form compact"
         raise UsageError(f"exact only at rank {needed}, adapters are served up to rank {RANKS[-1]}", fix=fix)
     r = next((k for k in RANKS if k >= (rank or needed)), rank or needed)
-    left_out = max(float(S[r:].norm() / S.norm().clamp_min(1e-300)) for _, S, _ in found.values())
-    return {m: _padded(U[:, :r], S[:r], Z[:r], r) for m, (U, S, Z) in found.items()}, left_out
+    smaller = tuple((k, share) for k in reversed(RANKS) if k < r and (share := left(k)) <= LITTLE)
+    return {m: _padded(U[:, :r], S[:r], Z[:r], r) for m, (U, S, Z) in found.items()}, left(r), smaller
 
 
 def _padded(U: Tensor, S: Tensor, Zh: Tensor, r: int) -> tuple[Tensor, Tensor]:

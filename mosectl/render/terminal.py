@@ -299,6 +299,12 @@ def exported(e: Exported) -> None:
     full = "exact" if e.dtype == "float32" else f"exact but for the rounding to {e.dtype}"
     exact = full if e.left_out < 1e-6 else f"{e.left_out:.1%} of the change left out"
     line(f"{e.path}: a LoRA of rank {e.rank} for {len(e.modules)} weights, {exact}")
+    if e.smaller:
+        cuts = (
+            f"--rank {k} would leave {max(share, 0.001):.1%}{' or less' * (share < 0.001)} out"
+            for k, share in e.smaller
+        )
+        hint(f"smaller: {', '.join(cuts)}")
     if e.modelfile:
         line(f"{e.modelfile}: for Ollama (ollama create NAME -f {e.modelfile.name})")
 
