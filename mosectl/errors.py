@@ -11,7 +11,7 @@ EXIT_CODES = {
     2: ("usage", "wrong command line"),
     3: ("facts file", "the facts file cannot be read or a fact is wrong"),
     4: ("model", "model missing, unsupported or not readable"),
-    5: ("patch", "the patch file is damaged or invalid"),
+    5: ("patch", "the patch file is damaged or invalid, or its patch is applied already, or is not"),
     6: ("wrong base", "the patch was made for another base model"),
     7: ("output", "the output exists, cannot be written, or the disk is full"),
     8: (
@@ -60,7 +60,7 @@ class NotFinite(ModelError):
 
 
 class PatchError(MosectlError):
-    """The patch file is damaged or invalid."""
+    """The patch file is damaged or invalid, or its patch is applied already, or is not."""
 
     exit_code = 5
 

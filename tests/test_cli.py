@@ -72,7 +72,8 @@ def test_the_main_job(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(capsys.readouterr().out)
     assert found["id"] == console["id"] and found["factors"][0]["stability"]["norm_drift"] < 1e-5
     assert run("apply", new, "--model", world.model, "-o", out) == 0
-    assert "sha256 matches" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert "sha256 matches" in told.out and f"mosectl revert {word(new)} --model {word(out)}" in told.err
     assert run("ask", FACT["prompt"], "--model", world.model, "--patch", new, "--json") == 0
     before_after = json.loads(capsys.readouterr().out)[0]
     assert before_after["after"].startswith(" and") and not before_after["before"].startswith(" and")
@@ -273,7 +274,7 @@ BAD: dict[str, Case] = {
     "facts from a terminal": (lambda w, p: piped(w, p, None), 3, "no facts are piped in"),
     "nothing piped in": (lambda w, p: piped(w, p, b""), 3, "standard input: is empty"),
     "a bad line piped in": (lambda w, p: piped(w, p, LINE + b"\n{"), 3, "standard input:2: not JSON"),
-    "revert what is not applied": (lambda w, _: ("revert", w.patch, "--model", w.model), 6, "not applied here"),
+    "revert what is not applied": (lambda w, _: ("revert", w.patch, "--model", w.model), 5, "not applied here"),
 }  # fmt: skip
 
 
@@ -339,7 +340,8 @@ def test_ask_takes_what_apply_takes(world: World, capsys: pytest.CaptureFixture[
     assert run(*world.apply()) == 0
     assert run("ask", "I met", "--model", world.folder / "out", "-p", second) == 0
     assert run("ask", "I met", "--model", world.folder / "out", "-p", world.patch) == 5
-    assert "already applied" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "already applied" in told and f"see mosectl log {word(world.folder / 'out')}" in told
 
 
 @pytest.mark.parametrize("args", [("doctor", "{model}"), ("--help",)])

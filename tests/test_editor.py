@@ -344,6 +344,8 @@ def test_settings_that_do_not_fit_are_told_apart() -> None:
         ("prompt_weight=3", "oft", "has no part in it"),
         ("previous_edit_weight=1", "horse", "has no part in it"),
         ("previous_edit_weight=-1", None, "out of range"),
+        ("preserve_norm=7", None, "choose one of: 0, 1"),
+        ("replies=0.5", None, "write --set replies=1"),
         ("spread=0", "memit", "'memit' has no such setting"),
     ):
         with pytest.raises(UsageError) as e:

@@ -68,7 +68,8 @@ def test_the_adapters_configuration(tmp_path: Path) -> None:
     assert {name.rsplit(".", 3)[1] for name in tensors} == {"down_proj"}
     assert {t.shape[0 if "lora_A" in name else 1] for name, t in tensors.items()} == {done.rank}
     card = (tmp_path / "lora" / "README.md").read_text()
-    assert card.startswith("---\n") and "library_name: mosectl" in card and str(tmp_path) not in card
+    assert card.startswith("---\n") and "library_name: peft" in card and str(tmp_path) not in card
+    assert f"--max-lora-rank {done.rank} --lora-modules" in card and "PeftModel.from_pretrained" in card
     with pytest.raises(OutputError, match="the output exists"):
         export(patches_of("compact", base), base, tmp_path / "lora")
 

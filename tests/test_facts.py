@@ -288,6 +288,15 @@ def test_repeated_rephrasings_are_dropped_with_a_warning(tmp_path: Path) -> None
     assert (problem.where, problem.severity) == (f"{file}:1", "warning")
 
 
+def test_the_facts_own_prompt_is_no_locality_prompt(tmp_path: Path) -> None:
+    file = write(tmp_path, {**GOOD, "rephrasings": ["Ava's is"], "locality": [GOOD["prompt"], "The capital of Bea is"]})
+    report = read_facts(file)
+    assert [p.prompt for p in report.facts[0].locality] == ["The capital of Bea is"]
+    assert report.facts[0].rephrase_prompts == ("Ava's is",)
+    (problem,) = report.problems
+    assert problem.severity == "warning" and "own prompt" in problem.what
+
+
 @pytest.mark.parametrize("name", ["f.json", "f.jsonl", "f.txt"])
 def test_json_documents(tmp_path: Path, name: str) -> None:
     file = write(tmp_path, json.dumps({"facts": [GOOD, other()]}, indent=1), name=name)

@@ -13,9 +13,9 @@ from mosectl.editing import pace as paces
 from mosectl.editing.methods import method
 from mosectl.editing.methods.base import SMALL, seeks_compact
 from mosectl.editing.moments_cache import known_hash, remember_hash
-from mosectl.editing.options import options_from
+from mosectl.editing.options import EditOptions, options_from
 from mosectl.editing.pace import Pace, pace
-from mosectl.editing.plan import estimate, patch_bytes
+from mosectl.editing.plan import _rank, estimate, patch_bytes
 from mosectl.facts.records import as_facts, read_facts
 from support.facts import CORPUS, FACTS, few
 from support.models import make_tokenizer, pico, save
@@ -105,3 +105,9 @@ def test_compact_rotations_of_several_batches_add_up(tmp_path: Path) -> None:
     assert (planned(0), planned(2), planned(1)) == (one, three, six)
     every = patch_bytes(model, given, options_from(["rank=200"], form="compact", batch_size=1, layers="1"))
     assert every == 4 * (256**2 + 512**2), "never more than dense"
+
+
+def test_the_rank_foretold_of_a_batch_is_that_of_real_edits() -> None:
+    """SmolLM2-135M: 10 to 13, 17 and 38 of one, two and ten facts; the ranks of a run's batches add up."""
+    assert [_rank(n, EditOptions()) for n in (1, 2, 10)] == [10, 15, 40]
+    assert _rank(10, EditOptions(solver={"rank": 4.0})) == 4

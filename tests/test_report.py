@@ -322,6 +322,7 @@ def test_an_edited_model_tells_its_stack_in_order(tmp_path: Path) -> None:
     assert summary(found).startswith("An edited model: ") and "3 patches applied, listed in their order." in summary(
         found
     )
+    assert not found.left_out, "the model's own weights are no patch that is missing"
     patches[0].save(tmp_path / "edited" / "copy.safetensors")
     stored = tmp_path / "edited" / found.patches[1].file
     stored.write_bytes((tmp_path / "edited" / found.patches[2].file).read_bytes())

@@ -23,6 +23,7 @@ from mosectl.patch.fingerprint import distance, match
 from mosectl.storage.checkpoint import JOURNAL, Checkpoint, open_checkpoint, twins
 from mosectl.storage.folders import built, claimed, recovered
 from mosectl.storage.gguf_header import is_gguf
+from mosectl.text.shown import word
 
 OnStep = Callable[[int, int], None]
 
@@ -197,7 +198,7 @@ def _check_new(source: Source, patches: Sequence[Patch]) -> None:
     for i, patch in enumerate(patches):
         if patch.id in source.ids:
             where, what = source.checkpoint.model, f"patch {patch.id[:12]} is already applied"
-            raise PatchError(what, where=where, fix="see mosectl.json there")
+            raise PatchError(what, where=where, fix=f"see mosectl log {word(source.checkpoint.folder)}")
         if patch.id in [p.id for p in patches[:i]]:
             raise PatchError(f"patch {patch.id[:12]} is given twice", fix="leave one of the two out")
 
@@ -243,7 +244,8 @@ def _check_unrecorded(source: Source, patch: Patch, force: bool) -> dict[str, st
         projection, (name, *others) = source.projection(module), source.tensors_of(module)
         W = source.checkpoint.read(name)
         if match(made_for, W).same:
-            raise BaseMismatch("this patch is not applied here", where=name, fix="nothing to revert")
+            where = source.checkpoint.model
+            raise PatchError(f"patch {patch.id[:12]} is not applied here", where=where, fix="nothing to revert")
         undone = projection.stored(restored([patch.changes[module]], projection.oriented(W)))
         error = distance(made_for, undone)
         if not error <= 0.05 and not force:  # NaN too

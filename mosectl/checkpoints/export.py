@@ -220,7 +220,7 @@ def _write_peft(
         names[f"base_model.model.{module}.lora_B.weight"] = B.contiguous()
     write_tensors(folder / "adapter_model.safetensors", names, {"format": "pt"})
     write_bytes(folder / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True).encode() + b"\n")
-    write_bytes(folder / "README.md", _card(patches, checkpoint, "A LoRA made of mosectl patches").encode())
+    write_bytes(folder / "README.md", _card(patches, checkpoint, "A LoRA made of mosectl patches", r).encode())
 
 
 def _write_gguf(place: Place, tensors: Factors, r: int, checkpoint: Checkpoint, arch: Architecture) -> None:
@@ -274,9 +274,17 @@ def _base_name(checkpoint: Checkpoint) -> str:
     return checkpoint.model if checkpoint.revision else str(checkpoint.folder.resolve())
 
 
-def _card(patches: Sequence[Patch], checkpoint: Checkpoint, title: str) -> str:
-    """README.md with what a user of the result has to know."""
+_USE = """## Use
+
+With PEFT: `PeftModel.from_pretrained(model, "FOLDER")`, FOLDER being this one.
+With vLLM: `vllm serve MODEL --enable-lora --max-lora-rank {rank} --lora-modules edited=FOLDER`.
+"""
+
+
+def _card(patches: Sequence[Patch], checkpoint: Checkpoint, title: str, rank: int = 0) -> str:
+    """README.md with what a user of the result has to know; ``rank``: of an adapter."""
     columns = ("prompt", "before", "asked for", "when the edit was made")
+    about = ("adapter", "peft") if rank else ()
     body = [
         f"# {title}",
         "",
@@ -289,4 +297,5 @@ def _card(patches: Sequence[Patch], checkpoint: Checkpoint, title: str) -> str:
             [(f.prompt, answer_cell(f.before), f.target_new, answer_cell(f.after)) for p in patches for f in p.facts],
         ),
     ]
-    return front_matter(checkpoint.model if checkpoint.revision else "") + "\n".join(body) + "\n"
+    body += ["", _USE.format(rank=rank)] if rank else []
+    return front_matter(checkpoint.model if checkpoint.revision else "", *about) + "\n".join(body) + "\n"

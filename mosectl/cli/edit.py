@@ -139,6 +139,8 @@ def edit(
     if dry_run:
         if out.exists() and not overwrite:
             console.hint(f"{out} exists: without --dry-run, give --overwrite or another name")
+        if resume:
+            console.hint("--resume: the times are of the whole run, what is done already is not taken off")
         return _estimate(checked, model, _options(settings, given), where, on_error, as_json)
     reads = (facts, model, corpus, editor)
     check_missed(out, len(checked.facts), overwrite=overwrite, reads=reads)

@@ -87,6 +87,8 @@ def apply(
     with console.progress() as on_step:
         done = run(loaded, model, out, on_step=named("apply", on_step), **how)
     console.data(done) if as_json else terminal.applied(done, "Applied")
+    if not as_json:
+        terminal.after_applying(out, patches[-1])
 
 
 def revert(

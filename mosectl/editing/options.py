@@ -131,14 +131,15 @@ def options_from(settings: Sequence[str], **given: Any) -> EditOptions:
     if options.published and options.fact_token == "last":
         what = "--set fact_token=last: the published search is at the subject's last token"
         raise UsageError(what, fix="leave it out, or give --set optimizer=adam too")
-    _check_replies(options)
+    _check_choices(options)
     return options
 
 
-def _check_replies(options: EditOptions) -> None:
-    """Raises UsageError where replies in a chat are asked for and cannot be edited."""
-    if options.replies not in (None, 0, 1):
-        raise UsageError(f"--set replies={options.replies}: no such choice", fix="choose one of: 0, 1")
+def _check_choices(options: EditOptions) -> None:
+    """Raises UsageError where a choice of two is none, or replies in a chat are asked for and cannot be edited."""
+    for name, value in (("replies", options.replies), ("preserve_norm", options.targets.preserve_norm)):
+        if value not in (None, 0, 1):
+            raise UsageError(f"--set {name}={value}: no such choice", fix="choose one of: 0, 1")
     if not options.replies:
         return
     if options.published:
@@ -186,7 +187,7 @@ def _number(setting: str, whole: bool) -> float:
     try:
         number = int(text) if whole else float(text)
     except ValueError:
-        what, such = ("not a whole number", "3") if whole else ("not a number", "0.5")
+        what, such = ("not a whole number", "1") if whole else ("not a number", "0.5")
         raise UsageError(f"--set {setting}: {what}", fix=f"write --set {name or 'name'}={such}") from None
     if not 0 <= number < (2**63 if whole else float("inf")):  # NaN too
         raise UsageError(f"--set {setting}: out of range", fix="give a number that is neither negative nor that large")

@@ -39,7 +39,7 @@ _STEPS = (
     6  # optimiser steps a fact takes over all rounds, of all its rows, as seen in practice; each round adds a forward
 )
 _PER_KEY = 16  # tokens for each of C's p directions, until it is known well enough low in the model
-_TURNED = 4  # rank of a compact rotation, a fact
+_TURNED = 10  # rank of a compact rotation of one fact, sought from the start: seen on SmolLM2-135M (docs/LOG.md)
 _SMALL = 0.3  # seconds of a solve's small problems up to rank 40
 
 
@@ -155,7 +155,7 @@ def _batches(facts: int, options: EditOptions) -> list[int]:
 
 def _rank(facts: int, options: EditOptions) -> int:
     """Of the compact rotations of one batch, where they are sought from the start."""
-    return int(options.solver.get("rank", 0)) or max(8, _TURNED * facts)
+    return int(options.solver.get("rank", 0)) or round(_TURNED * facts**GROWTH)
 
 
 TOGETHER = 32  # rows written at once on a CPU

@@ -249,6 +249,9 @@ def _fact(entry: Entry, seen: _Seen) -> Fact:
     if len(kept) < len(given):
         entry.notes.append(("a rephrasing repeats the prompt or another rephrasing", "it is not used"))
     locality, portability = (tuple(entry.probes(f)) for f in ("locality", "portability"))
+    if any(p.prompt == prompt for p in locality):
+        entry.notes.append(("a locality prompt is the fact's own prompt, whose answer shall change", "it is not used"))
+        locality = tuple(p for p in locality if p.prompt != prompt)
     entry.remarks += [NO_ANSWER for p in portability if p.answer is None]
     space = entry.flag("space_before_target")
     _note_line_breaks(entry, (prompt, *kept, *(p.prompt for p in (*locality, *portability))))

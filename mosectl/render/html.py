@@ -53,6 +53,7 @@ def parts(e: Evaluation) -> tuple[Section, ...]:
     """Every section that there is something for."""
     dots, bins = shares(e.metrics), scores.retained(e)
     along = "Facts in the order of the file; the share that holds under generation."
+    title = scores.next_title(e.settings)
     return page.sections(
         Section("Facts", _facts(e)),
         Section("Metrics", _metrics(e)),
@@ -60,7 +61,7 @@ def parts(e: Evaluation) -> tuple[Section, ...]:
         Section("What else changed" if e.subject.base else "Probes without the expected answer", _probes(e)),
         Section("Retention", (*((Picture(svg_retention(bins), along),) if bins else ()), *cohorts_table(e.cohorts))),
         Section("Text", _texts(e)),
-        Section("Next token", table(firm(scores.NEXT), scores.of_next(e.next_tokens), about=f"{scores.NEXT_TITLE}.")),
+        Section("Next token", table(firm(scores.NEXT), scores.of_next(e.next_tokens), about=f"{title}.")),
         Section("Abilities", _abilities(e)),
         Section("Definitions", _definitions(e.settings)),
     )

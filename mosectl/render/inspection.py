@@ -14,6 +14,7 @@ from mosectl.text.table import Grid
 
 if TYPE_CHECKING:
     from mosectl.checkpoints.inspection import FactorReport, Inspection
+    from mosectl.patch.file import Patch
 
 
 def inspection(i: Inspection) -> None:
@@ -34,7 +35,7 @@ def inspection(i: Inspection) -> None:
         [scores.of_fact(f.prompt, f, f.status) for f in p.facts],
     )
     own_wordings(p.facts)
-    _measured(p.metrics)
+    _measured(p)
 
 
 def origin(i: Inspection) -> list[tuple[str, str]]:
@@ -74,8 +75,9 @@ def factors(found: Sequence[FactorReport]) -> tuple[Grid, Grid]:
     )
 
 
-def _measured(metrics: Mapping[str, Any]) -> None:
+def _measured(p: Patch) -> None:
     """What a patch says was measured when it was made; older ones have no groups of prompts."""
+    metrics = p.metrics
     if recorded := metrics.get("shares"):
         title = "Measured when it was made (protocol generation)"
         table(title, scores.COLUMNS, list(scores.of_patch(recorded, metrics.get("scores", {}))))
@@ -86,7 +88,7 @@ def _measured(metrics: Mapping[str, Any]) -> None:
         told = ", ".join(f"{k} {v:.1%}" for k, v in found.items())
         line(f"measured when it was made (protocol generation): {told}")
     if moved := metrics.get("next_tokens"):
-        table(scores.NEXT_TITLE, scores.NEXT_RECORDED, scores.of_next_recorded(moved))
+        table(scores.next_title(p.options), scores.NEXT_RECORDED, scores.of_next_recorded(moved))
 
 
 def _zeros(options: Mapping[str, Any]) -> dict[str, int]:

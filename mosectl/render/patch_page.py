@@ -96,7 +96,7 @@ def section(
         page.sections(
             Section("Facts", _facts(p.facts)),
             Section("Missed facts", table(("~prompt", "new object", "!status"), not_taken, cards=True)),
-            Section("Measured when it was made", _measured(p.metrics)),
+            Section("Measured when it was made", _measured(p)),
             Section("Old facts and new ones", cohorts_table(cohorts)),
             Section("What the guard watches", _guard(p)),
             Section("Spectrum", _spectrum(i)),
@@ -125,8 +125,9 @@ def _fact(f: PatchFact, batches: bool) -> tuple[Cell, ...]:
     return f.prompt, f.target_new, *said, *p, held, end
 
 
-def _measured(metrics: Mapping[str, Any]) -> tuple[Table | Words, ...]:
+def _measured(p: Patch) -> tuple[Table | Words, ...]:
     out: tuple[Table | Words, ...] = ()
+    metrics = p.metrics
     if recorded := metrics.get("shares"):
         rows = [row for row in scores.of_patch(recorded, metrics.get("scores", {})) if row[1:3] != ("–", "–")]
         head = ("!metric", *scores.COLUMNS[1:])
@@ -135,7 +136,7 @@ def _measured(metrics: Mapping[str, Any]) -> tuple[Table | Words, ...]:
     elif found := {k: v for k, v in metrics.get("scores", {}).items() if isinstance(v, float)}:
         out += table(("!metric", ">share"), [(k, f"{v:.1%}") for k, v in found.items()], about="Protocol generation.")
     if moved := metrics.get("next_tokens"):
-        out += table(firm(scores.NEXT_RECORDED), scores.of_next_recorded(moved), title=scores.NEXT_TITLE)
+        out += table(firm(scores.NEXT_RECORDED), scores.of_next_recorded(moved), title=scores.next_title(p.options))
     return out
 
 

@@ -50,7 +50,13 @@ COHORTS_HELP = (
 STABILITY = ("tensor", ">‖W‖", ">κ(W)", ">‖W‖ drift", ">κ drift", ">largest σ drift")
 ABILITIES = ("task", "metric", ">before", ">after", ">change", ">95 % interval", ">examples")
 CHANGED = ("prompt", "group", "before", "after", "")
-NEXT_TITLE = "Next token: KL (before ‖ after), and the likeliest token kept"
+
+
+def next_title(settings: Mapping[str, Any]) -> str:
+    """Of the table of next tokens; in 16 bits an answer may have stayed whose first token loses a near tie here."""
+    kind = settings.get("dtype")
+    near = f"; in {kind} near ties go either way" if kind in ("bfloat16", "float16") else ""
+    return f"Next token: KL (before ‖ after), and the likeliest token kept{near}"
 
 
 def percent(share: float | None) -> str:

@@ -62,7 +62,7 @@ def edit(result: EditResult, path: Path | None, model: str, missed: Path | None 
         line(told)
     _changed(result.probes, "--json has")
     if result.next_tokens:
-        table(scores.NEXT_TITLE, scores.NEXT, scores.of_next(result.next_tokens))
+        table(scores.next_title(result.patch.options), scores.NEXT, scores.of_next(result.next_tokens))
     stability("Stability of the changed W against W, float32", result.stability)
     line("time: " + ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in result.seconds.items()))
     own_wordings(result.facts)
@@ -277,6 +277,14 @@ def applied(r: ApplyReport, verb: str) -> None:
     )
 
 
+def after_applying(folder: Path, patch: str) -> None:
+    """What can be done with an edited folder."""
+    of = word(folder)
+    hint(
+        f"next: mosectl ask PROMPT --model {of}   |   mosectl log {of}   |   mosectl revert {word(patch)} --model {of}"
+    )
+
+
 def _alike(tensor: str) -> str:
     """A tensor's name without the number of the expert: the experts of a layer share a line."""
     return re.sub(r"\bexperts\.\d+\.", "experts.*.", tensor)
@@ -305,6 +313,11 @@ def exported(e: Exported) -> None:
             for k, share in e.smaller
         )
         hint(f"smaller: {', '.join(cuts)}")
+    if e.form == "lora":
+        hint(
+            f"next: PeftModel.from_pretrained(model, {str(e.path)!r})   |   vllm serve MODEL --enable-lora "
+            f"--max-lora-rank {e.rank} --lora-modules edited={word(e.path)}"
+        )
     if e.modelfile:
         line(f"{e.modelfile}: for Ollama (ollama create NAME -f {e.modelfile.name})")
 
@@ -345,7 +358,7 @@ def evaluation(e: Evaluation) -> None:
     title = "What else changed" if e.subject.base else "Probes without the expected answer"
     _changed(e.probes, "--json, --probes-csv and --html have", title)
     if e.next_tokens:
-        table(scores.NEXT_TITLE, scores.NEXT, scores.of_next(e.next_tokens))
+        table(scores.next_title(e.settings), scores.NEXT, scores.of_next(e.next_tokens))
     if e.abilities:
         title = f"Abilities (lm-evaluation-harness {e.settings['lm_eval']}; ±: standard error; interval: of the change)"
         table(title, scores.ABILITIES, scores.of_abilities(e.abilities))

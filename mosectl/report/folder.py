@@ -177,6 +177,8 @@ class _Found:
             keys = header_of(file)[1].keys()
         if KEY not in keys:
             what = "a trained editor (mosectl inspect shows it)" if EDITOR_KEY in keys else NOT_A_PATCH
+            if what is NOT_A_PATCH and path.with_name(JOURNAL).is_file():
+                return None  # the edited model's weights
             return self._leave(path, what, damaged=False)
         found = inspect(path)
         if self.stack.get(path, found.patch.id) != found.patch.id:

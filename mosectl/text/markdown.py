@@ -37,12 +37,12 @@ def _row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(map(inline, cells)) + " |"
 
 
-def front_matter(model: str, relation: str = "") -> str:
+def front_matter(model: str, relation: str = "", library: str = "mosectl") -> str:
     """The head of a model card; ``model`` is named as its base if it can be a hub id with an owner."""
     import yaml
 
     about: dict[str, object] = {}
     if _HUB_ID.fullmatch(model):
         about = {"base_model": model, **({"base_model_relation": relation} if relation else {})}
-    about |= {"library_name": "mosectl", "pipeline_tag": "text-generation", "tags": ["mosectl", "knowledge-editing"]}
+    about |= {"library_name": library, "pipeline_tag": "text-generation", "tags": ["mosectl", "knowledge-editing"]}
     return f"---\n{yaml.safe_dump(about, sort_keys=False)}---\n"

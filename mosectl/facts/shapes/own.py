@@ -14,7 +14,8 @@ NAMES: dict[str, tuple[str, ...]] = {
     "target_new": ("target_new",),
     "ground_truth": ("ground_truth", "target_true", "target_old"),
     "rephrase_prompts": (
-        "rephrase_prompts", "rephrase_prompt", "rephrase", "rephrases", "paraphrase_prompts", "paraphrases", "ood_rephrase",
+        "rephrase_prompts", "rephrase_prompt", "rephrase", "rephrases", "rephrasings",
+        "paraphrase_prompts", "paraphrases", "ood_rephrase",
     ),
     "target_aliases": ("target_aliases",),
     "space_before_target": ("space_before_target",),
