@@ -60,9 +60,8 @@ class Exported:
     modules: tuple[str, ...]
     dtype: str = "float32"  # of an adapter
     modelfile: Path | None = None  # for Ollama, beside the adapter
-    smaller: tuple[
-        tuple[int, float], ...
-    ] = ()  # ranks below, and the largest share that each would leave out, up to LITTLE
+    # Smaller ranks, each with the largest share that it would leave out, where that is LITTLE at most.
+    smaller: tuple[tuple[int, float], ...] = ()
 
 
 def export(
