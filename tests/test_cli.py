@@ -565,7 +565,7 @@ def test_ctrl_c_around_the_moment_an_output_is_there(
             pressing = lambda *args, real=real: (press(swallowed=False), real(*args), press(swallowed=False))  # noqa: E731
             monkeypatch.setattr(f"mosectl.storage.{name}", pressing)
     else:
-        for name in ("console.hint", "terminal.applied"):
+        for name in ("console.hint", "written.applied"):
             monkeypatch.setattr(f"mosectl.render.{name}", lambda *_: press("swallowed" in when))
     before, args = world.state(), world.apply() if what == "apply" else ("merge", world.patch, other, "-o", out)
     code, err = run(*args), capsys.readouterr().err

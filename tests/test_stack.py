@@ -18,7 +18,7 @@ from mosectl.model.architecture import resolve
 from mosectl.model.loading import load
 from mosectl.patch.change import change_between, changed
 from mosectl.patch.file import Patch
-from mosectl.render import terminal
+from mosectl.render import written
 from mosectl.storage.checkpoint import open_checkpoint
 from support.models import save
 from support.patches import hashes, patch_for
@@ -56,7 +56,7 @@ def test_apply_says_that_drifts_include_rounding(
     dtype: torch.dtype, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = save(tmp_path / "base", dtype=dtype)
-    terminal.applied(apply([patch_for(base)], base, tmp_path / "out"), "Applied")
+    written.applied(apply([patch_for(base)], base, tmp_path / "out"), "Applied")
     name = {torch.bfloat16: "BF16", torch.float16: "F16"}.get(dtype)
     assert (f"these drifts include rounding the changed weights to {name}; " in capsys.readouterr().out) == bool(name)
 

@@ -72,7 +72,7 @@ def apply(
     from mosectl.checkpoints.apply import apply as run
     from mosectl.checkpoints.conflicts import before_applying
     from mosectl.checkpoints.live import load_patches
-    from mosectl.render import console, terminal
+    from mosectl.render import console, written
     from mosectl.storage.folders import check_new_folder
 
     check_new_folder(out)
@@ -86,9 +86,9 @@ def apply(
     how |= {"base": base, "keep_base": keep_base, "copy": copy, "proof": proof}
     with console.progress() as on_step:
         done = run(loaded, model, out, on_step=named("apply", on_step), **how)
-    console.data(done) if as_json else terminal.applied(done, "Applied")
+    console.data(done) if as_json else written.applied(done, "Applied")
     if not as_json:
-        terminal.after_applying(out, patches[-1])
+        written.after_applying(out, patches[-1])
 
 
 def revert(
@@ -108,7 +108,7 @@ def revert(
 ) -> None:
     """Take a patch out of an edited folder: bit for bit from the base tensors, or by Rᵀ where they are gone."""
     from mosectl.checkpoints.apply import revert as run
-    from mosectl.render import console, terminal
+    from mosectl.render import console, written
 
     if (model is None) == (patch is None):
         raise UsageError(
@@ -126,7 +126,7 @@ def revert(
         wanted = Patch.load(local(patch))
     with console.progress() as on_step:
         done = run(wanted, folder, out, base=base, force=force, on_step=named("revert", on_step))
-    console.data(done) if as_json else terminal.applied(done, "Reverted")
+    console.data(done) if as_json else written.applied(done, "Reverted")
 
 
 def log(folder: Folder, as_json: Json = False) -> None:
@@ -252,7 +252,7 @@ def export(
     from mosectl.checkpoints.export import export as run
     from mosectl.checkpoints.live import load_patches
     from mosectl.patch.compose import conflicts
-    from mosectl.render import console, terminal
+    from mosectl.render import console, written
 
     if to == "merged" and (rank or half):
         raise UsageError("--rank and --half are for adapters", fix="leave them out with --to merged")
@@ -274,7 +274,7 @@ def export(
             force=force,
             on_step=named("export", on_step),
         )
-    console.data(done) if as_json else terminal.exported(done)
+    console.data(done) if as_json else written.exported(done)
 
 
 def _looks_like_id(text: str) -> bool:
