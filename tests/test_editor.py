@@ -470,12 +470,12 @@ def test_at_the_subject_a_deep_model_is_edited_in_more_layers_and_many_facts_are
         made = settled(options_from(sets, **how), n, facts)
         wide = made.layers != how.get("layers", "auto")
         assert made.previous_edit_weight == (1.0 if wide else 50.0)
-        assert made.prompt_weight == (1.0 if wide and 50 < facts <= 500 else 0.0)
+        assert made.prompt_weight == (1.0 if wide and 50 < facts <= 300 else 0.0)
         return made.fact_token, made.layers, made.solver.get("preserve"), made.targets.margin
 
     assert chosen(50) == (LAST, "auto", None, 3.0), "as many as there is room for"
     assert chosen(51) == (SUBJECT, "2-9", 100.0, 6.0) and chosen(51, 18)[1] == "1-4"
-    assert chosen(500) == chosen(501) == chosen(51)
+    assert chosen(300) == chosen(301) == chosen(51)
     assert chosen(51, 32)[1] == "2-9" and chosen(51, 80)[1] == "5-12"
     assert chosen(51, 9) == (SUBJECT, "auto", None, 6.0), "a small model as before"
     assert chosen(1, 30, "fact_token=subject_last") == (SUBJECT, "2-9", 100.0, 6.0)
