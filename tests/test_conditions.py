@@ -201,7 +201,7 @@ def test_an_edit_leaves_out_what_the_model_did_not_know(
     assert "He was born in" not in [p.prompt for p in result.probes]
     told = f"1 of 3 locality prompts not counted (far 1 of 1): {WHY}"
     card = card_of(result.patch, "user/repo")
-    assert all(told in text for text in (card, notebook.html(result), str(_measured(result.patch.metrics))))
+    assert all(told in text for text in (card, notebook.html(result), str(_measured(result.patch))))
     bare = {k: [p if isinstance(p, str) else p["prompt"] for p in v] for k, v in row["locality"].items()}
     other = mosectl.edit([row | {"locality": bare}], pico("llama"), make_tokenizer(), options=how)
     assert other.scores.locality_prompts == 3 and not other.not_counted and "not_counted" not in other.patch.metrics

@@ -165,6 +165,12 @@ def test_a_note_on_text_alone_only_where_it_was_not_asked_for(
     assert (len(told) == 1 and f"plain text: {instead} if" in told[0]) if instead else not told
 
 
+def test_open_and_off_are_two_records() -> None:
+    """A bench tells its cells apart by them."""
+    for name in ("replies", "prompt_weight"):
+        assert options_from([f"{name}=0"]).to_record() != options_from([]).to_record()
+
+
 def test_auto_is_as_if_it_was_not_given() -> None:
     assert options_from(["replies=0"]) == replace(default_options(), replies=0)
     assert options_from(["replies=auto"]) == default_options()

@@ -77,10 +77,10 @@ def test_auto_is_as_if_it_were_not_given(setting: str) -> None:
 @pytest.mark.parametrize(
     ("method", "setting", "what", "fix"),
     [
-        ("isospectral", "rank=abc", "not a whole number", "rank=3"),
-        ("isospectral", "rank=0.5", "not a whole number", "rank=3"),
-        ("oft", "blocks=2.5", "not a whole number", "blocks=3"),
-        ("isospectral", "steps=abc", "not a whole number", "steps=3"),
+        ("isospectral", "rank=abc", "not a whole number", "rank=1"),
+        ("isospectral", "rank=0.5", "not a whole number", "rank=1"),
+        ("oft", "blocks=2.5", "not a whole number", "blocks=1"),
+        ("isospectral", "steps=abc", "not a whole number", "steps=1"),
         ("isospectral", "preserve=abc", "not a number", "preserve=0.5"),
         ("isospectral", f"rank=1{'0' * 400}", "out of range", "nor that large"),
     ],

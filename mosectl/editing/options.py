@@ -73,7 +73,7 @@ class EditOptions:
         """As a patch's record has it (patches/FORMAT.md)."""
         fields = {**vars(self), "solver": dict(self.solver), "targets": self.targets.to_record()}
         for name in UNSAID:
-            if not fields[name]:
+            if fields[name] == 0:  # not None: that is open, and another cell of a bench
                 del fields[name]
         return recorded(fields)
 
