@@ -137,10 +137,7 @@ def edit(
     }  # fmt: skip
     where = {"revision": revision, "device": device, "dtype": dtype}
     if dry_run:
-        if out.exists() and not overwrite:
-            console.hint(f"{out} exists: without --dry-run, give --overwrite or another name")
-        if resume:
-            console.hint("--resume: the times are of the whole run, what is done already is not taken off")
+        _beyond_the_plan(out, overwrite, resume)
         return _estimate(checked, model, _options(settings, given), where, on_error, as_json)
     reads = (facts, model, corpus, editor)
     check_missed(out, len(checked.facts), overwrite=overwrite, reads=reads)
@@ -183,6 +180,16 @@ def _options(settings: Sequence[str] | None, given: Mapping[str, Any]) -> EditOp
     from mosectl.editing.options import options_from
 
     return options_from(settings or [], **given)
+
+
+def _beyond_the_plan(out: Path, overwrite: bool, resume: bool) -> None:
+    """What a dry run does not foretell: whether the output is in the way, and what an interrupted run has done."""
+    from mosectl.render import console
+
+    if out.exists() and not overwrite:
+        console.hint(f"{out} exists: without --dry-run, give --overwrite or another name")
+    if resume:
+        console.hint("--resume: the times are of the whole run, what is done already is not taken off")
 
 
 def _estimate(

@@ -86,9 +86,10 @@ def apply(
     how |= {"base": base, "keep_base": keep_base, "copy": copy, "proof": proof}
     with console.progress() as on_step:
         done = run(loaded, model, out, on_step=named("apply", on_step), **how)
-    console.data(done) if as_json else written.applied(done, "Applied")
-    if not as_json:
-        written.after_applying(out, patches[-1])
+    if as_json:
+        return console.data(done)
+    written.applied(done, "Applied")
+    written.after_applying(out, patches[-1])
 
 
 def revert(

@@ -176,10 +176,11 @@ class _Found:
         with opened(path, PatchError, FIX) as file:
             keys = header_of(file)[1].keys()
         if KEY not in keys:
-            what = "a trained editor (mosectl inspect shows it)" if EDITOR_KEY in keys else NOT_A_PATCH
-            if what is NOT_A_PATCH and path.with_name(JOURNAL).is_file():
-                return None  # the edited model's weights
-            return self._leave(path, what, damaged=False)
+            if EDITOR_KEY in keys:
+                self._leave(path, "a trained editor (mosectl inspect shows it)", damaged=False)
+            elif not path.with_name(JOURNAL).is_file():  # beside it: the edited model's weights
+                self._leave(path, NOT_A_PATCH, damaged=False)
+            return None
         found = inspect(path)
         if self.stack.get(path, found.patch.id) != found.patch.id:
             return self._leave(path, "not the patch that mosectl.json names", damaged=True)
