@@ -63,6 +63,11 @@ class Exported:
     # Smaller ranks, each with the largest share that it would leave out, where that is LITTLE at most.
     smaller: tuple[tuple[int, float], ...] = ()
 
+    @property
+    def exact(self) -> bool:
+        """Nothing but rounding is left out."""
+        return self.left_out < EXACT
+
 
 def export(
     patches: Sequence[Patch],

@@ -68,8 +68,8 @@ def exported(e: Exported) -> None:
         line(f"{e.path}: a checkpoint with {len(e.modules)} changed weights")
         return
     full = "exact" if e.dtype == "float32" else f"exact but for the rounding to {e.dtype}"
-    exact = full if e.left_out < 1e-6 else f"{e.left_out:.1%} of the change left out"
-    line(f"{e.path}: a LoRA of rank {e.rank} for {len(e.modules)} weights, {exact}")
+    how_much = full if e.exact else f"{e.left_out:.1%} of the change left out"
+    line(f"{e.path}: a LoRA of rank {e.rank} for {len(e.modules)} weights, {how_much}")
     if e.smaller:
         cuts = (
             f"--rank {k} would leave {max(share, 0.001):.1%}{' or less' * (share < 0.001)} out"
