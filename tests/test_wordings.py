@@ -111,6 +111,25 @@ def test_only_who_lacks_wordings_is_written_about(monkeypatch: pytest.MonkeyPatc
     assert sum(rounds) == 6 * paraphrases.ROUND, "given up at once: of many subjects none had any"
 
 
+def test_where_hardly_any_subject_has_one_the_rest_is_spared(monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+    done: list[tuple[int, int]] = []
+
+    def sure(_: Any, __: Any, facts: Any, *___: Any) -> list[tuple[str, ...]]:
+        written.extend(f.subject for f in facts)
+        return [(f"{f.subject} and",) if int(f.subject) % every == 0 else () for f in facts]
+
+    monkeypatch.setattr(paraphrases, "_sure", sure)
+    facts = [replace(FACT, subject=str(i)) for i in range(200)]
+    asked: Any = (pico("llama"), make_tokenizer(), facts, [""] * 200, 2)
+    every = 20
+    found = own_wordings(*asked, on_step=lambda *at: done.append(at))
+    assert len(written) == 64 and [i for i, own in enumerate(found) if own] == [0, 20, 40, 60] and len(found) == 200
+    assert done[-1] == (200, 200)
+    every = 8
+    assert sum(map(bool, own_wordings(*asked))) == 25, "one in eight is worth asking for"
+
+
 def test_wordings_are_rows_of_their_fact() -> None:
     facts = [replace(FACT, prompt="The capital of Avaland is"), replace(FACT, prompt="Avaland is")]
     c = build_contexts(pico("llama"), make_tokenizer(), facts, ["", "Born. "], [["Avaland obeys"], []])

@@ -24,6 +24,8 @@ ROUND = 8  # of them at a time: who has enough wordings gets no more
 PATIENCE = 16  # texts without a single wording after which a subject is given up,
 SELDOM = 5  # and after the first round already where not even one subject in so many has any: such texts seldom name it
 AT_ONCE = 16  # subjects
+POLL = 64  # subjects after which the others are spared it, as long as less than one
+RARE = 10  # in so many has any: a thousand would take minutes for a few dozen wordings
 TOKENS = 16  # each, at most
 LONGEST = 40  # characters of an old object: a longer one is a sentence, which no other wording would end in
 
@@ -47,6 +49,8 @@ def own_wordings(
     found: list[tuple[str, ...]] = []
     with seeded(model, seed):
         for start in range(0, len(facts), AT_ONCE):
+            if start >= POLL and RARE * sum(map(bool, found)) < start:
+                break
             end = start + AT_ONCE
 
             def settled(n: int, start: int = start) -> None:
@@ -54,7 +58,9 @@ def own_wordings(
                     on_step(start + n, len(facts))
 
             found += _sure(model, tokenizer, facts[start:end], olds[start:end], most, settled)
-    return found
+    if on_step:
+        on_step(len(facts), len(facts))
+    return found + [()] * (len(facts) - len(found))
 
 
 def _sure(
