@@ -107,7 +107,9 @@ class _Place:
 
     @cached_property
     def blocks(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What inverts the Gauss-Newton equations of x alone and of y alone: bases and eigenvalues."""
+        """Bases m (r, r) and S (s, s) in which the Gauss-Newton equations of x = m X mᵀ alone and of y = S Y Sᵀ alone are
+        products entry by entry, with ``left`` (r, r) and ``right`` (s, s): left, m, right, S.
+        """
         left, m = torch.linalg.eigh(self.a @ self.a.T)
         v = self.problem.v
         VV = v @ v.T
@@ -117,20 +119,23 @@ class _Place:
         return _sums(left), m, _sums(right), inverse.T @ q
 
     def step(self, damping: float) -> tuple[Tensor, Tensor, float]:
-        """x (r, r), y (s, s) and by how much the square should fall, to first order."""
-        left, m, right, S = self.blocks
-        M, BB, VV = self.a @ self.a.T, self.b.T @ self.b, self.problem.v @ self.problem.v.T
+        """x (r, r), y (s, s) and by how much the square should fall, to first order.
 
-        def quotient(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-            return m @ (m.T @ x @ m / left) @ m.T / (1 + damping), S @ (S.T @ y @ S / right) @ S.T / (1 + damping)
+        By conjugate gradients in the bases of ``blocks``, whose preconditioner is a division: what an iteration takes is
+        two products for what x and y do to one another.
+        """
+        left, m, right, S = self.blocks
+        b = m.T @ (self.problem.u.T @ self.b) @ S  # (r, s)
+        v = S.T @ (self.problem.v @ self.a.T) @ m  # (s, r)
+        own = [(1 + damping) * left, (1 + damping) * right]
 
         def product(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-            hx, hy = self.gradient(self.change(x, y))
-            return hx + damping * _skew(x @ M), hy + damping * _skew(BB @ y @ VV)
+            return own[0] * x + _skew(b @ y @ v), own[1] * y + _skew(b.T @ x @ v.T)
 
-        rest = [-g for g in self.gradient(self.residual)]
+        gx, gy = self.gradient(self.residual)
+        rest = [-m.T @ gx @ m, -S.T @ gy @ S]
         found = [torch.zeros_like(g) for g in rest]
-        way = list(quotient(*rest))
+        way = [r / o for r, o in zip(rest, own, strict=True)]
         size = first = _dot(rest, way)
         for _ in range(INNER):
             if not size > 1e-4 * first:
@@ -139,11 +144,16 @@ class _Place:
             length = size / _dot(way, turned)
             found = [f + length * w for f, w in zip(found, way, strict=True)]
             rest = [r - length * t for r, t in zip(rest, turned, strict=True)]
-            next_way = quotient(*rest)
+            next_way = [r / o for r, o in zip(rest, own, strict=True)]
             before, size = size, _dot(rest, next_way)
             way = [n + size / before * w for n, w in zip(next_way, way, strict=True)]
-        x, y = (f * (FURTHEST / torch.linalg.matrix_norm(f, 2).clamp_min(FURTHEST)) if len(f) else f for f in found)
+        x, y = (_within(_skew(T @ f @ T.T)) for T, f in zip((m, S), found, strict=True))
         return x, y, self.cost - float((self.residual + self.change(x, y)).square().sum())
+
+
+def _within(x: Tensor) -> Tensor:
+    """x (n, n), shortened where it turns something too far."""
+    return x * (FURTHEST / torch.linalg.matrix_norm(x, 2).clamp_min(FURTHEST)) if len(x) else x
 
 
 def _skew(X: Tensor) -> Tensor:
