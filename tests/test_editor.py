@@ -14,14 +14,16 @@ import torch
 
 import mosectl
 from mosectl.editing import second_moments as stats
-from mosectl.editing.contexts import Contexts, build_contexts
+from mosectl.editing.contexts import Contexts, build_contexts, first_rows
 from mosectl.editing.edited_layers import EditedLayers
 from mosectl.editing.guard import canaries, harm, health
 from mosectl.editing.layers import LAST, SUBJECT, LayerScore, choose_layers, likely_layers, settled, top_layers
 from mosectl.editing.methods import method, names
 from mosectl.editing.methods.base import Columns
 from mosectl.editing.options import EditOptions, default_options, options_from
+from mosectl.editing.previous_edits import Earlier
 from mosectl.editing.second_moments import keys_of_tokens, second_moments
+from mosectl.editing.session import Session
 from mosectl.editing.targets import TargetOptions, Targets, displaced, optimise_targets
 from mosectl.errors import EditFailed, FactsError, ModelError, UsageError
 from mosectl.facts.corpus import Corpus, read_corpus
@@ -417,6 +419,25 @@ def test_earlier_facts_that_slip_are_edited_with_the_next_batch(corpus: str, mon
         mosectl.edit(FACTS, model, tokenizer, options=options, refuse=False)
         assert edited == [[first], again]
         edited.clear()
+
+
+def test_facts_that_are_edited_again_are_asked_for_less(corpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[float]] = []
+    batch = Session._batch
+
+    def seen(self: Session, contexts: Contexts, *args: Any) -> Targets:
+        assert contexts.least is not None
+        asked.append(contexts.least[first_rows(contexts.fact)].tolist())
+        return batch(self, contexts, *args)
+
+    monkeypatch.setattr(Session, "_batch", seen)
+    monkeypatch.setattr(Earlier, "slipped", lambda self, below: [0] if self.failures else [])
+    for margin, below, again in ((6.0, 1.0, 2.0), (6.0, 1.5, 3.0), (1.5, 1.0, 1.5)):
+        options = few(corpus, layers="1", batch_size=1, replay_margin=below)
+        options = replace(options, targets=replace(options.targets, margin=margin))
+        mosectl.edit(FACTS, pico("llama"), make_tokenizer(), options=options, refuse=False)
+        assert asked == [[margin], [margin, again]]
+        asked.clear()
 
 
 def test_every_setting_is_documented() -> None:

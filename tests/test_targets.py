@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,19 @@ def test_rows_that_lead_do_not_pull() -> None:
     for found in moved - still:
         assert float(torch.cosine_similarity(found, wanted, dim=0)) > 0.9999
         assert float(torch.cosine_similarity(found, other, dim=0)) < 0.99
+
+
+def test_a_fact_may_be_asked_for_less_than_the_margin() -> None:
+    stage = Stage()
+    usual = stage.targets()
+    least = torch.tensor([6.0, 1.0])[stage.contexts.fact]
+    stage.contexts = replace(stage.contexts, least=least)
+    found = stage.targets()
+    assert found.converged.tolist() == [usual.converged[0], True] and 1 <= found.margin[1] < usual.margin[1]
+    assert found.steps[1] < usual.steps[1] and found.steps[0] == usual.steps[0]
+    for now, then in zip(found.V, usual.V, strict=True):
+        torch.testing.assert_close(now[0], then[0], rtol=1e-3, atol=1e-3)
+        assert not torch.allclose(now[1], then[1])
 
 
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float32])

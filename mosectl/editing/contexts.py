@@ -37,6 +37,9 @@ class Contexts:
     targets: Tensor  # (B, m) the token expected there; NOTHING (padding and KL rows) or ENDED (the end of the word)
     is_edit: Tensor  # (B,) True for prompt rows, False for KL rows
     below: Below | None = None  # what the layers put out that lie below the edited ones, once for all that is computed
+    least: Tensor | None = (
+        None  # (B,) nats by which a row's target tokens shall lead, where it is not the options' margin
+    )
 
     @property
     def edit_rows(self) -> Tensor:
@@ -183,6 +186,7 @@ def rows_of(c: Contexts, rows: Tensor, first_fact: int = 0) -> Contexts:
         targets=c.targets[rows],
         is_edit=c.is_edit[rows],
         below=c.below and c.below.rows(rows),
+        least=None if c.least is None else c.least[rows],
     )
 
 

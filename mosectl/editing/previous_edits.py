@@ -73,7 +73,7 @@ class Earlier:
         n = len(lead)
         new = rows_of(contexts, (contexts.is_edit & (contexts.fact < n)).nonzero().flatten())
         columns = self._asked(new, W)
-        old, new = self.contexts, replace(new, below=None)
+        old, new = self.contexts, replace(new, below=None, least=None)
         self._store(new.fact.cpu() + len(self.failures), *columns)
         self.contexts = new if old is None else old.followed_by(new)
         self.failures += [0] * n

@@ -18,7 +18,7 @@ from mosectl.editing.layers import LAST
 from mosectl.editing.methods.base import SPREAD, Trainer
 from mosectl.editing.published import published_targets
 from mosectl.editing.resume import Progress, State, belongs
-from mosectl.editing.targets import Targets, optimise_targets
+from mosectl.editing.targets import Targets, least_by_fact, optimise_targets
 from mosectl.errors import EditFailed
 from mosectl.facts.records import Fact
 from mosectl.model.forward import input_device
@@ -26,6 +26,8 @@ from mosectl.model.loading import Loaded
 from mosectl.patch.fingerprint import sha256
 from mosectl.storage.progress import Clock
 from mosectl.storage.state_file import digest
+
+REPLAYED = 2.0  # of ``replay_margin``: by how much facts that are edited again shall lead
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ class Session:
             taken = [*range(start, start + len(batch)), *again]
             self.subjects = [facts[i].subject for i in taken]
             contexts = self._contexts(taken, facts, prefixes, wordings)
+            contexts = replace(contexts, least=self._least(contexts.fact, len(batch)))
             before = layers.standing()
             done = self._batch(contexts, clock, start, len(batch), len(facts))
             with clock("guard"):
@@ -119,6 +122,14 @@ class Session:
             loaded.model, loaded.tokenizer, [facts[i] for i in taken], prefixes, [wordings[i] for i in taken],
             chat=options.chat, last=options.fact_token == LAST, replies=bool(options.replies),
         ).above(loaded.model, layers.arch, layers.projections[0].layer)  # fmt: skip
+
+    def _least(self, fact: Tensor, new: int) -> Tensor:
+        """Nats by which rows of these facts (B,) shall lead: the first ``new`` by the margin, earlier ones by what lets them
+        hold for a while; to move them further would only cost others.
+        """
+        margin = self.options.targets.least_lead
+        again = min(margin, REPLAYED * self.options.replay_margin)
+        return torch.full(fact.shape, margin, device=fact.device).masked_fill(fact >= new, again)
 
     def _again(self, facts: Sequence[Fact], start: int, end: int) -> list[int]:
         """Facts before ``start`` that are edited along with those up to ``end``: that have slipped, or share a subject."""
@@ -158,6 +169,8 @@ class Session:
         """
         layers, options, rounds = self.layers, self.options, self.options.rounds
         best: _Round | None = None
+        assert contexts.least is not None
+        least = least_by_fact(contexts.least, contexts.fact, int(contexts.fact.max()) + 1).cpu()
         urgency = torch.ones(int(contexts.fact.max()) + 1, dtype=torch.float64)  # (facts,) weight of each in the solve
 
         def told(step: Callable[[int, int], None], r: int) -> Callable[[int, int], None]:
@@ -171,7 +184,7 @@ class Session:
             now = self._round(targets)
             stuck = best is not None and now.score[0] == best.score[0] == len(urgency) and now.score <= best.score
             best = now if options.published else max(best or now, now, key=lambda tried: tried.score)
-            done = (targets.margin_before >= options.targets.least_lead) | ~torch.isfinite(targets.loss_before)
+            done = (targets.margin_before >= least) | ~torch.isfinite(targets.loss_before)
             if r == rounds or ((stuck or bool(done.all())) and not options.published):
                 break
             if r:

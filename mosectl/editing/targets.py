@@ -176,6 +176,7 @@ class _Optimiser:
         self.lead, self.seen = -self.nll, torch.zeros_like(self.nll, dtype=torch.bool)
         self.written = [torch.zeros(len(contexts.fact), p.d, device=contexts.fact.device) for p in projections]
         self.V = [torch.zeros_like(x) for x in self.written]
+        self.least = torch.full_like(self.nll, options.least_lead) if contexts.least is None else contexts.least  # (B,)
         self.reference: Tensor | None = None  # (n, V) log-probabilities of each fact's KL row before any step
         first = torch.arange(contexts.targets.shape[1], device=contexts.fact.device) == 0
         self.asked = (contexts.targets != NOTHING) | (
@@ -191,9 +192,9 @@ class _Optimiser:
         for step in range(o.steps + 1):
             self.seen.zero_()
             objective, behind, kl = self._forward(self._wanted(active))
-            leading = self._least_lead() >= o.least_lead
-            self._look(active & (leading | (step == o.steps)))
-            nll, lead = mean_by_fact(self.nll[c.is_edit], c.fact[c.is_edit], self.n), self._least_lead()
+            self._look(active & (self._leading() | (step == o.steps)))
+            nll = mean_by_fact(self.nll[c.is_edit], c.fact[c.is_edit], self.n)
+            lead = least_by_fact(self.lead[c.is_edit], c.fact[c.is_edit], self.n)
             finite = torch.isfinite(nll) & torch.isfinite(kl.detach())
             # Facts with a non-finite loss keep the last finite target and are reported by their infinite loss.
             usable = active & finite
@@ -204,7 +205,7 @@ class _Optimiser:
             loss[active & ~finite] = torch.inf
             if step == 0:
                 first = loss.cpu(), margin.cpu()
-            converged |= usable & (lead >= o.least_lead)
+            converged |= usable & self._leading()
             active = usable & ~converged
             report(int((~active).sum()))
             if step == o.steps or not active.any():
@@ -221,7 +222,7 @@ class _Optimiser:
         """Rows whose gradient a step needs: with Fisher steps only those that do not lead yet, and those for the KL."""
         rows = active[self.c.fact]
         if self.metric:
-            rows = rows & (~self.c.is_edit | (self.lead < self.options.least_lead))
+            rows = rows & (~self.c.is_edit | (self.lead < self.least))
         return rows.nonzero().flatten()
 
     def _look(self, facts: Tensor) -> None:
@@ -231,9 +232,10 @@ class _Optimiser:
             with torch.no_grad():
                 self._forward(rows, gradients=False)
 
-    def _least_lead(self) -> Tensor:
-        """Of each fact's rows that ask for the new object, (n,); infinite where there are none."""
-        return least_by_fact(self.lead[self.c.is_edit], self.c.fact[self.c.is_edit], self.n)
+    def _leading(self) -> Tensor:
+        """Facts of which every row that asks for the new object leads by as much as it shall, (n,) bool."""
+        edit = self.c.is_edit
+        return least_by_fact((self.lead - self.least)[edit], self.c.fact[edit], self.n) >= 0
 
     def _step(self, objective: Tensor, active: Tensor) -> None:
         chosen = active.nonzero().flatten().tolist()
@@ -308,7 +310,7 @@ class _Optimiser:
             kl = self._divergence(logp[(~edit)[asked.nonzero()[:, 0]]], fact[~edit])
         for now, new in zip(self.written, written, strict=True):
             now[rows] = new
-        late = edit & (self.lead[rows] < self.options.least_lead)
+        late = edit & (self.lead[rows] < self.least[rows])
         return nll, mean_by_fact(row_nll[late], fact[late], self.n), kl
 
     def _divergence(self, logp: Tensor, fact: Tensor) -> Tensor:
