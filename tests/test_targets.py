@@ -14,7 +14,7 @@ from mosectl.editing import second_moments as stats
 from mosectl.editing.contexts import build_contexts, rows_of
 from mosectl.editing.edited_layers import metric_of
 from mosectl.editing.second_moments import second_moments
-from mosectl.editing.targets import TargetOptions, Targets, _Optimiser, optimise_targets
+from mosectl.editing.targets import FURTHEST, RISE, TargetOptions, Targets, _Optimiser, optimise_targets
 from mosectl.facts.corpus import read_corpus
 from mosectl.facts.records import fact_from_dict
 from mosectl.model.architecture import resolve
@@ -80,6 +80,13 @@ class Stage:
         return float(token_nll(logits.double().log_softmax(-1), c.targets[row], asked))
 
 
+def optimiser(stage: Stage, **options: Any) -> _Optimiser:
+    """The search for the stage's targets, not begun."""
+    how = TargetOptions(preserve_norm=0, kl_weight=0.0, max_displacement=1e6, **options)
+    inverse = {n: torch.linalg.inv(G) for n, G in stage.G.items()}
+    return _Optimiser(stage.model, stage.arch, stage.ps, stage.contexts, how, inverse)
+
+
 def test_a_step_is_the_gradient_in_the_metric() -> None:
     """G δ points down the gradient, found by differences, in both layers at once; its length is for ``drop`` nats."""
     stage = Stage(n=1)
@@ -120,6 +127,35 @@ def test_a_step_that_raises_the_loss_is_halved() -> None:
     assert not bool(few.converged.any())
     never, longer = (float(stage.targets(nats_per_step=100.0, steps=n, margin=50.0).loss) for n in (20, 60))
     assert longer < never < 1.8, "steps grow shorter where there is nothing to gain, the loss does not swing"
+
+
+def test_a_gradient_that_rounds_to_almost_nothing_moves_nothing_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its step alone would be the longer the smaller it is: η is the loss over the square of the gradient."""
+    stage = Stage(n=1)
+    usual = optimiser(stage, steps=1, margin=50.0, nats_per_step=0.5)
+    usual.run(lambda _: None)
+    first = float(usual.deltas[0].detach().norm())
+    grad, asked = torch.autograd.grad, []
+
+    def vanishing(*args: Any, **how: Any) -> Any:
+        asked.append(1)
+        return tuple(g * (1e-6 if len(asked) == 3 else 1) for g in grad(*args, **how))
+
+    monkeypatch.setattr(torch.autograd, "grad", vanishing)
+    lost = optimiser(stage, steps=3, margin=50.0, nats_per_step=0.5)
+    lost.run(lambda _: None)
+    assert len(asked) == 3 and float((lost.deltas[0] - lost.before[0]).detach().norm()) == pytest.approx(
+        FURTHEST * first
+    )
+
+
+def test_a_loss_that_rises_by_rounding_alone_is_no_step_too_far() -> None:
+    stage = Stage(n=1)
+    for rise, pace in ((0.5 * RISE, 1.0), (2 * RISE, 0.5)):
+        found = optimiser(stage, steps=1, margin=50.0)
+        found.reached[:] = float(stage.targets(steps=0).loss) - rise
+        found.run(lambda _: None)
+        assert float(found.pace[0]) == pace
 
 
 def test_rows_that_lead_do_not_pull() -> None:

@@ -31,6 +31,10 @@ from mosectl.model.memory import fitting, halving
 from mosectl.model.partial_forward import Suffix
 
 
+RISE = 0.01  # nats a token by which a loss may rise before the step counts as too long: 16 bits round it by as much
+FURTHEST = 2.0  # times the first step that any other is long, at most
+
+
 @taking_old_names
 @dataclass(frozen=True)
 class TargetOptions:
@@ -170,6 +174,7 @@ class _Optimiser:
         self.reached = torch.full((self.n,), torch.inf, device=contexts.fact.device)  # loss at the last step taken
         self.pace = torch.ones_like(self.reached)  # share of ``nats_per_step`` that a fact's steps are for
         self.before = [d.detach() for d in self.deltas]  # each fact's δ before its last step
+        self.longest = torch.full_like(self.reached, torch.inf)  # ‖step‖ that a fact may take
         # Of each row: loss and lead when it was last run, whether this step has run it, what each layer then wrote, and what
         # it wrote when its fact last had finite numbers.
         self.nll = torch.full((len(contexts.fact),), torch.inf, device=contexts.fact.device)
@@ -251,10 +256,11 @@ class _Optimiser:
     def _descend(self, nll: Tensor, behind: Tensor, kl: Tensor, active: Tensor) -> None:
         """δ ← δ − η G⁻¹ g, g the gradient of the rows that do not lead yet, η for ``nats_per_step`` less to first order.
 
-        A fact whose loss rose goes half of its last step back, and on in shorter steps.
+        A fact whose loss rose goes half of its last step back, and on in shorter steps. Where little is left to gain, 16 bits
+        round the loss by a share of itself and the gradient to almost nothing: neither makes a step shorter or longer then.
         """
         assert self.metric
-        rose = nll.detach() > self.reached
+        rose = nll.detach() > self.reached + RISE
         for i in (active & rose).nonzero().flatten().tolist():
             self.pace[i] /= 2
             self.deltas[i] += (self.before[i] - self.deltas[i]) / 2
@@ -272,7 +278,11 @@ class _Optimiser:
         s = torch.stack([(g[:, i] / length[:, i]) @ M for i, M in enumerate(self.metric)], 1) / length
         slope = (g * s).sum((1, 2)).clamp_min(torch.finfo(g.dtype).tiny)
         eta = self.pace[chosen] * behind.detach()[chosen].clamp(max=self.options.nats_per_step) / slope
-        for i, delta, step in zip(chosen.tolist(), deltas, eta[:, None, None] * s, strict=True):
+        steps = eta[:, None, None] * s
+        size = steps.square().sum((1, 2)).sqrt()
+        steps *= (self.longest[chosen] / size).clamp(max=1)[:, None, None]
+        self.longest[chosen] = self.longest[chosen].minimum(FURTHEST * size)
+        for i, delta, step in zip(chosen.tolist(), deltas, steps, strict=True):
             self.before[i] = delta.clone()
             delta -= step
         self._within_reach(chosen.tolist())
