@@ -37,9 +37,7 @@ class Contexts:
     targets: Tensor  # (B, m) the token expected there; NOTHING (padding and KL rows) or ENDED (the end of the word)
     is_edit: Tensor  # (B,) True for prompt rows, False for KL rows
     below: Below | None = None  # what the layers put out that lie below the edited ones, once for all that is computed
-    least: Tensor | None = (
-        None  # (B,) nats by which a row's target tokens shall lead, where it is not the options' margin
-    )
+    least: Tensor | None = None  # (B,) nats by which a row's target tokens shall lead, if not by the options' margin
 
     @property
     def edit_rows(self) -> Tensor:

@@ -30,9 +30,8 @@ from mosectl.model.losses import NOTHING, leads, token_nll
 from mosectl.model.memory import fitting, halving
 from mosectl.model.partial_forward import Suffix
 
-
 RISE = 0.01  # nats a token by which a loss may rise before the step counts as too long: 16 bits round it by as much
-FURTHEST = 2.0  # times the first step that any other is long, at most
+FURTHEST = 2.0  # times the shortest step before it that a fact's step is long, at most
 
 
 @taking_old_names
@@ -256,8 +255,8 @@ class _Optimiser:
     def _descend(self, nll: Tensor, behind: Tensor, kl: Tensor, active: Tensor) -> None:
         """δ ← δ − η G⁻¹ g, g the gradient of the rows that do not lead yet, η for ``nats_per_step`` less to first order.
 
-        A fact whose loss rose goes half of its last step back, and on in shorter steps. Where little is left to gain, 16 bits
-        round the loss by a share of itself and the gradient to almost nothing: neither makes a step shorter or longer then.
+        A fact whose loss rose goes half of its last step back, and on in shorter steps. Where little is left to gain, 16
+        bits round the loss by a share of itself and the gradient to almost nothing: neither may decide a step's length.
         """
         assert self.metric
         rose = nll.detach() > self.reached + RISE
@@ -281,7 +280,7 @@ class _Optimiser:
         steps = eta[:, None, None] * s
         size = steps.square().sum((1, 2)).sqrt()
         steps *= (self.longest[chosen] / size).clamp(max=1)[:, None, None]
-        self.longest[chosen] = self.longest[chosen].minimum(FURTHEST * size)
+        self.longest[chosen] = self.longest[chosen].minimum(FURTHEST * torch.where(size > 0, size, torch.inf))
         for i, delta, step in zip(chosen.tolist(), deltas, steps, strict=True):
             self.before[i] = delta.clone()
             delta -= step
