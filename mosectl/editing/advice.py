@@ -7,7 +7,7 @@ from mosectl.editing.options import EditOptions, default_options
 
 MANY = 2  # times a method's usual rounds: from here on more of them bring nothing
 NARROW = 3  # layers, below which an edit has little room
-TOGETHER = 100  # facts in one batch, above which fewer at once reach more
+TOGETHER = 100  # facts in one batch: of fewer the more at once the better, 500 spoil a small model (docs/explanation)
 
 
 def advice(solver: Method, options: EditOptions, layers: int, facts: int, stopped: str = "") -> str:
@@ -46,7 +46,7 @@ def _of_search(solver: Method, options: EditOptions) -> list[str]:
 
 def _of_size(options: EditOptions, layers: int, facts: int) -> list[str]:
     """Facts at once, and layers."""
-    batches = ["smaller batches (--batch-size 10)"] if min(options.batch_size or facts, facts) > TOGETHER else []
+    batches = ["smaller batches (--batch-size 100)"] if min(options.batch_size or facts, facts) > TOGETHER else []
     if options.layers == "auto":
         return [*batches, "other --layers"]
     return [*batches, "more --layers" if layers < NARROW else "other --layers, such as auto"]
