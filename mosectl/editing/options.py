@@ -33,10 +33,10 @@ class EditOptions:
     # "auto": 1 with the default method.
     replies: int | None = None
     # Weight of each earlier fact against a new one; "auto": 1 at the subject's last token of a model of ten layers or more,
-    # else 50.
+    # where no layers are asked for, else 50.
     previous_edit_weight: float | None = None
     # Weight of the facts' own prompts, up to the edited token, against the text in what must keep still; "auto": 1 for 51
-    # to 300 facts at the subject's last token of a model of ten layers or more, else 0.
+    # to 300 facts at the subject's last token of a model of ten layers or more, where no layers are asked for, else 0.
     prompt_weight: float | None = None
     # Where the values come from: "per-layer", one target a layer; "spread", one target at the top, its residual spread over
     # the layers (MEMIT); "method", the method's own way.
