@@ -50,6 +50,8 @@ def own_wordings(
     with seeded(model, seed):
         for start in range(0, len(facts), AT_ONCE):
             if start >= POLL and RARE * sum(map(bool, found)) < start:
+                if on_step:
+                    on_step(len(facts), len(facts))
                 break
             end = start + AT_ONCE
 
@@ -58,8 +60,6 @@ def own_wordings(
                     on_step(start + n, len(facts))
 
             found += _sure(model, tokenizer, facts[start:end], olds[start:end], most, settled)
-    if on_step:
-        on_step(len(facts), len(facts))
     return found + [()] * (len(facts) - len(found))
 
 

@@ -134,8 +134,12 @@ class _Place:
 
         gx, gy = self.gradient(self.residual)
         rest = [-m.T @ gx @ m, -S.T @ gy @ S]
+
+        def quotient(rest: list[Tensor]) -> list[Tensor]:
+            return [r / o for r, o in zip(rest, own, strict=True)]
+
         found = [torch.zeros_like(g) for g in rest]
-        way = [r / o for r, o in zip(rest, own, strict=True)]
+        way = quotient(rest)
         size = first = _dot(rest, way)
         for _ in range(INNER):
             if not size > 1e-4 * first:
@@ -144,7 +148,7 @@ class _Place:
             length = size / _dot(way, turned)
             found = [f + length * w for f, w in zip(found, way, strict=True)]
             rest = [r - length * t for r, t in zip(rest, turned, strict=True)]
-            next_way = [r / o for r, o in zip(rest, own, strict=True)]
+            next_way = quotient(rest)
             before, size = size, _dot(rest, next_way)
             way = [n + size / before * w for n, w in zip(next_way, way, strict=True)]
         x, y = (_within(_skew(T @ f @ T.T)) for T, f in zip((m, S), found, strict=True))
