@@ -18,7 +18,7 @@ INNER = 60  # of conjugate gradients in each
 ENOUGH = 1e-3  # relative gain of a step; two in a row below it end the search
 DAMPING = 1.0  # of the first step, as a share of the metric that preconditions it: the problem is not convex
 GIVEN_UP = 1e6
-FURTHEST = 1.0  # radians by which a step turns anything, at most: beyond, the linear problem says nothing
+LARGEST = 1.0  # radians by which a step turns anything, at most: beyond, the linear problem says nothing
 
 
 def coordinates(basis: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,7 +157,7 @@ class _Place:
 
 def _within(x: Tensor) -> Tensor:
     """x (n, n), shortened where it turns something too far."""
-    return x * (FURTHEST / torch.linalg.matrix_norm(x, 2).clamp_min(FURTHEST)) if len(x) else x
+    return x * (LARGEST / torch.linalg.matrix_norm(x, 2).clamp_min(LARGEST)) if len(x) else x
 
 
 def _skew(X: Tensor) -> Tensor:

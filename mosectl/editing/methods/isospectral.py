@@ -33,7 +33,11 @@ class Isospectral(Turner):
 
     name, side, source = "isospectral", "both", "mosectl"
     options = {
-        "preserve": Option(10.0, "λ, how many edits one unit of C weighs"),
+        "preserve": Option(
+            10.0,
+            "λ, how many edits one unit of C weighs; 100 at the subject's last token of a model of ten layers or more that"
+            " is not given layers",
+        ),
         "damping": Option(1e-4, "added to C as a share of its mean diagonal"),
         "iterations": Option(5, "Newton steps of the dense form, at most", whole=True),
         "tolerance": Option(1e-3, "relative gain of a Newton step below which they end"),
