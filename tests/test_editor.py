@@ -491,12 +491,18 @@ def test_at_the_subject_a_deep_model_is_edited_in_more_layers_and_many_facts_are
         made = settled(options_from(sets, **how), n, facts)
         wide = made.layers != how.get("layers", "auto")
         assert made.previous_edit_weight == (1.0 if wide else 50.0)
-        assert made.prompt_weight == (1.0 if wide and 50 < facts <= 300 else 0.0)
+        crowded = facts > 300 and 0 < made.batch_size < 100
+        assert made.prompt_weight == (1.0 if wide and facts > 50 and not crowded else 0.0)
         return made.fact_token, made.layers, made.solver.get("preserve"), made.targets.margin
 
     assert chosen(50) == (LAST, "auto", None, 3.0), "as many as there is room for"
     assert chosen(51) == (SUBJECT, "2-9", 100.0, 6.0) and chosen(51, 18)[1] == "1-4"
-    assert chosen(300) == chosen(301) == chosen(51)
+    assert chosen(300) == chosen(301) == chosen(51) and chosen(50, batch_size=10)[0] == LAST
+    assert chosen(300, batch_size=10) == chosen(301, batch_size=99) == chosen(301, batch_size=100) == chosen(51)
+    weights = [
+        settled(options_from([], batch_size=b), 30, n).prompt_weight for n, b in ((300, 10), (301, 99), (301, 100))
+    ]
+    assert weights == [1.0, 0.0, 1.0]
     assert chosen(51, 32)[1] == "2-9" and chosen(51, 80)[1] == "5-12"
     assert chosen(51, 9) == (SUBJECT, "auto", None, 6.0), "a small model as before"
     assert chosen(1, 30, "fact_token=subject_last") == (SUBJECT, "2-9", 100.0, 6.0)

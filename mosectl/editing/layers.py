@@ -82,7 +82,8 @@ FEW = 50  # facts that these have room for: each disturbs prompts with its old o
 WIDE = 8  # layers edited at the subject's last token, at most: the more there are, the less each has to turn
 STILL, LIGHT = 100.0, 1.0  # λ there, and the weight of earlier facts: with more there is no room for new ones
 HEAVY = 50.0  # that weight elsewhere
-NAMES, MANY = 1.0, 300  # prompt_weight there, and of how many facts at most: of 500 five in a hundred are lost by it
+NAMES = 1.0  # prompt_weight there, but of more than MANY facts in batches smaller than LARGE, where it costs facts
+MANY, LARGE = 300, 100
 
 
 def settled(options: EditOptions, n: int, facts: int) -> EditOptions:
@@ -102,7 +103,8 @@ def settled(options: EditOptions, n: int, facts: int) -> EditOptions:
         first, width = max(1, n // 15), min(WIDE, round(n / 4))
         solver = {"preserve": STILL, **options.solver}
         options = replace(options, layers=f"{first}-{first + width - 1}", solver=solver)
-        weight, names = LIGHT, NAMES if FEW < facts <= MANY else 0.0
+        crowded = facts > MANY and 0 < options.batch_size < LARGE
+        weight, names = LIGHT, NAMES if facts > FEW and not crowded else 0.0
     weight = weight if options.previous_edit_weight is None else options.previous_edit_weight
     names = names if options.prompt_weight is None else options.prompt_weight
     margin = MARGINS[token] if options.targets.margin is None else options.targets.margin

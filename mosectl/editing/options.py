@@ -35,8 +35,9 @@ class EditOptions:
     # Weight of each earlier fact against a new one; "auto": 1 at the subject's last token of a model of ten layers or more,
     # where no layers are asked for, else 50.
     previous_edit_weight: float | None = None
-    # Weight of the facts' own prompts, up to the edited token, against the text in what must keep still; "auto": 1 for 51
-    # to 300 facts at the subject's last token of a model of ten layers or more, where no layers are asked for, else 0.
+    # Weight of the facts' own prompts, up to the edited token, against the text in what must keep still; "auto": 1 for more
+    # than 50 facts (in batches of less than a hundred: up to 300) at the subject's last token of a model of ten layers or
+    # more, where no layers are asked for, else 0.
     prompt_weight: float | None = None
     # Where the values come from: "per-layer", one target a layer; "spread", one target at the top, its residual spread over
     # the layers (MEMIT); "method", the method's own way.
