@@ -29,7 +29,11 @@ def test_what_was_given_decides() -> None:
     assert told("preserve=1000") == "more --rounds, a smaller --set preserve=… or other --layers"
     assert "larger --set rank" in told("rank=8") and "more --set steps" in told("steps=3")
     assert "larger --set max_displacement" in told("max_displacement=1")
-    assert "--batch-size 100" in told(facts=500) and "--batch-size" not in told(facts=500, batch_size=20)
+    assert "smaller batches (--batch-size 100)" in told(facts=500) and "--batch-size" not in told(
+        facts=500, batch_size=100
+    )
+    assert "larger batches (--batch-size 100)" in told(facts=101, batch_size=20)
+    assert "--batch-size" not in told(facts=100, batch_size=20) + told(facts=500, batch_size=20, method="alphaedit")
 
 
 @pytest.mark.parametrize("name", built_in())

@@ -7,7 +7,9 @@ from mosectl.editing.options import EditOptions, default_options
 
 MANY = 2  # times a method's usual rounds: from here on more of them bring nothing
 NARROW = 3  # layers, below which an edit has little room
-TOGETHER = 100  # facts in one batch: of fewer the more at once the better, 500 spoil a small model (docs/explanation)
+TOGETHER = (
+    100  # facts in one batch: hundreds keep more in hundreds than in tens, 500 at once spoil a small model (docs)
+)
 
 
 def advice(solver: Method, options: EditOptions, layers: int, facts: int, stopped: str = "") -> str:
@@ -46,7 +48,9 @@ def _of_search(solver: Method, options: EditOptions) -> list[str]:
 
 def _of_size(options: EditOptions, layers: int, facts: int) -> list[str]:
     """Facts at once, and layers."""
-    batches = ["smaller batches (--batch-size 100)"] if min(options.batch_size or facts, facts) > TOGETHER else []
+    size = min(options.batch_size or facts, facts)
+    other = "smaller" if size > TOGETHER else "larger" if facts > TOGETHER > size and not options.published else ""
+    batches = [f"{other} batches (--batch-size {TOGETHER})"] if other else []
     if options.layers == "auto":
         return [*batches, "other --layers"]
     return [*batches, "more --layers" if layers < NARROW else "other --layers, such as auto"]

@@ -174,7 +174,7 @@ class Method(ABC):
     editor: ClassVar[str] = ""  # the method for which an editor must be trained that this one needs
     remedy: ClassVar[str] = "more --rounds or other --layers"  # what may help where facts are not reached (advice.py)
     gentler: ClassVar[str] = (
-        "a larger --set preserve=…, fewer facts at once (--batch-size)"  # … where an edit does harm
+        "a larger --set preserve=…, fewer facts, a hundred at once at most (--batch-size 100)"  # … where an edit does harm
     )
 
     @property
