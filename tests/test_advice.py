@@ -33,6 +33,9 @@ def test_what_was_given_decides() -> None:
         facts=500, batch_size=100
     )
     assert "larger batches (--batch-size 100)" in told(facts=101, batch_size=20)
+    assert told(facts=500) == "more --rounds or smaller batches (--batch-size 100)", (
+        "layers that are chosen for many facts"
+    )
     assert "--batch-size" not in told(facts=100, batch_size=20) + told(facts=500, batch_size=20, method="alphaedit")
 
 

@@ -404,6 +404,20 @@ def test_facts_that_do_not_hold_weigh_more_in_the_next_round(corpus: str, monkey
     assert default_options("memit").unreached_weight_growth == 1.0 and EditOptions().unreached_weight_growth > 1
 
 
+def test_layers_that_were_not_asked_for_are_not_taken_for_the_users(
+    corpus: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("mosectl.editing.edit.advice", lambda solver, options, *_: asked.append(options.layers) or "")
+    for layers in ("auto", "1-2"):
+        options = few(corpus, layers=layers, rounds=1, fact_token=SUBJECT, previous_edit_weight=None)
+        found = mosectl.edit(
+            FACTS[:1], pico("llama", num_hidden_layers=10), make_tokenizer(), options=options, refuse=False
+        )
+        assert len(found.patch.changes) == 2, "which are chosen for the subject of ten layers"
+    assert asked == ["auto", "1-2"]
+
+
 def test_earlier_facts_that_slip_are_edited_with_the_next_batch(corpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = pico("llama"), make_tokenizer()
     edited: list[list[str]] = []

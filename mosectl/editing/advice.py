@@ -16,6 +16,7 @@ def advice(solver: Method, options: EditOptions, layers: int, facts: int, stoppe
     """What to try next, to be followed by "may help".
 
     Args:
+        options: settled, but for the layers, which are as they were asked for.
         layers: that were edited. facts: of the run. stopped: why the guard has ended it; empty where it has not.
     """
     if stopped:
@@ -52,5 +53,5 @@ def _of_size(options: EditOptions, layers: int, facts: int) -> list[str]:
     other = "smaller" if size > TOGETHER else "larger" if facts > TOGETHER > size and not options.published else ""
     batches = [f"{other} batches (--batch-size {TOGETHER})"] if other else []
     if options.layers == "auto":
-        return [*batches, "other --layers"]
+        return batches or ["other --layers"]  # those are chosen for many facts, with settings of their own
     return [*batches, "more --layers" if layers < NARROW else "other --layers, such as auto"]

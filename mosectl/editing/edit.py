@@ -12,7 +12,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -136,14 +136,15 @@ def edit(
         ready = _ready(given, check.facts, corpus)
         if isinstance(model, str | Path):
             note_text_alone(ready.loaded.tokenizer, options, check.options)
-        loaded, checked, options = ready.loaded, ready.facts, check.options
+        asked_for, loaded, checked, options = options.layers, ready.loaded, ready.facts, check.options
     done = _computed(ready, options, trained, clock, progress, refuse)
     edited = [p for p in ready.arch.projections if p.name in done.changes]
     on = changes_on(loaded.model, [(p, [done.changes[p.name]]) for p in edited])
     with made_by_the_edit(), on, clock("ask after") as step:
         after = interview(loaded.model, loaded.tokenizer, checked, on_step=step, **_asked(ready, options))
     results = fact_results(checked, done.before, after, done.losses, done.wordings, done.right_after)
-    remedy = advice(solver, options, len(done.layers.projections), len(checked), done.stopped)
+    told = replace(options, layers=asked_for)
+    remedy = advice(solver, told, len(done.layers.projections), len(checked), done.stopped)
     if refuse:
         _refuse_failure(results, remedy)
     with clock("check"):
