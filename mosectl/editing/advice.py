@@ -7,9 +7,7 @@ from mosectl.editing.options import EditOptions, default_options
 
 MANY = 2  # times a method's usual rounds: from here on more of them bring nothing
 NARROW = 3  # layers, below which an edit has little room
-TOGETHER = (
-    100  # facts in one batch: hundreds keep more in hundreds than in tens, 500 at once spoil a small model (docs)
-)
+TOGETHER = 100  # facts in one batch: of tens more are lost, 500 at once spoil a small model (docs/explanation)
 
 
 def advice(solver: Method, options: EditOptions, layers: int, facts: int, stopped: str = "") -> str:
