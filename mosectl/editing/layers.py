@@ -82,9 +82,7 @@ FEW = 50  # facts that these have room for: each disturbs prompts with its old o
 WIDE = 8  # layers edited at the subject's last token, at most: the more there are, the less each has to turn
 STILL, LIGHT = 100.0, 1.0  # λ there, and the weight of earlier facts: with more there is no room for new ones
 HEAVY = 50.0  # that weight elsewhere
-NAMES = (
-    1.0  # prompt_weight there, but of more than MANY facts in batches smaller than LARGE, where facts are lost by it
-)
+NAMES = 1.0  # prompt_weight there, but of more than MANY facts in batches smaller than LARGE: these lose facts by it
 MANY, LARGE = 300, 100
 
 
