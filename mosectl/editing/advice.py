@@ -51,5 +51,5 @@ def _of_size(options: EditOptions, layers: int, facts: int) -> list[str]:
     other = "smaller" if size > TOGETHER else "larger" if facts > TOGETHER > size and not options.published else ""
     batches = [f"{other} batches (--batch-size {TOGETHER})"] if other else []
     if options.layers == "auto":
-        return batches or ["other --layers"]  # those are chosen for many facts, with settings of their own
+        return batches or ["other --layers"]  # for many facts they are chosen with settings of their own
     return [*batches, "more --layers" if layers < NARROW else "other --layers, such as auto"]
