@@ -11,6 +11,9 @@ BIN = $(VENV)/bin
 demo: $(VENV)/.ready
 	PATH="$(abspath $(BIN)):$$PATH" bash examples/demo.sh
 
+# A worker a core, so one thread each: more of them wait for one another, many times as long as they compute.
+test coverage slow: export OMP_NUM_THREADS = 1
+
 test: $(VENV)/.eval
 	$(BIN)/python -m pytest -n auto
 
