@@ -105,7 +105,8 @@ def test_they_are_edited_along(
         return batch(self, contexts, *args)
 
     monkeypatch.setattr(Session, "_batch", seen)
-    monkeypatch.setattr(Earlier, "slipped", lambda self, below: [])
+    for name in ("slipped", "slipped_of_all"):
+        monkeypatch.setattr(Earlier, name, lambda self, below: [])
     (tmp_path / "corpus.txt").write_text(CORPUS)
     options = few(str(tmp_path / "corpus.txt"), batch_size=1, rounds=1, **how)
     mosectl.edit([fact(*p) for p in PROMPTS], pico("llama"), make_tokenizer(), options=options, refuse=False)

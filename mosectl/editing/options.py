@@ -46,7 +46,8 @@ class EditOptions:
     # "auto", the prompt's in a model of ten layers or more, unless layers of its lower half are asked for or more than 50
     # facts are edited.
     fact_token: str = "auto"
-    # nats; earlier facts that lead by less are edited again along with a batch, to twice as much, `margin` at most; 0 = none
+    # nats; earlier facts that lead by less are edited again along with a batch and at the end, to twice as much, `margin` at
+    # most; 0 = none
     replay_margin: float = 1.0
     guard: float = 1.0  # nats a token by which ordinary text may become less likely before a run is stopped; 0 = any
     form: str = (

@@ -105,20 +105,41 @@ class Earlier:
         self._renew(facts, W)
 
     def slipped(self, below: float) -> list[int]:
-        """Indices of facts whose bare prompt leads by less than ``below`` nats, worst first, not more than REHEARSED."""
-        n = len(self.failures)
-        if self.contexts is None or below <= 0:
-            return []
-        hopeful = [i for i in range(n) if self.failures[i] < GIVEN_UP]
-        if not hopeful:
+        """Indices of facts whose bare prompt leads by less than ``below`` nats, worst first, not more than REHEARSED: of
+        those that are asked with one batch.
+        """
+        n, hopeful = len(self.failures), self._hopeful()
+        if not hopeful or below <= 0:
             return []
         asked = sorted(hopeful, key=self.leads.__getitem__)[:LEAST]
         rest = sorted({*hopeful}.difference(asked), key=lambda i: (i - self.turn * IN_TURN) % n)
         asked = sorted([*asked, *rest[:IN_TURN]])
-        for i, lead in zip(asked, self._leads(first_rows(self.contexts.fact)[asked]).tolist(), strict=True):
+        self._ask(asked)
+        return self._below(below, asked)[:REHEARSED]
+
+    def slipped_of_all(self, below: float) -> list[int]:
+        """As :meth:`slipped`, of all facts as they were asked last, however many."""
+        return self._below(below, self._hopeful())
+
+    def leading(self) -> int:
+        """How many facts' bare prompts the model answers with the new object now; every fact is asked."""
+        self._ask(range(len(self.failures)))
+        return sum(lead > 0 for lead in self.leads)
+
+    def _hopeful(self) -> list[int]:
+        """Facts that are worth another attempt."""
+        return [i for i, failed in enumerate(self.failures) if failed < GIVEN_UP]
+
+    def _below(self, below: float, among: Sequence[int]) -> list[int]:
+        return [i for i in sorted(among, key=self.leads.__getitem__) if self.leads[i] < below]
+
+    def _ask(self, facts: Sequence[int]) -> None:
+        """How far the bare prompts of these facts lead now."""
+        if not facts:
+            return
+        assert self.contexts is not None
+        for i, lead in zip(facts, _finite(self._leads(first_rows(self.contexts.fact)[[*facts]]).tolist()), strict=True):
             self.leads[i] = lead
-        asked.sort(key=self.leads.__getitem__)
-        return [i for i in asked if self.leads[i] < below][:REHEARSED]
 
     def held(self) -> int:
         """How many of all contexts the model answers with the new object now."""

@@ -27,7 +27,16 @@ from mosectl.patch.fingerprint import sha256
 from mosectl.storage.progress import Clock
 from mosectl.storage.state_file import digest
 
+SLIPPED = "slipped"  # the phase in which they are
+TOGETHER = 100  # facts after which a run is consolidated, and slipped ones that are edited again at once at its end
 REPLAYED = 2.0  # of ``replay_margin``: by how much facts that are edited again shall lead
+
+
+def consolidates(start: int, end: int, total: int, size: int) -> bool:
+    """Is a run in batches of this size consolidated after that of facts ``start`` to ``end``: every hundred, and at the end
+    of more.
+    """
+    return size < total >= TOGETHER and (end == total or end // TOGETHER > start // TOGETHER)
 
 
 @dataclass(frozen=True)
@@ -103,15 +112,49 @@ class Session:
                 break
             layers.keep()
             losses += done.loss_before[: len(batch)].tolist()
-            self.curve.append((len(losses), now))
             layers.earlier.add(contexts, done.margin_before[: len(batch)].tolist(), layers.W)
             layers.earlier.edited_again(again, done.margin_before[len(batch) :].tolist(), layers.W)
+            weighs = self.options.weight_of_earlier > 0  # else it would be undone
+            if layers.turns and weighs and consolidates(start, len(losses), len(facts), size):
+                with clock("solve", in_parts=True):
+                    layers.remember(self.options.weight_of_earlier)
+                    layers.consolidate()
+                with clock("guard"):
+                    now = health(self.loaded.model, self.pieces, layers.W)
+            self.curve.append((len(losses), now))
             batches.ended(self.base_health, now, text=bool(self.pieces))
             if kept and size < len(facts):
                 with clock("keep"):
                     kept.save(ours, self.state(losses))
         clock.ended("targets")
+        if size < len(facts) and not self.stopped and self.options.replay_margin:
+            self._mend(facts, prefixes, wordings, clock, max(size, TOGETHER))
         return losses
+
+    def _mend(
+        self, facts: Sequence[Fact], prefixes: Sequence[str], wordings: Sequence[Sequence[str]], clock: Clock, most: int
+    ) -> None:
+        """At the end of several batches every fact is asked, and those that have slipped are edited again, the worst first,
+        ``most`` at once: for as long as more of all facts hold for it.
+        """
+        layers, earlier = self.layers, self.layers.earlier
+        held = earlier.leading()
+        slipped = earlier.slipped_of_all(self.options.replay_margin)
+        for start in range(0, len(slipped), most):
+            again, before = slipped[start : start + most], layers.standing()
+            layers.remember(self.options.weight_of_earlier)
+            self.subjects = [facts[i].subject for i in again]
+            contexts = self._contexts(again, facts, prefixes, wordings)
+            contexts = replace(contexts, least=self._least(contexts.fact, 0))
+            done = self._batch(contexts, clock, start, len(again), len(slipped), SLIPPED)
+            now, holding = health(self.loaded.model, self.pieces, layers.W), earlier.leading()
+            if harm(self.base_health, now, self.options.guard) or holding <= held:
+                layers.go_back(before)
+                break
+            layers.keep()
+            held, self.curve[-1] = holding, (len(facts), now)
+            earlier.edited_again(again, done.margin_before.tolist(), layers.W)
+        clock.ended(SLIPPED)
 
     def _contexts(
         self, taken: Sequence[int], facts: Sequence[Fact], prefixes: Sequence[str], wordings: Sequence[Sequence[str]]
@@ -161,11 +204,13 @@ class Session:
         self.batches.go_on(state.right_after)
         return list(state.losses)
 
-    def _batch(self, contexts: Contexts, clock: Clock, first: int, n: int, total: int) -> Targets:
+    def _batch(
+        self, contexts: Contexts, clock: Clock, first: int, n: int, total: int, phase: str = "targets"
+    ) -> Targets:
         """Alternate targets and solve until every fact holds by the margin, or all hold and a round brought nothing more; of
         at most ``rounds`` keep the best.
 
-        For the progress: ``n`` new facts, the ``first`` of ``total`` at which they begin.
+        For the progress: ``n`` facts, the ``first`` of the ``phase``'s ``total`` at which they begin.
         """
         layers, options, rounds = self.layers, self.options, self.options.rounds
         best: _Round | None = None
@@ -174,10 +219,11 @@ class Session:
         urgency = torch.ones(int(contexts.fact.max()) + 1, dtype=torch.float64)  # (facts,) weight of each in the solve
 
         def told(step: Callable[[int, int], None], r: int) -> Callable[[int, int], None]:
-            return lambda done, of: step(first * rounds + r * n + done * n // of, total * rounds)
+            last = (first + n) * rounds  # the question after the last round is none
+            return lambda done, of: step(min(first * rounds + r * n + done * n // of, last), total * rounds)
 
         for r in range(rounds + 1):
-            with clock("targets", total * rounds, in_parts=True) as step:
+            with clock(phase, total * rounds, in_parts=True) as step:
                 if layers.solver.searches and not layers.published:
                     contexts = self._ends_asked(contexts)
                 targets = self._targets(contexts, r < rounds and layers.solver.searches, told(step, r))
