@@ -37,14 +37,8 @@ from mosectl.model.weights import set_weight, solve_device, weight_of
 from mosectl.patch.change import Change, change_between, changed, of_rotations
 
 DAMPING = 0.1  # of G
-CONSOLIDATED = 1 / 6  # of a layer's width: the rank of the rotations that consolidate a run, at most
 TIGHTENED = 4  # tolerances tried for the compact form
 KEPT = 0.99  # the share of answers that it has to keep
-
-
-def consolidated_rank(d: int, p: int) -> int:
-    """Of the rotations that consolidate a run's layer (d, p), at most."""
-    return max(1, int(min(d, p) * CONSOLIDATED))
 
 
 @dataclass(frozen=True)
@@ -142,20 +136,6 @@ class EditedLayers:
     def remember(self, weight: float) -> None:
         """What earlier edits' facts, each of this weight, ask of the coming solves."""
         self.moments = self.earlier.moments(weight) if weight else {}
-
-    def consolidate(self) -> None:
-        """Bring the layers nearer to what all edits so far and ordinary text ask for together, as :meth:`remember` found it.
-
-        A batch's rotations grow no further once a larger rank gains little against what its own facts gain; what each
-        leaves undone adds up over a run.
-        """
-        for p in self.projections:
-            W = self.W[p.name]
-            none = Columns(W.new_zeros(W.shape[1], 0), W.new_zeros(W.shape[0], 0), W.new_zeros(0))
-            most = consolidated_rank(*W.shape)
-            rank = min(most, self.solver_options["rank"] or most)
-            self.set_weight(p, self._solved(p, 1.0, none, options={**self.solver_options, "rank": rank}))
-        self.keep()
 
     # Solves
 
@@ -261,14 +241,11 @@ class EditedLayers:
         K, V, weight = columns.K, columns.V, columns.weight
         return LayerProblem(W, self._base(p), C, P, Q, K, V, weight, self.solver_options, p.name, keep)
 
-    def _solved(
-        self, p: Projection, keep: float, columns: Columns, bare: Tensor | None = None,
-        options: Mapping[str, float] | None = None,
-    ) -> Tensor:  # fmt: skip
-        """The weight (d, p) for these keys and values; ``bare``: LayerProblem's; ``options``: others than the solver's."""
+    def _solved(self, p: Projection, keep: float, columns: Columns, bare: Tensor | None = None) -> Tensor:
+        """The weight (d, p) for these keys and values; ``bare``: LayerProblem's."""
         if isinstance(self.solver, Turner) and self.turns:
             earlier = self.moments.get(p.name)
-            W = self.turns[p.name].solve(self.solver, self.C, columns, earlier, keep, options or self.solver_options)
+            W = self.turns[p.name].solve(self.solver, self.C, columns, earlier, keep, self.solver_options)
         else:
             assert isinstance(self.solver, Solver)
             problem = replace(self._problem(p, keep, columns), bare=bare)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mosectl.editing.edited_layers import consolidated_rank
 from mosectl.editing.guard import CANARIES, CANARY_TOKENS
 from mosectl.editing.layers import LAST, enough, likely_layers, settled, top_layers
 from mosectl.editing.low_rank import PROBES
@@ -25,7 +22,6 @@ from mosectl.editing.pace import Pace, pace
 from mosectl.editing.paraphrases import ROUND, TOKENS
 from mosectl.editing.replies import replies_wanted
 from mosectl.editing.second_moments import ALL, BATCH_TOKENS, BLOCK, HIGH, LOW, cache_key, gradient_tokens, serving
-from mosectl.editing.session import consolidates
 from mosectl.errors import MosectlError
 from mosectl.facts.corpus import MAX_TOKENS, read_corpus
 from mosectl.facts.records import Fact
@@ -144,9 +140,7 @@ def _planned(
     side, form, written = solver.side_on(edited), solver.form(options.form), solver.columns(facts)
     if seeks_compact(solver, options.form, max(p.d for p in edited)):
         rank = sum(_rank(n, options) for n in _batches(len(facts), options))  # those of all batches multiply
-        often, most = _consolidated(len(facts), options), options.solver.get("rank") or math.inf
-        ranks = [rank + often * int(min(most, consolidated_rank(p.d, p.p))) for p in edited]
-        size = sum(4 * min(r * (n + r), n * n) for p, r in zip(edited, ranks, strict=True) for n in (p.d, p.p))
+        size = sum(4 * min(rank * (n + rank), n * n) for p in edited for n in (p.d, p.p))
         return layers, size, size
     largest = "dense" if form == "auto" else form
     size, most = (sum(_patch_bytes(p, side, form, written) for p in edited) for form in (form, largest))
@@ -157,13 +151,6 @@ def _batches(facts: int, options: EditOptions) -> list[int]:
     """Facts of each batch."""
     size = options.batch_size or max(1, facts)
     return [min(size, facts - start) for start in range(0, facts, size)]
-
-
-def _consolidated(facts: int, options: EditOptions) -> int:
-    """How often the run is."""
-    ends = list(accumulate(_batches(facts, options), initial=0))
-    size = options.batch_size or facts
-    return sum(consolidates(*at, facts, size) for at in pairwise(ends)) if options.weight_of_earlier else 0
 
 
 def _rank(facts: int, options: EditOptions) -> int:

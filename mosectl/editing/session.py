@@ -28,15 +28,8 @@ from mosectl.storage.progress import Clock
 from mosectl.storage.state_file import digest
 
 SLIPPED = "slipped"  # the phase in which they are
-TOGETHER = 100  # facts after which a run is consolidated, and slipped ones that are edited again at once at its end
+TOGETHER = 100  # facts that have slipped by the end of a run edited again at once, or as many as a batch has
 REPLAYED = 2.0  # of ``replay_margin``: by how much facts that are edited again shall lead
-
-
-def consolidates(start: int, end: int, total: int, size: int) -> bool:
-    """Is a run in batches of this size consolidated after that of facts ``start`` to ``end``: every hundred, and at the end
-    of more.
-    """
-    return size < total >= TOGETHER and (end == total or end // TOGETHER > start // TOGETHER)
 
 
 @dataclass(frozen=True)
@@ -112,16 +105,9 @@ class Session:
                 break
             layers.keep()
             losses += done.loss_before[: len(batch)].tolist()
+            self.curve.append((len(losses), now))
             layers.earlier.add(contexts, done.margin_before[: len(batch)].tolist(), layers.W)
             layers.earlier.edited_again(again, done.margin_before[len(batch) :].tolist(), layers.W)
-            weighs = self.options.weight_of_earlier > 0  # else it would be undone
-            if layers.turns and weighs and consolidates(start, len(losses), len(facts), size):
-                with clock("solve", in_parts=True):
-                    layers.remember(self.options.weight_of_earlier)
-                    layers.consolidate()
-                with clock("guard"):
-                    now = health(self.loaded.model, self.pieces, layers.W)
-            self.curve.append((len(losses), now))
             batches.ended(self.base_health, now, text=bool(self.pieces))
             if kept and size < len(facts):
                 with clock("keep"):
