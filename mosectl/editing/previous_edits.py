@@ -108,9 +108,9 @@ class Earlier:
         """Indices of facts whose bare prompt leads by less than ``below`` nats, worst first, not more than REHEARSED: of
         those that are asked with one batch.
         """
-        n, hopeful = len(self.failures), self._hopeful()
-        if not hopeful or below <= 0:
+        if below <= 0:
             return []
+        n, hopeful = len(self.failures), self._hopeful()
         asked = sorted(hopeful, key=self.leads.__getitem__)[:LEAST]
         rest = sorted({*hopeful}.difference(asked), key=lambda i: (i - self.turn * IN_TURN) % n)
         asked = sorted([*asked, *rest[:IN_TURN]])
@@ -118,7 +118,7 @@ class Earlier:
         return self._below(below, asked)[:REHEARSED]
 
     def slipped_of_all(self, below: float) -> list[int]:
-        """As :meth:`slipped`, of all facts as they were asked last, however many."""
+        """As :meth:`slipped`, however many, of all facts as :meth:`leading` has found them; none is asked."""
         return self._below(below, self._hopeful())
 
     def leading(self) -> int:

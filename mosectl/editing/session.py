@@ -27,8 +27,8 @@ from mosectl.patch.fingerprint import sha256
 from mosectl.storage.progress import Clock
 from mosectl.storage.state_file import digest
 
-SLIPPED = "slipped"  # the phase in which they are
-TOGETHER = 100  # facts that have slipped by the end of a run edited again at once, or as many as a batch has
+SLIPPED = "slipped"  # the phase in which a run's slipped facts are edited again
+TOGETHER = 100  # of these at once, or as many as a batch has where that is more
 REPLAYED = 2.0  # of ``replay_margin``: by how much facts that are edited again shall lead
 
 
@@ -65,8 +65,8 @@ class Session:
     ) -> list[float]:
         """Edit all facts batch by batch; returns the loss of each right after its batch, nats a token.
 
-        Earlier facts that have slipped are edited again along with a batch. A batch that does harm is taken back and ends
-        the run: there are fewer losses than facts then.
+        Earlier facts that have slipped are edited again along with a batch and at the end. A batch that does harm is taken
+        back and ends the run: there are fewer losses than facts then.
 
         Raises:
             EditFailed: the very first batch did harm.
@@ -86,11 +86,8 @@ class Session:
             with clock("targets", len(facts) * self.options.rounds, in_parts=True):
                 again = self._again(facts, start, start + len(batch))
                 layers.remember(self.options.weight_of_earlier)
-            taken = [*range(start, start + len(batch)), *again]
-            self.subjects = [facts[i].subject for i in taken]
-            contexts = self._contexts(taken, facts, prefixes, wordings)
-            contexts = replace(contexts, least=self._least(contexts.fact, len(batch)))
-            before = layers.standing()
+            new = [*range(start, start + len(batch))]
+            contexts, before = self._contexts(new, again, facts, prefixes, wordings), layers.standing()
             done = self._batch(contexts, clock, start, len(batch), len(facts))
             with clock("guard"):
                 now = health(self.loaded.model, self.pieces, layers.W)
@@ -129,9 +126,7 @@ class Session:
         for start in range(0, len(slipped), most):
             again, before = slipped[start : start + most], layers.standing()
             layers.remember(self.options.weight_of_earlier)
-            self.subjects = [facts[i].subject for i in again]
-            contexts = self._contexts(again, facts, prefixes, wordings)
-            contexts = replace(contexts, least=self._least(contexts.fact, 0))
+            contexts = self._contexts([], again, facts, prefixes, wordings)
             done = self._batch(contexts, clock, start, len(again), len(slipped), SLIPPED)
             now, holding = health(self.loaded.model, self.pieces, layers.W), earlier.leading()
             if harm(self.base_health, now, self.options.guard) or holding <= held:
@@ -143,14 +138,17 @@ class Session:
         clock.ended(SLIPPED)
 
     def _contexts(
-        self, taken: Sequence[int], facts: Sequence[Fact], prefixes: Sequence[str], wordings: Sequence[Sequence[str]]
-    ) -> Contexts:
-        """The rows of a batch: facts of these numbers."""
-        layers, loaded, options = self.layers, self.loaded, self.options
-        return build_contexts(
+        self, new: Sequence[int], again: Sequence[int], facts: Sequence[Fact], prefixes: Sequence[str],
+        wordings: Sequence[Sequence[str]],
+    ) -> Contexts:  # fmt: skip
+        """The rows of a batch of ``new`` facts and of those edited ``again``, by number, and by how much each shall lead."""
+        layers, loaded, options, taken = self.layers, self.loaded, self.options, [*new, *again]
+        self.subjects = [facts[i].subject for i in taken]
+        contexts = build_contexts(
             loaded.model, loaded.tokenizer, [facts[i] for i in taken], prefixes, [wordings[i] for i in taken],
             chat=options.chat, last=options.fact_token == LAST, replies=bool(options.replies),
         ).above(loaded.model, layers.arch, layers.projections[0].layer)  # fmt: skip
+        return replace(contexts, least=self._least(contexts.fact, len(new)))
 
     def _least(self, fact: Tensor, new: int) -> Tensor:
         """Nats by which rows of these facts (B,) shall lead: the first ``new`` by the margin, earlier ones by what lets them
