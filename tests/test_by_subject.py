@@ -85,10 +85,11 @@ def test_facts_of_different_subjects_are_searched_for_as_they_are() -> None:
 
 def test_earlier_facts_of_a_batchs_subjects() -> None:
     facts = [fact(*PROMPTS[i]) for i in (0, 1, 2, 1, 0)]
-    assert companions(facts, 0, 2) == []
-    assert companions(facts, 2, 3) == [0]  # "avaland" is Avaland
-    assert companions(facts, 3, 5) == [0, 1, 2]
-    assert companions([fact(*PROMPTS[0])] * (ALONG + 5), ALONG + 4, ALONG + 5) == [*range(4, ALONG + 4)]
+    assert companions(facts, range(2), range(0)) == []
+    assert companions(facts, range(2, 3), range(2)) == [0]  # "avaland" is Avaland
+    assert companions(facts, range(3, 5), range(3)) == [0, 1, 2]
+    assert companions(facts, [1], range(5)) == [3]
+    assert companions([fact(*PROMPTS[0])] * (ALONG + 5), [ALONG + 4], range(ALONG + 4)) == [*range(4, ALONG + 4)]
 
 
 @pytest.mark.parametrize(

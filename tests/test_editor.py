@@ -23,7 +23,7 @@ from mosectl.editing.methods.base import Columns
 from mosectl.editing.options import EditOptions, default_options, options_from
 from mosectl.editing.previous_edits import Earlier
 from mosectl.editing.second_moments import keys_of_tokens, second_moments
-from mosectl.editing.session import SLIPPED, Session
+from mosectl.editing.session import Session
 from mosectl.editing.targets import TargetOptions, Targets, displaced, optimise_targets
 from mosectl.errors import EditFailed, FactsError, ModelError, UsageError
 from mosectl.facts.corpus import Corpus, read_corpus
@@ -434,37 +434,6 @@ def test_earlier_facts_that_slip_are_edited_with_the_next_batch(corpus: str, mon
         assert edited[:2] == [[first], again]
         assert [sorted(at_the_end) for at_the_end in edited[2:]] == ([sorted(again)] if below else [])
         edited.clear()
-
-
-def test_facts_that_have_slipped_by_the_end_are_edited_once_more_where_more_hold_for_it(
-    corpus: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Earlier, "slipped", lambda self, below: [])
-    found = {}
-    for name, below, held in (
-        ("none", 0.0, []), ("kept", 1e6, [1, 2]), ("no gain", 1e6, [1, 1]), ("harm", 1e6, [1, 2])
-    ):  # fmt: skip
-        told: list[tuple[Any, ...]] = []
-        numbers = iter(held)
-        monkeypatch.setattr(Earlier, "leading", lambda self, numbers=numbers: next(numbers))
-        harms = iter(["", "", "text" if name == "harm" else ""])
-        monkeypatch.setattr("mosectl.editing.session.harm", lambda *_, harms=harms: next(harms))
-        options = few(corpus, layers="1", batch_size=1, replay_margin=below)
-        hears = lambda *at, told=told: told.append(at)  # noqa: E731
-        found[name] = mosectl.edit(FACTS, pico("llama"), make_tokenizer(), options=options, refuse=False, on_step=hears)
-        assert next(numbers, None) is None, "asked before and after"
-        steps = [at[1:] for at in told if at[0] == SLIPPED]
-        assert {total for _, total in steps} == ({2 * options.rounds} if below else set())
-        assert not below or (steps[0], steps[-1]) == ((0, steps[0][1]), (steps[0][1], steps[0][1]))
-        assert all(done <= total for done, total in steps)
-    Rs = {name: [c.dense().factors["R"] for c in f.patch.changes.values()] for name, f in found.items()}
-    same = {
-        name: all(torch.allclose(*both, atol=1e-6) for both in zip(R, Rs["none"], strict=True))
-        for name, R in Rs.items()
-    }
-    assert same == {"none": True, "kept": False, "no gain": True, "harm": True}
-    assert [len(f.curve) for f in found.values()] == [3] * 4 and found["kept"].curve[-1] != found["none"].curve[-1]
-    assert not found["harm"].stopped, "what there was before is the run"
 
 
 def test_facts_that_are_edited_again_are_asked_for_less(corpus: str, monkeypatch: pytest.MonkeyPatch) -> None:

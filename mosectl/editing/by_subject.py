@@ -6,7 +6,7 @@ Searched for one by one, the values of a batch ask different things of one key, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -41,7 +41,9 @@ def sharing(subjects: Sequence[str], contexts: Contexts, search: Callable[[Conte
     return Targets(V, *told, own.loss_before, own.margin_before)
 
 
-def companions(facts: Sequence[Fact], start: int, end: int) -> list[int]:
-    """Numbers of the facts before ``start`` that are about a subject of the facts ``start`` … ``end``, the latest ALONG."""
-    subjects = {f.subject.casefold() for f in facts[start:end]}
-    return [i for i in range(start) if facts[i].subject.casefold() in subjects][-ALONG:]
+def companions(facts: Sequence[Fact], edited: Collection[int], among: Iterable[int]) -> list[int]:
+    """Numbers of the facts ``among`` these that are about a subject of the ``edited`` ones and are none of them, the last
+    ALONG.
+    """
+    subjects = {facts[i].subject.casefold() for i in edited}
+    return [i for i in among if i not in edited and facts[i].subject.casefold() in subjects][-ALONG:]

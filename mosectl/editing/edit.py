@@ -112,7 +112,8 @@ def edit(
         on_error: facts and probes that are longer than the model can read: "fail", or "skip" them.
         progress: where the state after each batch is kept, to go on from after an interruption.
         on_step: called with (phase, done, total) as the work goes on; where it has a method ``batch``, that is called with
-            a BatchDone (mosectl.storage.progress) after each of several batches.
+            a BatchDone (mosectl.storage.progress) after each of several batches, and a SlippedDone where some facts were
+            edited again at the end.
     Raises:
         FactsError, ModelError, UsageError, HubError, OutputError.
         EditFailed: no answer changed, or a number was not finite.
@@ -261,8 +262,9 @@ def _computed(
             session.watch(canaries(loaded.tokenizer, ready.corpus.texts, ready.most))
             with made_by_the_edit():
                 losses = session.edit(facts, _prefixes(ready, options), wordings, clock, progress)
-            with clock("solve"):
+            with clock("solve", in_parts=True):
                 changes = {block_name(module): change for module, change in layers.finish().items()}
+            clock.ended("solve")
     told = (moments.tokens, session.stopped, tuple(session.curve))
     return _Done(layers, changes, losses, session.batches.right_after, before, wordings, tuple(scores), *told)
 

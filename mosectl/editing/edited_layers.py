@@ -47,6 +47,7 @@ class Standing:
 
     W: Mapping[str, Tensor]  # (d, p) float64, the weights by module path
     pairs: Mapping[str, Pair | None]  # the present batch's rotations by module path, where compact ones are sought
+    carried: Mapping[str, Tensor]  # what the method carries from batch to batch
 
 
 class EditedLayers:
@@ -105,10 +106,12 @@ class EditedLayers:
 
     def standing(self) -> Standing:
         """How the layers are now."""
-        return Standing(dict(self.W), {name: turns.pair for name, turns in self.turns.items()})
+        pairs = {name: turns.pair for name, turns in self.turns.items()}
+        return Standing(dict(self.W), pairs, dict(self.carried))
 
     def go_back(self, to: Standing) -> None:
         """The layers are as they were in the present batch, or just before it."""
+        self.carried = dict(to.carried)
         for p in self.projections:
             self.set_weight(p, to.W[p.name])
             if self.turns:

@@ -19,12 +19,13 @@ from mosectl.editing.methods.base import SPREAD, Trainer
 from mosectl.editing.published import published_targets
 from mosectl.editing.resume import Progress, State, belongs
 from mosectl.editing.targets import Targets, least_by_fact, optimise_targets
-from mosectl.errors import EditFailed
+from mosectl.errors import EditFailed, NotFinite
 from mosectl.facts.records import Fact
 from mosectl.model.forward import input_device
 from mosectl.model.loading import Loaded
+from mosectl.model.memory import ran_out
 from mosectl.patch.fingerprint import sha256
-from mosectl.storage.progress import Clock
+from mosectl.storage.progress import Clock, SlippedDone
 from mosectl.storage.state_file import digest
 
 SLIPPED = "slipped"  # the phase in which a run's slipped facts are edited again
@@ -71,7 +72,7 @@ class Session:
         Raises:
             EditFailed: the very first batch did harm.
         """
-        layers = self.layers
+        layers, self.facts, self.prefixes, self.wordings = self.layers, facts, prefixes, wordings
         usual = layers.solver.published.batch if self.options.published else 0
         size = self.options.batch_size or usual or len(facts)
         # Hashed once, and where there is something to keep or to go on with: statistics of large models take seconds.
@@ -84,10 +85,10 @@ class Session:
         for start in range(len(losses), len(facts), size):
             batch = facts[start : start + size]
             with clock("targets", len(facts) * self.options.rounds, in_parts=True):
-                again = self._again(facts, start, start + len(batch))
+                again = self._again(range(start, start + len(batch)))
                 layers.remember(self.options.weight_of_earlier)
             new = [*range(start, start + len(batch))]
-            contexts, before = self._contexts(new, again, facts, prefixes, wordings), layers.standing()
+            contexts, before = self._contexts(new, again), layers.standing()
             done = self._batch(contexts, clock, start, len(batch), len(facts))
             with clock("guard"):
                 now = health(self.loaded.model, self.pieces, layers.W)
@@ -111,41 +112,72 @@ class Session:
                     kept.save(ours, self.state(losses))
         clock.ended("targets")
         if size < len(facts) and not self.stopped and self.options.replay_margin:
-            self._mend(facts, prefixes, wordings, clock, max(size, TOGETHER))
+            most = size if self.options.published else max(size, TOGETHER)
+            self._edit_slipped(clock, most)
         return losses
 
-    def _mend(
-        self, facts: Sequence[Fact], prefixes: Sequence[str], wordings: Sequence[Sequence[str]], clock: Clock, most: int
-    ) -> None:
-        """At the end of several batches every fact is asked, and those that have slipped are edited again, the worst first,
-        ``most`` at once: for as long as more of all facts hold for it.
+    def _edit_slipped(self, clock: Clock, most: int) -> None:
+        """At the end of several batches every fact is asked, and those that have slipped are edited again, each once, the
+        worst first, ``most`` at once: for as long as more of all facts lead for it. What fails leaves the run as it was.
+        """
+        layers, earlier, n, ended = self.layers, self.layers.earlier, len(self.facts), ""
+        tried: set[int] = set()
+        with clock("ask batch"):
+            held = before = earlier.leading()
+        while held < n:
+            left = [i for i in earlier.slipped_of_all(self.options.replay_margin) if i not in tried]
+            if not any(earlier.leads[i] <= 0 for i in left[:most]):
+                break
+            again, standing = [*left[:most]], layers.standing()
+            again += companions(self.facts, again, range(n)) if self._shared else []
+            try:
+                ended, held = self._tried_again(again, held, clock, len(tried), len(tried) + max(len(left), len(again)))
+            except (EditFailed, NotFinite) as e:
+                ended = e.what
+            except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+                ended = "a weight could not be decomposed"
+            except RuntimeError as e:
+                if not ran_out(e):
+                    raise
+                ended = "memory ran out"
+            if ended:
+                layers.go_back(standing)
+                break
+            tried.update(again)
+        clock.ended(SLIPPED)
+        if tried or ended:
+            clock.batch(SlippedDone(len(tried), n, held, before, ended))
+
+    def _tried_again(self, again: Sequence[int], held: int, clock: Clock, first: int, total: int) -> tuple[str, int]:
+        """Edit these facts again, of which ``held`` of all lead; returns why it cannot stay, empty if it does, and how many
+        lead then.
+
+        For the progress: they are the ``first`` … of ``total``.
         """
         layers, earlier = self.layers, self.layers.earlier
-        held = earlier.leading()
-        slipped = earlier.slipped_of_all(self.options.replay_margin)
-        for start in range(0, len(slipped), most):
-            again, before = slipped[start : start + most], layers.standing()
+        with clock(SLIPPED, total * self.options.rounds, in_parts=True):
             layers.remember(self.options.weight_of_earlier)
-            contexts = self._contexts([], again, facts, prefixes, wordings)
-            done = self._batch(contexts, clock, start, len(again), len(slipped), SLIPPED)
-            now, holding = health(self.loaded.model, self.pieces, layers.W), earlier.leading()
-            if harm(self.base_health, now, self.options.guard) or holding <= held:
-                layers.go_back(before)
-                break
-            layers.keep()
-            held, self.curve[-1] = holding, (len(facts), now)
-            earlier.edited_again(again, done.margin_before.tolist(), layers.W)
-        clock.ended(SLIPPED)
+            contexts = self._contexts([], again)
+        done = self._batch(contexts, clock, first, len(again), total, SLIPPED)
+        with clock("guard"):
+            now = health(self.loaded.model, self.pieces, layers.W)
+        with clock("ask batch"):
+            leading = earlier.leading()
+        if why := harm(self.base_health, now, self.options.guard):
+            return why, held
+        if leading <= held:
+            return f"with {len(again)} more edited again no more facts lead", held
+        layers.keep()
+        self.curve[-1] = (len(self.facts), now)
+        earlier.edited_again(again, done.margin_before.tolist(), layers.W)
+        return "", leading
 
-    def _contexts(
-        self, new: Sequence[int], again: Sequence[int], facts: Sequence[Fact], prefixes: Sequence[str],
-        wordings: Sequence[Sequence[str]],
-    ) -> Contexts:  # fmt: skip
+    def _contexts(self, new: Sequence[int], again: Sequence[int]) -> Contexts:
         """The rows of a batch of ``new`` facts and of those edited ``again``, by number, and by how much each shall lead."""
-        layers, loaded, options, taken = self.layers, self.loaded, self.options, [*new, *again]
-        self.subjects = [facts[i].subject for i in taken]
+        layers, loaded, options, facts = self.layers, self.loaded, self.options, [self.facts[i] for i in (*new, *again)]
+        self.subjects = [fact.subject for fact in facts]
         contexts = build_contexts(
-            loaded.model, loaded.tokenizer, [facts[i] for i in taken], prefixes, [wordings[i] for i in taken],
+            loaded.model, loaded.tokenizer, facts, self.prefixes, [self.wordings[i] for i in (*new, *again)],
             chat=options.chat, last=options.fact_token == LAST, replies=bool(options.replies),
         ).above(loaded.model, layers.arch, layers.projections[0].layer)  # fmt: skip
         return replace(contexts, least=self._least(contexts.fact, len(new)))
@@ -158,11 +190,11 @@ class Session:
         again = min(margin, REPLAYED * self.options.replay_margin)
         return torch.full(fact.shape, margin, device=fact.device).masked_fill(fact >= new, again)
 
-    def _again(self, facts: Sequence[Fact], start: int, end: int) -> list[int]:
-        """Facts before ``start`` that are edited along with those up to ``end``: that have slipped, or share a subject."""
+    def _again(self, new: range) -> list[int]:
+        """Facts before these that are edited along with them: that have slipped, or share a subject."""
         again = self.layers.earlier.slipped(self.options.replay_margin)
         if self.options.replay_margin and self._shared:
-            again += [i for i in companions(facts, start, end) if i not in again]
+            again += [i for i in companions(self.facts, new, range(new.start)) if i not in again]
         return again
 
     def identity(self, facts: Sequence[Fact]) -> dict[str, str]:
@@ -221,7 +253,8 @@ class Session:
                 urgency[~(targets.margin_before > 0)] *= options.unreached_weight_growth
             with clock("solve", in_parts=True) as step:
                 if isinstance(layers.solver, Trainer):
-                    layers.fit(layers.solver, contexts, self.loaded.tokenizer.eos_token_id, told(step, r))
+                    bar = told(step, r) if phase == "targets" else lambda *_: None  # the phase's own goes on
+                    layers.fit(layers.solver, contexts, self.loaded.tokenizer.eos_token_id, bar)
                 else:
                     layers.solve(contexts, targets, options.preservation_decay**r, urgency)
         assert best is not None

@@ -81,6 +81,13 @@ def together(model: Any, tokens: int, positions: int) -> int:
     return max(1, min(fits, ROWS.get(device.type, MOST_ROWS)))
 
 
+def ran_out(e: RuntimeError) -> bool:
+    """Is it torch's way to say that memory has run out?"""
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    return bool(should_reduce_batch_size(e))
+
+
 def halving(n: int, size: int, work: Callable[[int, int], Part]) -> Iterator[tuple[int, Part]]:
     """``work(start, end)`` on 0…n in parts of ``size``, halved whenever memory runs out; what is done stays done.
 
@@ -89,7 +96,7 @@ def halving(n: int, size: int, work: Callable[[int, int], Part]) -> Iterator[tup
     Raises:
         RuntimeError: torch's own, where not even a part of 1 fits.
     """
-    from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+    from accelerate.utils.memory import clear_device_cache
 
     start = 0
     while start < n:
@@ -97,7 +104,7 @@ def halving(n: int, size: int, work: Callable[[int, int], Part]) -> Iterator[tup
         try:
             done = work(start, end)
         except RuntimeError as e:
-            if size == 1 or not should_reduce_batch_size(e):
+            if size == 1 or not ran_out(e):
                 raise
             size = max(1, min(size, n - start) // 2)
         else:

@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mosectl.errors import MosectlError
+from mosectl.storage.progress import SlippedDone
 from mosectl.text.jsonable import jsonable
 from mosectl.text.shown import CONTINUED, SILENCE, escaped_json, plain, printable
 
@@ -219,7 +220,7 @@ class _Lines:
             self._told[phase] = now
             _say(self._console, (f"{phase} {done}/{total}", ""))
 
-    def batch(self, done: BatchDone) -> None:
+    def batch(self, done: BatchDone | SlippedDone) -> None:
         """A line a batch."""
         _say(self._console, (", ".join(_of_batch(done)), ""))
 
@@ -242,7 +243,7 @@ class Bars(Progress):
         _go_on(self, self._numbers[phase])
         self.update(self._numbers[phase], completed=done, total=total)
 
-    def batch(self, done: BatchDone) -> None:
+    def batch(self, done: BatchDone | SlippedDone) -> None:
         """What is below the bars is about this batch from now on."""
         self._last = [printable(part, self.console.encoding) for part in _of_batch(done)]
         self.refresh()
@@ -267,8 +268,11 @@ class _Drawn(Bars):
             self._drawn = time.monotonic()
 
 
-def _of_batch(b: BatchDone) -> tuple[str, str]:
+def _of_batch(b: BatchDone | SlippedDone) -> tuple[str, ...]:
     """How far the run is, and how the model is: each fits a terminal's line."""
+    if isinstance(b, SlippedDone):
+        again = f"{b.edited} facts edited again at the end: {b.held} of {b.total} lead, {b.held_before} did before"
+        return (again, f"left as they were then: {b.ended}") if b.ended else (again,)
     left = f", at this pace {b.seconds_left:,.0f} s more" if b.number < b.batches else ""
     earlier = f"earlier facts: {b.earlier_held} of {b.earlier_asked} hold, " if b.earlier_asked else ""
     text = "" if b.text_loss is None else f"text loss {b.text_loss:+.3f} nats a token, "

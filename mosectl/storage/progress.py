@@ -27,12 +27,23 @@ class BatchDone:
     seconds_left: float  # at the pace of the batches so far
 
 
+@dataclass(frozen=True)
+class SlippedDone:
+    """What editing slipped facts again, at the end of a run of several batches, came to."""
+
+    edited: int  # facts that were edited again and stay so
+    total: int  # of the run
+    held: int  # of all facts, those whose bare prompts lead now, and
+    held_before: int  # before any was edited again
+    ended: str  # why others that had slipped were left as they were; empty: none were
+
+
 @runtime_checkable
 class HearsOfBatches(Protocol):
     """A progress callback that is told of batches, too."""
 
-    def batch(self, done: BatchDone) -> None:
-        """Hear of a batch that is done and kept."""
+    def batch(self, done: BatchDone | SlippedDone) -> None:
+        """Hear of a batch that is done and kept, or of what was edited again at the end."""
 
 
 class Clock:
@@ -67,8 +78,8 @@ class Clock:
         if done < total:
             self._step(phase, total, total)
 
-    def batch(self, done: BatchDone) -> None:
-        """A batch is done: told to a callback that :class:`HearsOfBatches`."""
+    def batch(self, done: BatchDone | SlippedDone) -> None:
+        """A batch is done, or what is edited again at the end: told to a callback that :class:`HearsOfBatches`."""
         if isinstance(self._on_step, HearsOfBatches):
             self._on_step.batch(done)
 
