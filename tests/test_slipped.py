@@ -135,6 +135,7 @@ def test_given_up_facts_stay_so(scripted: Scripted) -> None:
 
     scripted.monkeypatch.setattr(Earlier, "add", add)
     assert scripted.run([-1, -2, *HELD[2:]], [-1, *HELD[1:]]).again == [SUBJECTS[1:2]]
+    assert scripted.run([-1, 0.5, *HELD[2:]]).again == [], "the others lead, if by little"
 
 
 @pytest.mark.parametrize(
